@@ -1,0 +1,353 @@
+"""Steering vectors and neuron circuits: frozen, validated when made, combined into new ones."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from neurosteer.errors import ArtifactError, MismatchError
+
+DEFAULT_DOSE = 0.3
+DEFAULT_MULTIPLIER = 2.0
+DEFAULT_SHIFT = 6.0
+
+VectorOperation = Literal["add", "ablate"]
+CircuitOperation = Literal["scale", "shift"]
+VECTOR_OPERATIONS = ("add", "ablate")
+CIRCUIT_OPERATIONS = ("scale", "shift")
+_DEFAULT_AMOUNTS = {"add": DEFAULT_DOSE, "ablate": 1.0, "scale": DEFAULT_MULTIPLIER, "shift": DEFAULT_SHIFT}
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_MAX_DIMENSION = 1 << 20
+_MAX_LAYERS = 4096
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """The model an artifact was made on. A different shape is refused, a different fingerprint warned about."""
+
+    name: str
+    revision: str | None
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        _check_text("model name", self.name, 300)
+        _check_text("model fingerprint", self.fingerprint, 100)
+        if self.revision is not None:
+            _check_text("model revision", self.revision, 300)
+        for key, limit in (("n_layers", _MAX_LAYERS), ("d_model", _MAX_DIMENSION), ("d_mlp", _MAX_DIMENSION)):
+            value = getattr(self, key)
+            if not _is_int(value) or not 1 <= value <= limit:
+                raise ArtifactError(f"The model's {key} is {value!r}; it must be a whole number from 1 to {limit}.")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artifact comes from: the data, how it was read, and why these layers."""
+
+    created: str = ""
+    version: str = ""
+    examples: str = ""
+    examples_sha256: str = ""
+    n_positive: int = 0
+    n_negative: int = 0
+    n_cut: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    framing: str = ""
+    tokens: str = ""
+    layer_choice: str = ""
+    separation: Mapping[int, float] = field(default_factory=dict)
+    parents: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("created", "version", "examples", "examples_sha256", "framing", "tokens", "layer_choice"):
+            _check_text(f"provenance {key}", getattr(self, key), 1000, empty=True)
+        for key in ("n_positive", "n_negative", "n_cut"):
+            if not _is_int(getattr(self, key)) or getattr(self, key) < 0:
+                raise ArtifactError(f"The provenance's {key} is {getattr(self, key)!r}; it must be a count.")
+        for layer, value in self.separation.items():
+            if not _is_int(layer) or not _is_finite(value):
+                raise ArtifactError(f"The provenance's separation of layer {layer!r} is {value!r}; it must be a number.")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What strength 1 means. `amount` is a dose (add), a share (ablate), a multiplier (scale) or a number of class
+    differences (shift); `measured` says whether it was found by measurement or is the default."""
+
+    amount: float
+    measured: bool = False
+
+    def __post_init__(self) -> None:
+        if not _is_finite(self.amount):
+            raise ArtifactError(f"The calibrated amount is {self.amount!r}; it must be a finite number.")
+        if not isinstance(self.measured, bool):
+            raise ArtifactError(f"The calibration's 'measured' is {self.measured!r}; it must be true or false.")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A measurement of effect and damage, as plain JSON data."""
+
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SteeringVector:
+    """One direction in the residual stream per layer.
+
+    `directions[L]` is float32 `[d_model]` as the method computed it. Its length weighs it when vectors are added; the
+    size of the push is `strength × dose × norms[L]` along its unit direction, shared equally by the layers.
+    `norms[L]` is the median norm of the residual stream after block L over the texts' tokens.
+    """
+
+    name: str
+    model: ModelReference
+    method: str
+    directions: Mapping[int, Tensor]
+    norms: Mapping[int, float]
+    operation: VectorOperation = "add"
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration = Calibration(DEFAULT_DOSE)
+    provenance: Provenance = Provenance()
+    receipts: tuple[Receipt, ...] = ()
+
+    kind = "steering-vector"
+    site = "resid_post"
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _check_choice("operation of a vector", self.operation, VECTOR_OPERATIONS)
+        if not self.directions:
+            raise ArtifactError(f"The vector {self.name!r} has no layers; it needs at least one.")
+        if set(self.norms) != set(self.directions):
+            raise ArtifactError(
+                f"The vector {self.name!r} has norms for layers {sorted(self.norms)} and directions for {self.layers}; "
+                "they must be the same layers."
+            )
+        for layer, direction in self.directions.items():
+            _check_layer(self, layer)
+            _check_tensor(f"direction of layer {layer}", direction, torch.float32, (self.model.d_model,))
+            if not direction.any():
+                raise ArtifactError(f"The vector {self.name!r} is zero at layer {layer}; it has no direction there.")
+            if not _is_finite(self.norms[layer]) or self.norms[layer] <= 0:
+                raise ArtifactError(f"The norm of layer {layer} is {self.norms[layer]!r}; it must be above 0.")
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.directions)
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        """The sum of two vectors of one model, over the layers of either; strength 1 is the default dose again."""
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        if not _same_shape(self.model, other.model):
+            raise MismatchError(
+                f"{self.name!r} ({_shape_text(self.model)}) and {other.name!r} ({_shape_text(other.model)}) "
+                "belong to models of different shape; only vectors of one model can be added."
+            )
+        directions = {layer: tensor.clone() for layer, tensor in self.directions.items()}
+        for layer, tensor in other.directions.items():
+            directions[layer] = directions[layer] + tensor if layer in directions else tensor.clone()
+        return replace(
+            self,
+            name=_joined_name(self.name, other.name),
+            method="sum",
+            parameters={"terms": [self.name, other.name]},
+            directions=directions,
+            norms={**other.norms, **self.norms},
+            calibration=Calibration(DEFAULT_DOSE),
+            provenance=Provenance(parents=(self.name, other.name), version=self.provenance.version),
+            receipts=(),
+        )
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        """A vector `factor` times as long: it weighs more in a sum; a negative factor turns it round."""
+        if not _is_finite(factor) or factor == 0:
+            raise ArtifactError(f"A vector cannot be scaled by {factor!r}; use a finite number other than 0.")
+        scaled = {layer: tensor * factor for layer, tensor in self.directions.items()}
+        return replace(self, directions=scaled, receipts=())
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SteeringVector":
+        return self * -1.0
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self + -other
+
+    def normalised(self) -> "SteeringVector":
+        """The same directions with length 1 at every layer, so that vectors added weigh the same."""
+        unit = {layer: tensor / tensor.norm() for layer, tensor in self.directions.items()}
+        return replace(self, directions=unit)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NeuronCircuit:
+    """A sparse set of MLP neurons: `layers`, `neurons` int32 `[n]`; `scores`, `differences` float32 `[n]`.
+
+    `scores` are what the method ranked by; `differences` the class difference of each neuron's activation.
+    """
+
+    name: str
+    model: ModelReference
+    method: str
+    neuron_layers: Tensor
+    neurons: Tensor
+    scores: Tensor
+    differences: Tensor
+    operation: CircuitOperation = "scale"
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration = Calibration(DEFAULT_MULTIPLIER)
+    provenance: Provenance = Provenance()
+    receipts: tuple[Receipt, ...] = ()
+
+    kind = "neuron-circuit"
+    site = "mlp_neurons"
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _check_choice("operation of a circuit", self.operation, CIRCUIT_OPERATIONS)
+        size = tuple(self.neurons.shape) if isinstance(self.neurons, Tensor) else ()
+        if len(size) != 1 or size[0] == 0:
+            raise ArtifactError(f"The circuit {self.name!r} has no neurons; it needs at least one.")
+        _check_tensor("layers", self.neuron_layers, torch.int32, size)
+        _check_tensor("neurons", self.neurons, torch.int32, size)
+        _check_tensor("scores", self.scores, torch.float32, size)
+        _check_tensor("differences", self.differences, torch.float32, size)
+        _check_range("layer", self.neuron_layers, self.model.n_layers)
+        _check_range("neuron", self.neurons, self.model.d_mlp)
+        keys = self.neuron_layers.long() * self.model.d_mlp + self.neurons.long()
+        if keys.unique().numel() != keys.numel():
+            raise ArtifactError(f"The circuit {self.name!r} names a neuron twice; each may stand once.")
+
+    @property
+    def layers(self) -> list[int]:
+        return self.neuron_layers.unique().tolist()
+
+    @property
+    def size(self) -> int:
+        return self.neurons.numel()
+
+    @property
+    def share(self) -> float:
+        """The circuit's neurons as a share of all MLP neurons of the model."""
+        return self.size / (self.model.n_layers * self.model.d_mlp)
+
+
+Artifact = SteeringVector | NeuronCircuit
+
+
+def default_calibration(operation: str) -> Calibration:
+    """What strength 1 means as long as nothing was measured (dose 0.3, multiplier 2, 6 differences, ablate all)."""
+    return Calibration(_DEFAULT_AMOUNTS[operation])
+
+
+def safe_name(name: str) -> str:
+    """`name` made fit for an artifact: other characters become dashes."""
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96].rstrip("-._")
+    return cleaned or "artifact"
+
+
+def check_model(artifact: Artifact, model: ModelReference) -> str | None:
+    """Refuse a model of another shape with `MismatchError`; return a warning when only the weights differ."""
+    if not _same_shape(artifact.model, model):
+        raise MismatchError(
+            f"{artifact.name!r} was made on {artifact.model.name} ({_shape_text(artifact.model)}) and does not fit "
+            f"{model.name} ({_shape_text(model)}); load the model it was made on, or build it again."
+        )
+    if artifact.model.fingerprint != model.fingerprint:
+        return (
+            f"{artifact.name!r} was made on {artifact.model.name} with other weights "
+            f"(fingerprint {artifact.model.fingerprint}, here {model.fingerprint}); its effect may differ."
+        )
+    return None
+
+
+def provenance_data(provenance: Provenance) -> dict[str, Any]:
+    """`provenance` as JSON-ready data."""
+    data = asdict(provenance)
+    data["separation"] = {str(layer): value for layer, value in provenance.separation.items()}
+    data["parents"] = list(provenance.parents)
+    return data
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_common(artifact: Any) -> None:
+    if not isinstance(artifact.name, str) or not _NAME.fullmatch(artifact.name):
+        raise ArtifactError(
+            f"The name {str(artifact.name)[:100]!r} is not allowed; use up to 96 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+    if not isinstance(artifact.model, ModelReference):
+        raise ArtifactError("An artifact needs the model it was made on (a ModelReference).")
+    _check_text("method", artifact.method, 100)
+    _check_text("description", artifact.description, 10_000, empty=True)
+    try:
+        json.dumps(dict(artifact.parameters), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"The parameters of {artifact.name!r} are not plain JSON values: {error}.") from error
+
+
+def _check_text(what: str, value: object, limit: int, *, empty: bool = False) -> None:
+    if not isinstance(value, str) or len(value) > limit or (not value and not empty):
+        raise ArtifactError(f"The {what} is {str(value)[:60]!r}; it must be a text of at most {limit} characters.")
+
+
+def _check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArtifactError(f"The {what} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def _check_layer(artifact: SteeringVector, layer: object) -> None:
+    if not _is_int(layer) or not 0 <= layer < artifact.model.n_layers:  # type: ignore[operator]
+        raise ArtifactError(
+            f"The vector {artifact.name!r} names layer {layer!r}; {artifact.model.name} has layers 0 to "
+            f"{artifact.model.n_layers - 1}."
+        )
+
+
+def _check_tensor(what: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ArtifactError(f"The {what} is {found}; it must be {dtype} {list(shape)}.")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ArtifactError(f"The {what} holds values that are not finite (NaN or infinity).")
+
+
+def _check_range(what: str, values: Tensor, limit: int) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= limit:
+        raise ArtifactError(f"The circuit names {what} {low if low < 0 else high}; the model has 0 to {limit - 1}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _same_shape(one: ModelReference, other: ModelReference) -> bool:
+    return (one.n_layers, one.d_model, one.d_mlp) == (other.n_layers, other.d_model, other.d_mlp)
+
+
+def _shape_text(model: ModelReference) -> str:
+    return f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
+
+
+def _joined_name(one: str, other: str) -> str:
+    return safe_name(f"{one}+{other}")
