@@ -117,8 +117,8 @@ class SteeringVector:
     operation: VectorOperation = "add"
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Calibration = Calibration(DEFAULT_DOSE)
-    provenance: Provenance = Provenance()
+    calibration: Calibration = field(default_factory=lambda: Calibration(DEFAULT_DOSE))
+    provenance: Provenance = field(default_factory=Provenance)
     receipts: tuple[Receipt, ...] = ()
 
     kind = "steering-vector"
@@ -208,8 +208,8 @@ class NeuronCircuit:
     operation: CircuitOperation = "scale"
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Calibration = Calibration(DEFAULT_MULTIPLIER)
-    provenance: Provenance = Provenance()
+    calibration: Calibration = field(default_factory=lambda: Calibration(DEFAULT_MULTIPLIER))
+    provenance: Provenance = field(default_factory=Provenance)
     receipts: tuple[Receipt, ...] = ()
 
     kind = "neuron-circuit"

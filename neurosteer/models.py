@@ -15,6 +15,7 @@ from torch.nn import Module, ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from neurosteer.artifacts import ModelReference
 from neurosteer.catalog import default_model
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.progress import Progress, silent
@@ -109,6 +110,14 @@ class LanguageModel:
                 digest.update(f"{name}{tuple(weight.shape)}".encode())
                 digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def reference(self) -> ModelReference:
+        """What artifacts made on this model record of it."""
+        shape = self.shape
+        return ModelReference(
+            self.name, self.revision, shape.n_layers, shape.d_model, shape.d_mlp, self.fingerprint
+        )
 
     def write_columns(self, layer: int) -> Tensor:
         """What each neuron of `layer` writes to the residual stream per unit of activation, float32 `[d_mlp, d_model]`.

@@ -140,6 +140,11 @@ def test_header_names_ignore_case_and_order_and_other_columns_are_ignored() -> N
     assert (read.positive, read.negative) == (("a", "b"), ("c", "d"))
 
 
+def test_a_space_after_the_delimiter_does_not_undo_the_quotes() -> None:
+    read = parse_examples('label, text\n1, "a, b"\n1, c\n0, "d"\n0, "e"', filename="x.csv")
+    assert (read.positive, read.negative) == (("a, b", "c"), ("d", "e"))
+
+
 def test_text_and_label_win_over_other_columns_called_positive_and_negative() -> None:
     read = parse_examples("positive,negative,text,label\n9,9,a,1\n9,9,b,1\n9,9,c,0\n9,9,d,0\n", filename="x.csv")
     assert read.positive == ("a", "b")
@@ -361,6 +366,7 @@ def test_rows_are_counted_as_a_spreadsheet_does_when_a_cell_has_lines() -> None:
 
 def test_an_unquoted_comma_in_a_text_is_refused_instead_of_cutting_the_text() -> None:
     assert "row 2: 3 cells where 2 are expected" in refusal("positive,negative\nI like, it,no\n")
+    assert "row 2: 3 cells where 2 are expected" in refusal("positive,negative,\nI like, it,no\n")
     assert "row 2: 3 cells where 2 are expected" in refusal("a,1\nb, c,0\n")
 
 
@@ -372,6 +378,7 @@ def test_a_cell_beyond_the_csv_limit_is_refused_with_its_row() -> None:
     "data",
     [
         b"text,label\na\0b,1\nc,0\n",
+        b"text,label\na\0bc,1\nc,0\n",
         b"PK\x03\x04\x14\0\0\0\x08\0" * 9,
         b"\0",
         b"\0\0\0\0",

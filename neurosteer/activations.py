@@ -1,0 +1,325 @@
+"""Texts to activations: the one batched reading loop.
+
+One pass over the texts whatever the number of layers, sites and classes: no LM head, no KV cache, sorted by length
+into batches of a token budget, stopping after the last block asked for. Rows are padded on the right, where a causal
+model never looks back from, so no attention mask is needed; padding and the first position (BOS, or the token that
+takes its place as attention sink, arXiv 2309.17453) are left out of every mean and norm.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neurosteer.artifacts import ModelReference
+from neurosteer.errors import UsageError
+from neurosteer.hooks import Hook, InputHook, OutputHook, hooked
+from neurosteer.models import FramedText, Framing, LanguageModel
+from neurosteer.progress import Progress, check_cancelled, silent
+
+Tokens = Literal["mean", "last"]
+TOKENS: tuple[Tokens, ...] = ("mean", "last")
+MAX_TOKENS = 512
+
+_POSITIVE, _NEGATIVE, _HELD_OUT = 0, 1, 2  # group of a text: its class, plus 2 when held out
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_HISTOGRAM_BINS, _HISTOGRAM_LOW, _HISTOGRAM_HIGH = 1 << 14, -24.0, 40.0  # of log2(norm): bins of 0.3%
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to read. Layers are block numbers; `rows` are layers of the residual stream at which every text is kept."""
+
+    residual: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    framing: Framing = "raw"
+    tokens: Tokens = "mean"
+    max_tokens: int = MAX_TOKENS
+    batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKENS:
+            raise UsageError(f"tokens is {self.tokens!r}; it must be one of {', '.join(TOKENS)}.")
+        if not self.residual and not self.neurons:
+            raise UsageError("Nothing to read: name at least one layer.")
+        if not set(self.rows) <= set(self.residual):
+            raise UsageError("Rows can only be kept at layers of the residual stream that are read.")
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """Mean activation of each class, float32 `[d]`."""
+
+    positive: Tensor
+    negative: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        return self.positive - self.negative
+
+
+@dataclass(frozen=True)
+class ClassMoments(ClassMeans):
+    """Means and variances (over texts) of each class, float32 `[d]`."""
+
+    positive_variance: Tensor
+    negative_variance: Tensor
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """One row per text of each class in the order given, float32 `[n, d]`."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The class difference of the other texts, `[d]`, and the rows of the held-out ones."""
+
+    difference: Tensor
+    rows: ClassRows
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a method sees, by layer. `norms` are median norms of the residual stream over tokens."""
+
+    model: ModelReference
+    residual: Mapping[int, ClassMeans]
+    neurons: Mapping[int, ClassMoments]
+    rows: Mapping[int, ClassRows]
+    held_out: Mapping[int, HeldOut]
+    norms: Mapping[int, float]
+    n_texts: int
+    n_tokens: int
+    n_cut: int
+    paired: bool = False
+
+
+def read_activations(
+    lm: LanguageModel,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    request: Request,
+    *,
+    held_out_positive: Sequence[int] = (),
+    held_out_negative: Sequence[int] = (),
+    paired: bool = False,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> Activations:
+    """Read the class statistics of two lists of texts in one pass.
+
+    Held-out texts (given by position) count in the class means like all others; besides, their rows are kept, and the
+    class difference without them, so that separation can be measured on texts it was not computed from. Memory grows
+    with their number and with `request.rows`, not with the number of texts.
+
+    Raises `Cancelled` between two batches when `cancel` is set.
+    """
+    progress("Splitting texts into tokens")
+    framed = lm.frame([*positive, *negative], request.framing, max_tokens=request.max_tokens)
+    groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)
+    tally = _Tally(lm, request, groups, len(positive))
+    stop_after = max((*request.residual, *request.neurons))
+    total, done = sum(len(item.ids) for item in framed), 0
+    with torch.inference_mode(), hooked(_reading_hooks(lm, tally, stop_after)):
+        for indices in _batches(framed, request.batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
+            check_cancelled(cancel, "Reading activations")
+            _read_batch(lm, tally, framed, indices)
+            done += sum(len(framed[index].ids) for index in indices)
+            progress(f"Reading {len(framed)} texts", done / total)
+    return tally.result(lm.reference, total, sum(item.cut for item in framed), paired)
+
+
+def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held_negative: Sequence[int]) -> Tensor:
+    groups = torch.tensor([_POSITIVE] * n_positive + [_NEGATIVE] * n_negative)
+    groups[list(held_positive)] += _HELD_OUT
+    groups[[n_positive + index for index in held_negative]] += _HELD_OUT
+    return groups
+
+
+def _batches(framed: Sequence[FramedText], budget: int) -> Iterator[list[int]]:
+    """Positions of texts in batches of similar length; a batch, padded, holds at most `budget` tokens."""
+    batch: list[int] = []
+    for index in sorted(range(len(framed)), key=lambda position: len(framed[position].ids)):
+        if batch and (len(batch) + 1) * len(framed[index].ids) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class _Finished(Exception):
+    """Leaves a forward pass after the last block that anyone asked for."""
+
+
+def _read_batch(lm: LanguageModel, tally: "_Tally", framed: Sequence[FramedText], indices: list[int]) -> None:
+    batch = [framed[index] for index in indices]
+    longest = max(1, max(len(item.ids) for item in batch))
+    ids = torch.full((len(batch), longest), lm.pad_id)
+    for row, item in enumerate(batch):
+        ids[row, : len(item.ids)] = torch.tensor(item.ids, dtype=torch.long)
+    tally.begin(indices, batch, longest)
+    try:
+        lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
+    except _Finished:
+        pass
+    tally.end()
+
+
+def _reading_hooks(lm: LanguageModel, tally: "_Tally", stop_after: int) -> list[Hook]:
+    hooks: list[Hook] = [
+        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: tally.add_neurons(layer, hidden))
+        for layer in tally.request.neurons
+    ]
+    hooks += [
+        OutputHook(lm.blocks[layer], lambda hidden, layer=layer: tally.add_residual(layer, hidden))
+        for layer in tally.request.residual
+    ]
+
+    def stop(_hidden: Tensor) -> None:
+        raise _Finished
+
+    return [*hooks, OutputHook(lm.blocks[stop_after], stop)]
+
+
+@dataclass
+class _Batch:
+    """What the hooks need to know of the batch in flight; `weights` `[batch, 1, seq]` sum to 1 over a text's tokens."""
+
+    indices: Tensor
+    groups: Tensor
+    read: Tensor
+    weights: Tensor
+    last: Tensor
+    norms: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Tally:
+    """Running sums per layer; the rows of chosen texts; a histogram of norms per layer."""
+
+    def __init__(self, lm: LanguageModel, request: Request, groups: Tensor, n_positive: int) -> None:
+        self.request = request
+        self.groups = groups
+        self.n_positive = n_positive
+        self.lm = lm
+        shape = lm.shape
+        self.residual = {layer: torch.zeros(4, shape.d_model, dtype=torch.float64) for layer in request.residual}
+        self.neurons = {layer: torch.zeros(2, 2, shape.d_mlp, dtype=torch.float64) for layer in request.neurons}
+        self.histograms = {layer: torch.zeros(_HISTOGRAM_BINS, dtype=torch.int64) for layer in request.residual}
+        self.held = torch.nonzero(groups >= _HELD_OUT).flatten()
+        self.held_rows = {layer: torch.empty(len(self.held), shape.d_model) for layer in request.residual}
+        self.rows = {layer: torch.empty(len(groups), shape.d_model) for layer in request.rows}
+        self.batch: _Batch | None = None
+
+    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int) -> None:
+        device = self.lm.device
+        lengths = torch.tensor([len(item.ids) for item in items])
+        # The first position is skipped unless it is all there is.
+        starts = torch.tensor([min(max(item.start, 1), max(len(item.ids) - 1, 0)) for item in items])
+        positions = torch.arange(longest)
+        read = (positions >= starts[:, None]) & (positions < lengths[:, None])
+        weights = read.float() / read.sum(1, keepdim=True).clamp(min=1)
+        where = torch.tensor(indices)
+        self.batch = _Batch(
+            indices=where,
+            groups=self.groups[where].to(device),
+            read=read.to(device),
+            weights=weights[:, None].to(device),
+            last=(lengths - 1).clamp(min=0).to(device),
+        )
+
+    def add_residual(self, layer: int, hidden: Tensor) -> None:
+        batch = self._batch()
+        pooled = self._pool(hidden)
+        self.residual[layer] = self.residual[layer].to(hidden.device)
+        self.residual[layer].index_add_(0, batch.groups.to(hidden.device), pooled.double())
+        batch.norms[layer] = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+        if layer in self.rows:
+            self.rows[layer][batch.indices] = pooled.cpu()
+        held = self.groups[batch.indices] >= _HELD_OUT
+        if held.any():
+            places = torch.searchsorted(self.held, batch.indices[held])
+            self.held_rows[layer][places] = pooled.cpu()[held]
+
+    def add_neurons(self, layer: int, hidden: Tensor) -> None:
+        pooled = self._pool(hidden).double()
+        classes = self._batch().groups.to(hidden.device) % _HELD_OUT
+        self.neurons[layer] = self.neurons[layer].to(hidden.device)
+        self.neurons[layer][0].index_add_(0, classes, pooled)
+        self.neurons[layer][1].index_add_(0, classes, pooled.square())
+
+    def end(self) -> None:
+        batch = self._batch()
+        read = batch.read.cpu()
+        for layer, norms in batch.norms.items():
+            scaled = (norms.cpu()[read].clamp(min=1e-30).log2() - _HISTOGRAM_LOW) / (_HISTOGRAM_HIGH - _HISTOGRAM_LOW)
+            bins = (scaled * _HISTOGRAM_BINS).long().clamp(0, _HISTOGRAM_BINS - 1)
+            self.histograms[layer] += torch.bincount(bins, minlength=_HISTOGRAM_BINS)
+        self.batch = None
+
+    def _batch(self) -> _Batch:
+        if self.batch is None:
+            raise RuntimeError("No batch is being read.")
+        return self.batch
+
+    def _pool(self, hidden: Tensor) -> Tensor:
+        """`[batch, seq, d]` to one float32 row per text, `[batch, d]`."""
+        batch = self._batch()
+        if self.request.tokens == "last":
+            rows = torch.arange(hidden.shape[0], device=hidden.device)
+            return hidden[rows, batch.last.to(hidden.device)].float()
+        return torch.bmm(batch.weights.to(hidden.device), hidden.float())[:, 0]
+
+    # --- results ------------------------------------------------------------------------------------------------
+
+    def result(self, model: ModelReference, n_tokens: int, n_cut: int, paired: bool) -> Activations:
+        counts = torch.bincount(self.groups, minlength=4).double()
+        classes = counts[:2] + counts[2:]
+        return Activations(
+            model=model,
+            residual={layer: self._means(sums.cpu(), classes) for layer, sums in self.residual.items()},
+            neurons={layer: _moments(sums.cpu(), classes) for layer, sums in self.neurons.items()},
+            rows={layer: self._class_rows(rows, torch.arange(len(rows))) for layer, rows in self.rows.items()},
+            held_out=self._held_out(counts) if len(self.held) else {},
+            norms={layer: _median(histogram) for layer, histogram in self.histograms.items()},
+            n_texts=len(self.groups),
+            n_tokens=n_tokens,
+            n_cut=n_cut,
+            paired=paired,
+        )
+
+    def _means(self, sums: Tensor, classes: Tensor) -> ClassMeans:
+        means = ((sums[:2] + sums[2:]) / classes[:, None]).float()
+        return ClassMeans(means[0], means[1])
+
+    def _held_out(self, counts: Tensor) -> dict[int, HeldOut]:
+        result = {}
+        for layer, sums in self.residual.items():
+            means = (sums.cpu()[:2] / counts[:2, None]).float()
+            result[layer] = HeldOut(means[0] - means[1], self._class_rows(self.held_rows[layer], self.held))
+        return result
+
+    def _class_rows(self, rows: Tensor, indices: Tensor) -> ClassRows:
+        positive = indices < self.n_positive
+        return ClassRows(rows[positive], rows[~positive])
+
+
+def _moments(sums: Tensor, classes: Tensor) -> ClassMoments:
+    means = sums[0] / classes[:, None]
+    variances = (sums[1] / classes[:, None] - means.square()).clamp(min=0)
+    return ClassMoments(means[0].float(), means[1].float(), variances[0].float(), variances[1].float())
+
+
+def _median(histogram: Tensor) -> float:
+    """The median of what a histogram of log2 values counted, to the middle of its bin."""
+    half = histogram.sum() / 2
+    middle = int(torch.searchsorted(histogram.cumsum(0).double(), half.double())) + 0.5
+    return 2.0 ** (_HISTOGRAM_LOW + middle / _HISTOGRAM_BINS * (_HISTOGRAM_HIGH - _HISTOGRAM_LOW))

@@ -1,0 +1,248 @@
+"""Examples to activations to method to artifact: the one composition."""
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurosteer.activations import Activations, HeldOut, Request, Tokens, read_activations
+from neurosteer.artifacts import Artifact, Provenance, safe_name
+from neurosteer.errors import UsageError
+from neurosteer.examples import ContrastSet, Split
+from neurosteer.methods import find_method
+from neurosteer.methods.base import Method
+from neurosteer.models import Framing, LanguageModel
+from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.version import VERSION
+
+LayerChoice = str | int | Iterable[int]
+
+HELD_OUT_SHARE = 0.2
+HELD_OUT_AT_MOST = 100
+AUTO_RANGE = (0.2, 0.8)
+MAX_ROW_BYTES = 1 << 30
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to read for a method, and which layers it may use."""
+
+    method: Method
+    parameters: dict[str, Any]
+    framing: Framing
+    tokens: Tokens
+    layers: tuple[int, ...] | None  # None: chosen after reading
+    candidates: tuple[int, ...]
+
+
+def build(
+    lm: LanguageModel,
+    examples: ContrastSet,
+    *,
+    method: str = "caa",
+    layers: LayerChoice = "auto",
+    name: str | None = None,
+    description: str = "",
+    framing: Framing | None = None,
+    tokens: Tokens | None = None,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+    **parameters: Any,
+) -> Artifact:
+    """Build an artifact from a contrast set.
+
+    Args:
+        method: `caa`, `pca`, `probe` or `cna`.
+        layers: `auto` (the layer of the middle 20 to 80% that separates held-out examples best), `all`, a number,
+            a range (`"10-18"` or `range(10, 19)`) or a list. For `cna`, the layers searched for neurons; with
+            `rank="write"` the last of them is the reference layer, and `auto` searches up to the best layer.
+        framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models.
+        tokens: `mean` over a text's tokens, or the `last`.
+        parameters: the method's own, such as `rank`, `operation`, `top_k`, `skip_layers` for `cna`.
+
+    Raises:
+        UsageError: a parameter is not one of the allowed values.
+        Cancelled: `cancel` was set.
+    """
+    plan = _plan(lm, method, layers, framing, tokens, parameters)
+    split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
+    activations = _read(lm, examples, split, plan, progress, cancel)
+    separation = {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
+    chosen, reason = _choose(plan, separation, activations.held_out)
+    if plan.method.needs_rows and not set(chosen) <= set(activations.rows):
+        activations = _read(lm, examples, split, replace(plan, layers=chosen), progress, cancel)
+    check_cancelled(cancel, "Building")
+    progress(f"Computing {method}")
+    artifact = plan.method.function(
+        activations,
+        chosen,
+        name=safe_name(name or f"{examples.name}-{method}"),
+        columns=lm.write_columns,
+        parameters=plan.parameters,
+    )
+    provenance = _provenance(examples, activations, plan, separation, reason)
+    return replace(artifact, description=description, provenance=provenance)
+
+
+def separation_of(held_out: HeldOut) -> float:
+    """How well a layer's class difference orders held-out texts: the share of (positive, negative) pairs in the right
+    order along it (ROC AUC; 0.5 is chance)."""
+    positive, negative = (rows @ held_out.difference for rows in (held_out.rows.positive, held_out.rows.negative))
+    above = (positive[:, None] > negative).float().mean()
+    ties = (positive[:, None] == negative).float().mean()
+    return float(above + ties / 2)
+
+
+def parse_layers(layers: LayerChoice, n_layers: int) -> tuple[int, ...] | None:
+    """Layer numbers in ascending order, or None for `auto`. Raises `UsageError` naming the allowed forms."""
+    if isinstance(layers, str):
+        text = layers.strip().lower()
+        if text == "auto":
+            return None
+        if text == "all":
+            return tuple(range(n_layers))
+        layers = _parse_layer_text(text)
+    numbers = (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+    if not numbers or not all(isinstance(number, int) and 0 <= number < n_layers for number in numbers):
+        raise UsageError(f"layers is {_shown(numbers)}; the model has layers 0 to {n_layers - 1}.")
+    return numbers
+
+
+def _parse_layer_text(text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 20:
+            raise UsageError(f"layers is {text[:60]!r}; use auto, all, a number (14), a range (10-18) or a list (3,7,9).")
+        if dash and not int(first) <= int(last) < int(first) + 10_000:
+            raise UsageError(f"layers is {text[:60]!r}; a range runs from the lower layer to the higher.")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _shown(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "") if numbers else "empty"
+
+
+# --- what to read ----------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    lm: LanguageModel,
+    method_name: str,
+    layers: LayerChoice,
+    framing: Framing | None,
+    tokens: Tokens | None,
+    given: Mapping[str, Any],
+) -> _Plan:
+    method = find_method(method_name)
+    parameters = method.parameters(given)
+    parsed = parse_layers(layers, lm.n_layers)
+    as_in_paper = method.needs_neurons and parameters.get("rank") != "write"
+    if as_in_paper and parsed is None:
+        parsed = tuple(range(lm.n_layers))  # the paper ranks all layers together
+    default_framing: Framing = ("prompt" if as_in_paper else "answer") if lm.chat else "raw"
+    low, high = (round(share * lm.n_layers) for share in AUTO_RANGE)
+    return _Plan(
+        method=method,
+        parameters=parameters,
+        framing=framing or default_framing,
+        tokens=tokens or ("last" if as_in_paper or framing == "prompt" else "mean"),
+        layers=parsed,
+        candidates=parsed or tuple(range(min(low, lm.n_layers - 1), max(low + 1, high + 1, 1)))[: lm.n_layers],
+    )
+
+
+def _request(plan: _Plan, n_texts: int, d_model: int) -> Request:
+    last = plan.candidates[-1]
+    if plan.method.needs_neurons:
+        # Only the last layer's class difference serves ranking by write; with `auto` it is chosen among all.
+        residual = plan.candidates if plan.layers is None else (last,)
+        searched = plan.candidates if plan.layers is not None else tuple(range(last + 1))
+        return Request(residual=residual, neurons=searched, framing=plan.framing, tokens=plan.tokens)
+    residual = plan.layers or tuple(range(last + 1))
+    wanted = plan.candidates if plan.method.needs_rows else ()
+    if plan.layers is None and len(wanted) * n_texts * d_model * 4 > MAX_ROW_BYTES:
+        wanted = ()  # too many to keep at every candidate: choose the layer first, then read again there
+    return Request(residual=residual, rows=wanted, framing=plan.framing, tokens=plan.tokens)
+
+
+def _read(
+    lm: LanguageModel,
+    examples: ContrastSet,
+    split: Split,
+    plan: _Plan,
+    progress: Progress,
+    cancel: threading.Event | None,
+) -> Activations:
+    n_texts = len(examples.positive) + len(examples.negative)
+    if plan.layers is not None:
+        plan = replace(plan, candidates=plan.layers)
+    return read_activations(
+        lm,
+        examples.positive,
+        examples.negative,
+        _request(plan, n_texts, lm.shape.d_model),
+        held_out_positive=split.held_out_positive,
+        held_out_negative=split.held_out_negative,
+        paired=examples.paired,
+        progress=progress,
+        cancel=cancel,
+    )
+
+
+# --- what was chosen -------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    plan: _Plan, separation: Mapping[int, float], held_out: Mapping[int, HeldOut]
+) -> tuple[tuple[int, ...], str]:
+    if plan.layers is not None:
+        return plan.layers, "given" if plan.method.name != "cna" else "the layers given, or all of them"
+    best = max(plan.candidates, key=lambda layer: (separation[layer], _distance(held_out[layer])))
+    reason = (
+        f"layer {best} separates held-out examples best among layers {plan.candidates[0]} to {plan.candidates[-1]} "
+        f"(AUC {separation[best]:.2f})"
+    )
+    if plan.method.needs_neurons:
+        return tuple(range(best + 1)), f"neurons up to layer {best}: {reason}"
+    return (best,), reason
+
+
+def _distance(held_out: HeldOut) -> float:
+    """Held-out d′ along the class difference: breaks ties where several layers separate perfectly."""
+    positive, negative = (_along(rows, held_out.difference) for rows in (held_out.rows.positive, held_out.rows.negative))
+    spread = ((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt().clamp(min=1e-12)
+    return float((positive.mean() - negative.mean()) / spread)
+
+
+def _along(rows: Tensor, direction: Tensor) -> Tensor:
+    return torch.mv(rows, direction / direction.norm().clamp(min=1e-30))
+
+
+def _provenance(
+    examples: ContrastSet,
+    activations: Activations,
+    plan: _Plan,
+    separation: Mapping[int, float],
+    reason: str,
+) -> Provenance:
+    return Provenance(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        version=VERSION,
+        examples=examples.name,
+        examples_sha256=examples.sha256,
+        n_positive=len(examples.positive),
+        n_negative=len(examples.negative),
+        n_cut=activations.n_cut,
+        dropped=dict(examples.dropped),
+        framing=plan.framing,
+        tokens=plan.tokens,
+        layer_choice=reason,
+        separation={layer: round(value, 4) for layer, value in separation.items()},
+    )

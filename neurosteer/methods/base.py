@@ -1,0 +1,50 @@
+"""What every method is: a pure function from activations to an artifact, with a name and defaults."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from neurosteer.activations import Activations
+from neurosteer.artifacts import Artifact
+from neurosteer.errors import UsageError
+
+Columns = Callable[[int], Tensor]
+"""Layer to what its neurons write to the residual stream per unit of activation, float32 `[d_mlp, d_model]`."""
+
+
+class MethodFunction(Protocol):
+    """Computes an artifact named `name` at `layers`, in ascending order."""
+
+    def __call__(
+        self,
+        activations: Activations,
+        layers: tuple[int, ...],
+        *,
+        name: str,
+        columns: Columns,
+        parameters: Mapping[str, Any],
+    ) -> Artifact: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's entry in the registry: its function, what that must be given, and its parameters' defaults."""
+
+    name: str
+    function: MethodFunction
+    explanation: str
+    source: str
+    kind: str
+    needs_rows: bool = False
+    needs_neurons: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given` over the defaults. Raises `UsageError` for a parameter the method does not have."""
+        unknown = sorted(set(given) - set(self.defaults))
+        if unknown:
+            allowed = ", ".join(self.defaults) or "none"
+            raise UsageError(f"The method {self.name!r} has no parameter {unknown[0]!r}; it takes {allowed}.")
+        return {**self.defaults, **given}

@@ -1,0 +1,99 @@
+"""`cna`: the MLP neurons that tell the classes apart (Contrastive Neuron Attribution, arXiv 2605.12290)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurosteer.activations import Activations
+from neurosteer.artifacts import CIRCUIT_OPERATIONS, NeuronCircuit, default_calibration
+from neurosteer.errors import UsageError
+from neurosteer.methods.base import Columns, Method
+
+RANKS = ("difference", "dprime", "write")
+SKIPPED_LAYERS = (0, 1)
+
+
+def contrastive_neurons(
+    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+) -> NeuronCircuit:
+    """The `top_k` neurons (a count, or a share below 1 of all the model's neurons) of `layers` by `rank`.
+
+    `difference`: by |mean over positives − mean over negatives|, as in the paper. `dprime`: that, divided by the
+    neuron's pooled standard deviation. `write`: difference × (down-projection column · unit class difference of the
+    residual stream at the last of `layers`), positive values only.
+    """
+    _check(parameters)
+    skipped = set(parameters["skip_layers"])
+    searched = tuple(layer for layer in layers if layer not in skipped)
+    if not searched:
+        raise UsageError(f"skip_layers leaves no layer of {list(layers)} to search.")
+    scores = torch.cat([_scores(activations, layer, layers[-1], columns, parameters["rank"]) for layer in searched])
+    differences = torch.cat([activations.neurons[layer].difference for layer in searched])
+    chosen = _strongest(scores, _count(parameters["top_k"], activations), positive_only=parameters["rank"] == "write")
+    width = activations.model.d_mlp
+    return NeuronCircuit(
+        name=name,
+        model=activations.model,
+        method="cna",
+        parameters={**parameters, "skip_layers": sorted(skipped), "searched_layers": list(searched)},
+        neuron_layers=torch.tensor(searched, dtype=torch.int32)[chosen // width],
+        neurons=(chosen % width).int(),
+        scores=scores[chosen],
+        differences=differences[chosen],
+        operation=parameters["operation"],
+        calibration=default_calibration(parameters["operation"]),
+    )
+
+
+def _scores(activations: Activations, layer: int, reference: int, columns: Columns, rank: str) -> Tensor:
+    moments = activations.neurons[layer]
+    if rank == "difference":
+        return moments.difference
+    if rank == "dprime":
+        spread = ((moments.positive_variance + moments.negative_variance) / 2).sqrt()
+        return moments.difference / spread.clamp(min=float(spread.mean()) * 1e-3 + 1e-30)
+    target = activations.residual[reference].difference
+    return moments.difference * (columns(layer).cpu() @ (target / target.norm()))
+
+
+def _strongest(scores: Tensor, count: int, *, positive_only: bool) -> Tensor:
+    """Positions of the `count` highest |scores| (or positive scores), strongest first."""
+    magnitudes = scores.clamp(min=0) if positive_only else scores.abs()
+    values, positions = magnitudes.topk(min(count, len(magnitudes)))
+    positions = positions[values > 0]
+    if not len(positions):
+        raise UsageError("No neuron tells the two classes apart; are the two sets of examples different?")
+    return positions
+
+
+def _count(top_k: int | float, activations: Activations) -> int:
+    total = activations.model.n_layers * activations.model.d_mlp
+    return max(1, int(top_k * total)) if top_k < 1 else int(top_k)
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    if parameters["rank"] not in RANKS:
+        raise UsageError(f"rank is {parameters['rank']!r}; it must be one of {', '.join(RANKS)}.")
+    if parameters["operation"] not in CIRCUIT_OPERATIONS:
+        raise UsageError(
+            f"operation is {parameters['operation']!r}; for a circuit it must be one of {', '.join(CIRCUIT_OPERATIONS)}."
+        )
+    top_k = parameters["top_k"]
+    if isinstance(top_k, bool) or not isinstance(top_k, (int, float)) or not 0 < top_k < 1e9:
+        raise UsageError(f"top_k is {top_k!r}; give a count of neurons, or a share below 1 of all neurons.")
+    skipped = parameters["skip_layers"]
+    if not isinstance(skipped, Sequence) or not all(isinstance(layer, int) for layer in skipped):
+        raise UsageError(f"skip_layers is {skipped!r}; give a list of layer numbers.")
+
+
+METHOD = Method(
+    name="cna",
+    function=contrastive_neurons,
+    explanation="A sparse circuit of MLP neurons that write the behaviour.",
+    source="Contrastive Neuron Attribution, arXiv 2605.12290",
+    kind=NeuronCircuit.kind,
+    needs_neurons=True,
+    defaults={"rank": "write", "operation": "shift", "top_k": 0.0045, "skip_layers": SKIPPED_LAYERS},
+)

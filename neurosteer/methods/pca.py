@@ -1,0 +1,61 @@
+"""`pca`: the first principal component of class differences (Representation Engineering, arXiv 2310.01405)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurosteer.activations import Activations, ClassRows
+from neurosteer.artifacts import SteeringVector
+from neurosteer.methods.base import Columns, Method
+
+
+def principal_component(
+    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+) -> SteeringVector:
+    """Unit directions `[d_model]`, pointing from the negative to the positive class mean.
+
+    Paired texts: the component of the differences positive_i − negative_i. Otherwise: of all rows centred on the
+    midpoint of the two class means.
+    """
+    directions = {}
+    for layer in layers:
+        component = first_component(_differences(activations.rows[layer], activations.paired))
+        sign = torch.sign(component @ activations.residual[layer].difference)
+        directions[layer] = component * (sign if sign != 0 else 1.0)
+    return SteeringVector(
+        name=name,
+        model=activations.model,
+        method="pca",
+        parameters={**parameters, "paired": activations.paired},
+        directions=directions,
+        norms={layer: activations.norms[layer] for layer in layers},
+    )
+
+
+def first_component(rows: Tensor) -> Tensor:
+    """The unit vector along which `rows` `[n, d]`, taken about 0, vary most: `[d]`."""
+    matrix = rows.double()
+    if matrix.shape[0] >= matrix.shape[1]:
+        return torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -1].float()
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    component = matrix.T @ vectors[:, -1]
+    return (component / component.norm().clamp(min=1e-30)).float()
+
+
+def _differences(rows: ClassRows, paired: bool) -> Tensor:
+    if paired:
+        return rows.positive - rows.negative
+    middle = (rows.positive.mean(0) + rows.negative.mean(0)) / 2
+    return torch.cat([rows.positive, rows.negative]) - middle
+
+
+METHOD = Method(
+    name="pca",
+    function=principal_component,
+    explanation="The direction along which the examples differ most; best with paired examples.",
+    source="Representation Engineering, arXiv 2310.01405",
+    kind=SteeringVector.kind,
+    needs_rows=True,
+)

@@ -1,0 +1,54 @@
+"""`probe`: the direction of a logistic regression that tells the classes apart (linear probing)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neurosteer.activations import Activations, ClassRows
+from neurosteer.artifacts import SteeringVector
+from neurosteer.errors import UsageError
+from neurosteer.methods.base import Columns, Method
+
+
+def probe_direction(
+    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+) -> SteeringVector:
+    """Directions `[d_model]`: the regression's weights, in units of the residual stream."""
+    penalty = parameters["penalty"]
+    if not isinstance(penalty, (int, float)) or not penalty > 0:
+        raise UsageError(f"penalty is {penalty!r}; it must be a number above 0.")
+    return SteeringVector(
+        name=name,
+        model=activations.model,
+        method="probe",
+        parameters=dict(parameters),
+        directions={layer: _regression(activations.rows[layer], float(penalty)) for layer in layers},
+        norms={layer: activations.norms[layer] for layer in layers},
+    )
+
+
+def _regression(rows: ClassRows, penalty: float) -> Tensor:
+    from sklearn.linear_model import LogisticRegression
+
+    features = torch.cat([rows.positive, rows.negative]).double().numpy()
+    labels = np.repeat([1, 0], [len(rows.positive), len(rows.negative)])
+    centre = features.mean(0)
+    # One scale for all dimensions: per-dimension scaling would blow up the ones that hardly vary.
+    scale = float(np.sqrt(((features - centre) ** 2).sum(1).mean())) or 1.0
+    regression = LogisticRegression(C=1.0 / penalty, class_weight="balanced", max_iter=1000)
+    regression.fit((features - centre) / scale, labels)
+    return torch.from_numpy(regression.coef_[0] / scale).float()
+
+
+METHOD = Method(
+    name="probe",
+    function=probe_direction,
+    explanation="The direction of a logistic regression that tells the classes apart.",
+    source="linear probing, arXiv 1610.01644",
+    kind=SteeringVector.kind,
+    needs_rows=True,
+    defaults={"penalty": 0.01},
+)
