@@ -1,0 +1,233 @@
+"""A plan: one recipe per row of a batch, compiled into what each hooked layer adds, projects out and multiplies.
+
+However many artifacts are mixed, a hooked block costs one add (and one projection where something is ablated), a
+hooked MLP one multiply-add on the neurons named. Nothing is left on the model after the `with` block.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurosteer.artifacts import NeuronCircuit, SteeringVector
+from neurosteer.hooks import CallHook, Hook, InputHook, OutputHook, hooked
+from neurosteer.models import LanguageModel
+from neurosteer.recipes import Positions, Recipe, Use
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Per row an orthonormal `basis` `[batch, k, d_model]` and the `shares` of it to take out, `[batch, 1, k]`."""
+
+    basis: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True)
+class NeuronChange:
+    """`neurons` `[n]`; row by row what they are multiplied by and what is added then, both `[batch, 1, n]`."""
+
+    neurons: Tensor
+    multipliers: Tensor
+    shifts: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to write, by layer, for a batch of rows. `additions[L]` is `[batch, 1, d_model]`."""
+
+    additions: dict[int, Tensor]
+    ablations: dict[int, Ablation]
+    changes: dict[int, NeuronChange]
+    positions: Positions
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.additions or self.ablations or self.changes)
+
+
+def compile_plan(lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions = "all") -> Plan:
+    """One plan for a batch whose row i follows `recipes[i]`."""
+    vectors: dict[str, list[list[Use]]] = {"add": [], "ablate": []}
+    circuits: list[list[Use]] = []
+    for recipe in recipes:
+        uses = [use for use in recipe.uses if _has_effect(use)]
+        for operation, rows in vectors.items():
+            rows.append([use for use in uses if use.artifact.operation == operation])
+        circuits.append([use for use in uses if isinstance(use.artifact, NeuronCircuit)])
+    additions = _additions(vectors["add"], lm.shape.d_model)
+    ablations = _ablations(vectors["ablate"], lm.shape.d_model)
+    return Plan(
+        additions={layer: tensor.to(lm.dtype) for layer, tensor in additions.items()},
+        ablations={
+            layer: Ablation(found.basis.to(lm.dtype), found.shares.to(lm.dtype)) for layer, found in ablations.items()
+        },
+        changes=_changes(circuits, lm.dtype),
+        positions=positions,
+    )
+
+
+@contextmanager
+def applied(lm: LanguageModel, plan: Plan, *, prompt_width: int) -> Iterator[None]:
+    """Steer what the calling thread runs through `lm.model` inside the `with` block.
+
+    The batch must have the plan's rows, prompts padded to `prompt_width` columns. Padding (0 in the attention mask)
+    is never steered. Works with and without a KV cache.
+    """
+    if plan.is_empty:
+        yield
+        return
+    window = _Window(plan.positions, prompt_width)
+    hooks: list[Hook] = [CallHook(lm.decoder, window.begin)]
+    for layer in sorted({*plan.additions, *plan.ablations}):
+        hooks.append(OutputHook(lm.blocks[layer], _residual_writer(plan, layer, window)))
+    for layer, change in plan.changes.items():
+        hooks.append(InputHook(lm.down_projections[layer], _neuron_writer(change, window)))
+    with hooked(hooks):
+        yield
+
+
+class _Window:
+    """Which of the positions in the forward pass under way are to be steered."""
+
+    def __init__(self, positions: Positions, prompt_width: int) -> None:
+        self.positions = positions
+        self.prompt_width = prompt_width
+        self.steers_any = True
+        self.mask: Tensor | None = None  # [batch, seq, 1], None when every position is steered
+
+    def begin(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs = named.get("input_ids")
+        if inputs is None:
+            inputs = named["inputs_embeds"] if named.get("inputs_embeds") is not None else arguments[0]
+        width = inputs.shape[1]
+        attention = named.get("attention_mask")
+        if isinstance(attention, Tensor) and attention.dim() == 2:
+            total = attention.shape[1]
+            kept = attention[:, total - width :].bool()
+        else:
+            cache = named.get("past_key_values")
+            total = width + (cache.get_seq_length() if cache is not None else 0)
+            kept = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        if self.positions != "all":
+            in_prompt = torch.arange(total - width, total, device=kept.device) < self.prompt_width
+            kept = kept & (in_prompt if self.positions == "prompt" else ~in_prompt)
+        self.steers_any = bool(kept.any())
+        self.mask = None if kept.all() else kept[..., None]
+
+    def blend(self, hidden: Tensor, changed: Tensor) -> Tensor:
+        """`changed` where steered, `hidden` elsewhere."""
+        return changed if self.mask is None else torch.where(self.mask.to(hidden.device), changed, hidden)
+
+
+def _residual_writer(plan: Plan, layer: int, window: _Window) -> Callable[[Tensor], Tensor | None]:
+    addition = plan.additions.get(layer)
+    ablation = plan.ablations.get(layer)
+
+    def write(hidden: Tensor) -> Tensor | None:
+        nonlocal addition, ablation
+        if not window.steers_any:
+            return None
+        changed = hidden
+        if ablation is not None:
+            ablation = Ablation(ablation.basis.to(hidden.device), ablation.shares.to(hidden.device))
+            along = torch.bmm(changed, ablation.basis.transpose(1, 2)) * ablation.shares
+            changed = changed - torch.bmm(along, ablation.basis)
+        if addition is not None:
+            addition = addition.to(hidden.device)
+            changed = changed + addition
+        return window.blend(hidden, changed)
+
+    return write
+
+
+def _neuron_writer(change: NeuronChange, window: _Window) -> Callable[[Tensor], Tensor | None]:
+    def write(hidden: Tensor) -> Tensor | None:
+        nonlocal change
+        if not window.steers_any:
+            return None
+        if change.neurons.device != hidden.device:
+            device = hidden.device
+            change = NeuronChange(change.neurons.to(device), change.multipliers.to(device), change.shifts.to(device))
+        old = hidden[..., change.neurons]
+        new = window.blend(old, old * change.multipliers + change.shifts)
+        return hidden.index_copy(-1, change.neurons, new)
+
+    return write
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def _has_effect(use: Use) -> bool:
+    return use.amount != (1.0 if use.artifact.operation == "scale" else 0.0)
+
+
+def _additions(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Tensor]:
+    """Per layer the sum of the row's pushes: dose × median norm × unit direction, a vector's layers sharing its dose."""
+    sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(rows), 1, width))
+    for row, uses in enumerate(rows):
+        for use in uses:
+            vector = use.artifact
+            assert isinstance(vector, SteeringVector)
+            for layer, direction in vector.directions.items():
+                push = use.amount / len(vector.directions) * vector.norms[layer]
+                sums[layer][row, 0] += push * (direction / direction.norm())
+    return dict(sums)
+
+
+def _ablations(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Ablation]:
+    by_layer: dict[int, list[list[tuple[Tensor, float]]]] = defaultdict(lambda: [[] for _ in rows])
+    for row, uses in enumerate(rows):
+        for use in uses:
+            assert isinstance(use.artifact, SteeringVector)
+            for layer, direction in use.artifact.directions.items():
+                by_layer[layer][row].append((direction, use.amount))
+    return {layer: _stacked_bases(found, width) for layer, found in by_layer.items()}
+
+
+def _stacked_bases(rows: Sequence[Sequence[tuple[Tensor, float]]], width: int) -> Ablation:
+    """Gram-Schmidt per row, so that two overlapping directions are not taken out twice."""
+    most = max(map(len, rows))
+    basis, shares = torch.zeros(len(rows), most, width), torch.zeros(len(rows), 1, most)
+    for row, found in enumerate(rows):
+        for place, (direction, share) in enumerate(found):
+            unit = direction / direction.norm()
+            rest = unit - basis[row].T @ (basis[row] @ unit)
+            if rest.norm() > 1e-4:  # else it lies within the directions before it
+                basis[row, place] = rest / rest.norm()
+                shares[row, 0, place] = share
+    return Ablation(basis, shares)
+
+
+def _changes(rows: Sequence[Sequence[Use]], dtype: torch.dtype) -> dict[int, NeuronChange]:
+    """Per layer the union of the circuits' neurons; multipliers of circuits that share one multiply, shifts add up."""
+    wanted: dict[int, set[int]] = defaultdict(set)
+    for use in (use for uses in rows for use in uses):
+        assert isinstance(use.artifact, NeuronCircuit)
+        for layer, neuron in zip(use.artifact.neuron_layers.tolist(), use.artifact.neurons.tolist(), strict=True):
+            wanted[layer].add(neuron)
+    changes = {}
+    for layer, neurons in sorted(wanted.items()):
+        ordered = torch.tensor(sorted(neurons))
+        multipliers, shifts = torch.ones(len(rows), 1, len(ordered)), torch.zeros(len(rows), 1, len(ordered))
+        for row, uses in enumerate(rows):
+            for use in uses:
+                _apply_circuit(use, layer, ordered, multipliers[row, 0], shifts[row, 0])
+        changes[layer] = NeuronChange(ordered, multipliers.to(dtype), shifts.to(dtype))
+    return changes
+
+
+def _apply_circuit(use: Use, layer: int, ordered: Tensor, multipliers: Tensor, shifts: Tensor) -> None:
+    circuit = use.artifact
+    assert isinstance(circuit, NeuronCircuit)
+    here = circuit.neuron_layers == layer
+    places = torch.searchsorted(ordered, circuit.neurons[here].long())
+    if circuit.operation == "scale":
+        multipliers[places] *= use.amount
+    else:
+        shifts[places] += use.amount * circuit.differences[here]

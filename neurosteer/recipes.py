@@ -1,0 +1,72 @@
+"""Recipes: which artifacts at which strengths, applied together."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from neurosteer.artifacts import Artifact, NeuronCircuit
+from neurosteer.errors import UsageError
+
+Positions = Literal["all", "prompt", "generated"]
+POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One artifact at one strength. `multiplier` sets a scaling circuit's multiplier directly instead."""
+
+    artifact: Artifact
+    strength: float = 1.0
+    multiplier: float | None = None
+
+    def __post_init__(self) -> None:
+        for what, value in (("strength", self.strength), ("multiplier", self.multiplier)):
+            if value is not None and not _is_number(value):
+                raise UsageError(f"The {what} of {self.artifact.name!r} is {value!r}; it must be a finite number.")
+        if self.multiplier is not None and self.artifact.operation != "scale":
+            raise UsageError(f"{self.artifact.name!r} does not scale neurons; give it a strength, not a multiplier.")
+
+    @property
+    def amount(self) -> float:
+        """What the strength comes to: a dose, a share to project out, a multiplier or a number of differences."""
+        calibrated = self.artifact.calibration.amount
+        if self.artifact.operation == "scale":
+            return self.multiplier if self.multiplier is not None else 1.0 + self.strength * (calibrated - 1.0)
+        return self.strength * calibrated
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Artifacts at strengths. The empty recipe is the unsteered model."""
+
+    uses: tuple[Use, ...] = ()
+
+    @staticmethod
+    def of(*uses: Use | Artifact | tuple[Artifact, float]) -> "Recipe":
+        """A recipe of uses, of artifacts at strength 1, or of (artifact, strength) pairs."""
+        return Recipe(tuple(_as_use(use) for use in uses))
+
+    def scaled(self, factor: float) -> "Recipe":
+        """The recipe with every strength (or distance of a multiplier from 1) `factor` times as large."""
+        return Recipe(tuple(_scaled(use, factor) for use in self.uses))
+
+
+UNSTEERED = Recipe()
+
+
+def _as_use(use: Use | Artifact | tuple[Artifact, float]) -> Use:
+    if isinstance(use, Use):
+        return use
+    if isinstance(use, tuple):
+        return Use(use[0], use[1])
+    return Use(use)
+
+
+def _scaled(use: Use, factor: float) -> Use:
+    if isinstance(use.artifact, NeuronCircuit) and use.multiplier is not None:
+        return replace(use, multiplier=1.0 + factor * (use.multiplier - 1.0))
+    return replace(use, strength=use.strength * factor)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,268 @@
+"""Recipes to text: batched, steered, streamed generation."""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from neurosteer.artifacts import Artifact, check_model
+from neurosteer.decoding import RowTexts, Sampler, Sampling, StopWhenSet
+from neurosteer.errors import UsageError
+from neurosteer.models import LanguageModel, Prompt
+from neurosteer.plans import applied, compile_plan
+from neurosteer.progress import Progress, silent
+from neurosteer.recipes import POSITIONS, UNSTEERED, Positions, Recipe
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 4096
+_BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text to write: a prompt, a recipe, and a number that tells samples of the same prompt apart.
+
+    `strength` is what the recipe was scaled by, for tables; `text` and the rest are filled in by generation:
+    `tokens` counts the new tokens, `finish` is `stop`, `length` or `cancelled`.
+    """
+
+    prompt: Prompt
+    recipe: Recipe = UNSTEERED
+    sample: int = 0
+    strength: float = 0.0
+    text: str = ""
+    tokens: int = 0
+    finish: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one decoding step added: `pieces[i]` is the new text of row `first + i`, often empty."""
+
+    first: int
+    pieces: tuple[str, ...]
+
+
+class Session:
+    """Generates with one model. Holds no state of a call; safe to use from several threads at once."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self._warned: set[str] = set()
+
+    def generate(self, rows: Sequence[Row] | Prompt, recipe: Recipe = UNSTEERED, **options: Any) -> list[Row]:
+        """All rows with their texts filled in. Options as for `stream`.
+
+        `rows` may also be one prompt, which is written once under `recipe`.
+        """
+        stream = self.stream(rows, recipe, **options)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as finished:
+                return finished.value
+
+    def stream(
+        self,
+        rows: Sequence[Row] | Prompt,
+        recipe: Recipe = UNSTEERED,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        positions: Positions = "all",
+        raw: bool = False,
+        use_cache: bool = True,
+        batch_rows: int = _BATCH_ROWS,
+        cancel: threading.Event | None = None,
+        progress: Progress = silent,
+    ) -> Iterator[Step]:
+        """Write all rows, `batch_rows` at a time decoding together; yields every step and returns the filled rows.
+
+        Closing the iterator, or setting `cancel`, stops the work; the texts so far are kept.
+
+        Raises:
+            UsageError: an option out of its range, or a prompt that is too long for the model.
+            MismatchError: an artifact was made on a model of another shape.
+        """
+        todo = _as_rows(rows, recipe)
+        options = _Options(max_new_tokens, sampling or Sampling(), positions, raw, use_cache)
+        options.check()
+        self._check_artifacts(todo)
+        prompts = [self._prompt_ids(row.prompt, options) for row in todo]
+        cancel = cancel or threading.Event()
+        finished: list[Row] = []
+        try:
+            for first in range(0, len(todo), batch_rows):
+                batch = slice(first, first + batch_rows)
+                finished += yield from self._stream_batch(first, todo[batch], prompts[batch], options, cancel)
+                progress(f"Wrote {len(finished)} of {len(todo)} texts", len(finished) / len(todo))
+        finally:
+            cancel.set()  # a consumer that leaves early stops the thread that decodes
+        return finished
+
+    def sweep(
+        self,
+        uses: Recipe | Artifact,
+        strengths: Sequence[float],
+        prompts: Sequence[Prompt],
+        *,
+        samples: int = 1,
+        **options: Any,
+    ) -> list[Row]:
+        """Every prompt × sample at every strength (a factor on all strengths of the recipe), batched.
+
+        The same prompt and sample share their random numbers across strengths. Options as for `stream`.
+        """
+        recipe = uses if isinstance(uses, Recipe) else Recipe.of(uses)
+        return self.generate(sweep_rows(recipe, strengths, prompts, samples=samples), **options)
+
+    def _check_artifacts(self, rows: Sequence[Row]) -> None:
+        for artifact in {id(use.artifact): use.artifact for row in rows for use in row.recipe.uses}.values():
+            warning = check_model(artifact, self.lm.reference)
+            if warning and warning not in self._warned:
+                self._warned.add(warning)
+                logger.warning(warning)
+
+    def _prompt_ids(self, prompt: Prompt, options: "_Options") -> list[int]:
+        if not prompt:
+            raise UsageError("The prompt is empty; write at least one character.")
+        ids = self.lm.prompt_ids(prompt, raw=options.raw)
+        limit = self.lm.max_positions
+        if limit is not None and len(ids) + options.max_new_tokens > limit:
+            raise UsageError(
+                f"A prompt of {len(ids)} tokens and {options.max_new_tokens} new ones exceed the {limit} tokens of "
+                f"{self.lm.name}; shorten the prompt or ask for fewer."
+            )
+        return ids
+
+    def _stream_batch(
+        self,
+        first: int,
+        rows: Sequence[Row],
+        prompts: Sequence[list[int]],
+        options: "_Options",
+        cancel: threading.Event,
+    ) -> Iterator[Step]:
+        sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        texts = RowTexts(self.lm.tokenizer, len(rows), _stop_ids(self.lm), sink)
+
+        def work() -> None:
+            try:
+                self._decode(rows, prompts, options, texts, cancel)
+                sink.put(None)
+            except BaseException as error:  # handed to the consumer, whose thread raises it
+                sink.put(error)
+
+        thread = threading.Thread(target=work, name="neurosteer-decode", daemon=True)
+        thread.start()
+        try:
+            while (item := sink.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield Step(first, tuple(item))
+        except GeneratorExit:
+            cancel.set()
+            raise
+        finally:
+            thread.join()
+        return [_filled(row, texts, index, cancel) for index, row in enumerate(rows)]
+
+    def _decode(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[list[int]],
+        options: "_Options",
+        texts: RowTexts,
+        cancel: threading.Event,
+    ) -> None:
+        width = max(map(len, prompts))
+        ids = torch.full((len(rows), width), self.lm.pad_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        sampler = Sampler(options.sampling, _random_streams(rows), [len(prompt) for prompt in prompts])
+        plan = compile_plan(self.lm, [row.recipe for row in rows], options.positions)
+        with torch.inference_mode(), applied(self.lm, plan, prompt_width=width):
+            self.lm.model.generate(
+                ids.to(self.lm.device),
+                attention_mask=mask.to(self.lm.device),
+                generation_config=_generation_config(self.lm, options),
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([StopWhenSet(cancel)]),
+                streamer=texts,
+            )
+
+
+def sweep_rows(
+    recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Prompt], *, samples: int = 1
+) -> list[Row]:
+    """The rows of a sweep, strengths outermost. Raises `UsageError` when there is nothing to do."""
+    if not strengths or not prompts or samples < 1:
+        raise UsageError("A sweep needs at least one strength, one prompt and one sample.")
+    return [
+        Row(prompt, recipe.scaled(strength), sample, strength)
+        for strength in strengths
+        for prompt in prompts
+        for sample in range(samples)
+    ]
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_new_tokens: int
+    sampling: Sampling
+    positions: Positions
+    raw: bool
+    use_cache: bool
+
+    def check(self) -> None:
+        count = self.max_new_tokens
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_NEW_TOKENS:
+            raise UsageError(f"max_new_tokens is {count!r}; it must be a whole number from 1 to {MAX_NEW_TOKENS}.")
+        if self.positions not in POSITIONS:
+            raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
+
+
+def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:
+    if not isinstance(rows, str) and rows and all(isinstance(row, Row) for row in rows):
+        return list(rows)  # type: ignore[arg-type]
+    if not rows:
+        raise UsageError("There is nothing to write; give at least one prompt.")
+    return [Row(rows, recipe, strength=1.0 if recipe.uses else 0.0)]  # type: ignore[arg-type]
+
+
+def _random_streams(rows: Sequence[Row]) -> list[str]:
+    """The same prompt and sample draw the same random numbers under every recipe and in every batch."""
+    return [f"{row.prompt}/{row.sample}" for row in rows]
+
+
+def _stop_ids(lm: LanguageModel) -> list[int]:
+    """What ends a text: the generation config's end tokens, and the tokenizer's own."""
+    config = lm.model.generation_config
+    found = config.eos_token_id if config is not None else None
+    ids = found if isinstance(found, list) else [found]
+    return sorted({int(token) for token in (*ids, lm.tokenizer.eos_token_id) if token is not None})
+
+
+def _generation_config(lm: LanguageModel, options: _Options) -> GenerationConfig:
+    """A config of our own: a model's may hold sampling defaults that nobody here asked for."""
+    stop_ids = _stop_ids(lm)
+    return GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=False,
+        use_cache=options.use_cache,
+        eos_token_id=stop_ids or None,
+        pad_token_id=lm.pad_id,
+    )
+
+
+def _filled(row: Row, texts: RowTexts, index: int, cancel: threading.Event) -> Row:
+    finish = "stop" if texts.stopped[index] else ("cancelled" if cancel.is_set() else "length")
+    return replace(row, text=texts.texts[index], tokens=len(texts.ids[index]), finish=finish)
