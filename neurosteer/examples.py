@@ -180,6 +180,12 @@ def neutral_prompts() -> tuple[str, ...]:
     return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
+def sweep_prompts() -> tuple[str, ...]:
+    """Sixteen of the neutral prompts, half of them instructions, half openings: what a sweep uses by default."""
+    prompts = neutral_prompts()
+    return prompts[:8] + prompts[20:28]
+
+
 def _bundled_file(name: str) -> Path:
     return assets_folder() / "examples" / name
 

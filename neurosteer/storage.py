@@ -152,7 +152,7 @@ def _card_to_write(artifact: Artifact, target: Path) -> str:
 
 
 def _write(artifact: Artifact, card: str, folder: Path) -> None:
-    config = json.dumps(_config(artifact), indent=2, ensure_ascii=False, allow_nan=False)
+    config = json.dumps(artifact_data(artifact), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     save_file(_tensors(artifact), folder / WEIGHTS_FILE)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
@@ -176,7 +176,8 @@ def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def _config(artifact: Artifact) -> dict[str, Any]:
+def artifact_data(artifact: Artifact) -> dict[str, Any]:
+    """What `config.json` holds: everything about an artifact but its tensors."""
     config: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": artifact.kind,

@@ -1,0 +1,1 @@
+"""The page: a thin skin over the library, and the only importer of gradio."""

@@ -1,0 +1,53 @@
+"""What every handler needs: stopping a visitor's work, and turning whatever goes wrong into one line."""
+
+import logging
+import threading
+
+from neurosteer.errors import NeuroSteerError
+
+logger = logging.getLogger(__name__)
+
+
+class Jobs:
+    """The cancel events of running work, by visitor and kind of work. One visitor never stops another's."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[str | None, str], threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, visitor: str | None, kind: str) -> threading.Event:
+        """A fresh event for work that is about to be queued; what this visitor still had running of it is stopped."""
+        event = threading.Event()
+        with self._lock:
+            previous = self._events.get((visitor, kind))
+            self._events[visitor, kind] = event
+        if previous is not None:
+            previous.set()
+        return event
+
+    def current(self, visitor: str | None, kind: str) -> threading.Event:
+        """The event that `begin` made, or a fresh one."""
+        with self._lock:
+            return self._events.setdefault((visitor, kind), threading.Event())
+
+    def cancel(self, visitor: str | None, kind: str) -> None:
+        with self._lock:
+            event = self._events.get((visitor, kind))
+        if event is not None:
+            event.set()
+
+    def leave(self, visitor: str | None) -> None:
+        """Stop and forget everything of a visitor who closed the page."""
+        with self._lock:
+            keys = [key for key in self._events if key[0] == visitor]
+            events = [self._events.pop(key) for key in keys]
+        for event in events:
+            event.set()
+
+
+def problem(error: Exception) -> str:
+    """One line for people about what went wrong; the traceback of a fault of ours goes to the log."""
+    if isinstance(error, NeuroSteerError):
+        return str(error)
+    logger.error("A handler failed", exc_info=error)
+    return f"Something went wrong on our side ({type(error).__name__}); what you entered is kept, so please try again."

@@ -1,0 +1,118 @@
+"""The model of the page: loaded in a thread of its own, so that the page answers while it is on its way.
+
+Importing torch and transformers takes seconds. It happens in that thread too, which is why the page's modules import
+them inside functions only.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from neurosteer.errors import ModelError, NeuroSteerError
+from neurosteer.progress import Progress, check_cancelled, silent
+
+if TYPE_CHECKING:
+    from neurosteer.models import LanguageModel
+    from neurosteer.steering import Session
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+
+Loader = Callable[[str | None, Progress], "LanguageModel"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where loading is, as a phrase for people, and how it ended if it has."""
+
+    text: str
+    fraction: float | None = None
+    ready: bool = False
+    failed: bool = False
+
+    @property
+    def settled(self) -> bool:
+        return self.ready or self.failed
+
+
+class ModelHolder:
+    """Loads one model in the background and hands out a `Session` for it."""
+
+    def __init__(self, model_name: str | None = None, load: Loader | None = None) -> None:
+        self._name = model_name
+        self._load = load or _load_by_name
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._status = Status("not started")
+        self._session: Session | None = None
+        self._loading = False
+
+    @property
+    def status(self) -> Status:
+        return self._status
+
+    def start(self) -> None:
+        """Begin to load, unless that is done or under way. After a failure this tries again."""
+        with self._lock:
+            if self._loading or self._session is not None:
+                return
+            self._loading = True
+            self._status = Status("starting")
+        threading.Thread(target=self._run, name="neurosteer-load", daemon=True).start()
+
+    def wait(self, progress: Progress = silent, cancel: threading.Event | None = None) -> "Session":
+        """The session, as soon as the model is there; `progress` hears what it is waiting for.
+
+        Raises `ModelError` when loading failed and `Cancelled` when `cancel` is set.
+        """
+        self.start_if_new()
+        while self._session is None:
+            check_cancelled(cancel, "Waiting for the model")
+            status = self._status
+            if status.failed:
+                raise ModelError(f"The model is not there: {status.text} Press 'Load the model again' to retry.")
+            progress(f"Waiting for the model: {status.text}", status.fraction)
+            self._changed.wait(_POLL_S)
+        return self._session
+
+    def start_if_new(self) -> None:
+        """Begin to load if nobody has asked yet; a load that failed is left to the visitor to repeat."""
+        if not self._status.failed:
+            self.start()
+
+    def _run(self) -> None:
+        self._changed.clear()
+        try:
+            self._status = Status("loading the libraries")
+            from neurosteer import building, storage  # noqa: F401  so that the first click need not
+            from neurosteer.steering import Session
+
+            session = Session(self._load(self._name, self._report))
+            self._session = session
+            self._status = Status(_described(session.lm), ready=True)
+        except NeuroSteerError as error:
+            self._status = Status(str(error), failed=True)
+        except Exception as error:
+            logger.exception("Loading the model failed")
+            self._status = Status(f"it could not be loaded ({type(error).__name__}; the log says more).", failed=True)
+        finally:
+            self._loading = False
+            self._changed.set()
+
+    def _report(self, message: str, fraction: float | None = None) -> None:
+        self._status = Status(message[:1].lower() + message[1:], fraction)
+
+
+def _load_by_name(name: str | None, progress: Progress) -> "LanguageModel":
+    from neurosteer.models import load_model
+
+    return load_model(name, progress=progress)
+
+
+def _described(lm: "LanguageModel") -> str:
+    """'SmolLM2-135M-Instruct on CPU, bfloat16'."""
+    device = "CPU" if lm.device.type == "cpu" else "GPU" if lm.device.type == "cuda" else lm.device.type
+    return f"{lm.name.rsplit('/', 1)[-1]} on {device}, {str(lm.dtype).removeprefix('torch.')}"

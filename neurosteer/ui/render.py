@@ -1,0 +1,210 @@
+"""What the page shows, as pure functions. Texts, names and messages are data: all of it is escaped here."""
+
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from neurosteer.examples import ContrastSet
+
+if TYPE_CHECKING:
+    from neurosteer.artifacts import Artifact
+    from neurosteer.steering import Row
+    from neurosteer.ui.loading import Status
+
+WEAK_SEPARATION = 0.6
+CHANCE = 0.5
+
+_SAMPLES, _SAMPLE_CHARACTERS = 3, 160
+_ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white and on dark grey
+
+
+def heading() -> str:
+    """The page's title and the one line that says what it is."""
+    return (
+        "<header class='ns-heading'><h1>NeuroSteer</h1><p>Show a language model texts that have a quality and texts "
+        "that don’t. In seconds you get a slider that turns that quality up or down while the model writes.</p></header>"
+    )
+
+
+def status_line(status: "Status") -> str:
+    """Where loading the model is: 'Model: downloading …, 45 %', 'Model: ready: … on CPU, bfloat16'."""
+    kind = "ready" if status.ready else "failed" if status.failed else "busy"
+    share = "" if status.fraction is None or status.settled else f", {status.fraction:.0%}".replace("%", " %")
+    before = {"ready": "ready: ", "failed": "not loaded: ", "busy": ""}[kind]
+    dots = "…" if kind == "busy" and not share else ""
+    text = escape(f"Model: {before}{status.text}{share}{dots}")
+    return f"<p class='ns-status ns-{kind}' role='status'><span class='ns-dot' aria-hidden='true'></span>{text}</p>"
+
+
+def error_line(message: str) -> str:
+    """One visible line about what went wrong; nothing for an empty message."""
+    if not message:
+        return ""
+    return f"<p class='ns-error' role='alert'>{escape(' '.join(message.split()))}</p>"
+
+
+def note_line(message: str) -> str:
+    """One quiet line about what is going on."""
+    return f"<p class='ns-note' role='status'>{escape(message)}</p>" if message else ""
+
+
+def hint(message: str) -> str:
+    """A line of help where there is nothing to show yet."""
+    return f"<p class='ns-hint'>{escape(message)}</p>"
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+def examples_read(examples: ContrastSet) -> str:
+    """What was read: counts, what was left out, warnings, and the first texts of each class."""
+    counts = f"<b>{len(examples.positive):,}</b> texts show it, <b>{len(examples.negative):,}</b> don’t"
+    facts = [counts + (", in pairs." if examples.paired else "."), escape(left_out(examples.dropped))]
+    lines = [f"<p>{' '.join(fact for fact in facts if fact)}</p>"]
+    lines += [f"<p class='ns-warning'>{escape(warning)}</p>" for warning in examples.warnings]
+    columns = _samples("Show it", examples.positive) + _samples("Don’t", examples.negative)
+    lines.append(f"<div class='ns-samples'>{columns}</div>")
+    if examples.source:
+        lines.append(f"<p class='ns-faint'>Read as {escape(examples.source)}.</p>")
+    return f"<div class='ns-card'>{''.join(lines)}</div>"
+
+
+def left_out(dropped: Mapping[str, int], cut: int = 0) -> str:
+    """What of the examples was not used, as a sentence; empty if all was."""
+    words = {"blank": "blank", "duplicate": "repeated"}
+    parts = [f"{count:,} {words.get(kind, kind)}" for kind, count in dropped.items() if count]
+    sentences = [f"Left out: {' and '.join(parts)}."] if parts else []
+    if cut:
+        were = "text was" if cut == 1 else "texts were"
+        sentences.append(f"{cut:,} long {were} cut, only the beginning was read.")
+    return " ".join(sentences)
+
+
+def _samples(title: str, texts: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(_shortened(text))}</li>" for text in texts[:_SAMPLES])
+    return f"<div><h4>{escape(title)}</h4><ul>{items}</ul></div>"
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SAMPLE_CHARACTERS else line[: _SAMPLE_CHARACTERS - 1].rstrip() + "…"
+
+
+# --- artifacts -------------------------------------------------------------------------------------------------------
+
+
+def built(artifact: "Artifact", label: str, seconds: float, examples: ContrastSet) -> str:
+    """What was built, from what, at which layers and why; what was left out; what to be wary of."""
+    source = artifact.provenance
+    lines = [
+        f"<p class='ns-done'><b>{escape(label)}</b> is ready: {escape(what_it_is(artifact))}, built in "
+        f"{seconds:.1f} s from {source.n_positive:,} + {source.n_negative:,} texts.</p>"
+    ]
+    if reason := why_these_layers(artifact):
+        lines.append(f"<p>{escape(reason)}</p>")
+    if dropped := left_out(source.dropped, source.n_cut):
+        lines.append(f"<p>{escape(dropped)}</p>")
+    lines += [f"<p class='ns-warning'>{escape(text)}</p>" for text in (*examples.warnings, *warnings_of(artifact))]
+    lines.append(f"<p class='ns-faint'>{escape(meaning(artifact))}</p>")
+    return f"<div class='ns-card'>{''.join(lines)}</div>"
+
+
+def what_it_is(artifact: "Artifact") -> str:
+    """'a steering vector at layer 16'."""
+    from neurosteer.cards import layers_text
+
+    layers = f"layer{'s' if len(artifact.layers) > 1 else ''} {layers_text(artifact)}"
+    if artifact.kind == "steering-vector":
+        return f"a steering vector at {layers}"
+    return f"a circuit of {getattr(artifact, 'size', 0):,} neurons in {layers}"
+
+
+def why_these_layers(artifact: "Artifact") -> str:
+    """The reason for the layers as a sentence; empty where there is none to tell."""
+    reason = artifact.provenance.layer_choice.strip().rstrip(".")
+    if not reason:
+        return ""
+    if reason.startswith("given"):
+        reason = "the layers were given"
+    return f"Why there: {reason}."
+
+
+def meaning(artifact: "Artifact") -> str:
+    """What strength 1 does, as a sentence."""
+    from neurosteer.cards import strength_meaning
+
+    phrase = strength_meaning(artifact)
+    return f"{phrase[:1].upper()}{phrase[1:]}."
+
+
+def warnings_of(artifact: "Artifact") -> list[str]:
+    """Sentences about what makes an artifact weak."""
+    best = separation_reached(artifact)
+    if best is None or best >= WEAK_SEPARATION:
+        return []
+    return [
+        f"The model hardly tells the two kinds of text apart (AUC {best:.2f}, {CHANCE} is chance), so expect little "
+        "effect: use more examples, or ones that differ more clearly."
+    ]
+
+
+def separation_reached(artifact: "Artifact") -> float | None:
+    """The best held-out AUC among the artifact's layers, or among those measured if its own were not."""
+    measured = artifact.provenance.separation
+    own = [measured[layer] for layer in artifact.layers if layer in measured]
+    return max(own or measured.values(), default=None)
+
+
+def added(artifact: "Artifact", label: str, warning: str | None) -> str:
+    """What an uploaded artifact is."""
+    where = f", made on {artifact.model.name} with {artifact.method}"
+    lines = [f"<p class='ns-done'><b>{escape(label)}</b> is added: {escape(what_it_is(artifact) + where)}.</p>"]
+    if warning:
+        lines.append(f"<p class='ns-warning'>{escape(warning)}</p>")
+    return "".join(lines)
+
+
+def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) -> Any:
+    """A plotly figure of how well each layer tells the classes apart, the chosen layers marked; None without data."""
+    if len(separation) < 2:
+        return None
+    import plotly.graph_objects as go
+
+    layers = sorted(separation)
+    values = [separation[layer] for layer in layers]
+    marked = [layer for layer in layers if layer in chosen]
+    shown = "layer %{x}: %{y:.2f}<extra></extra>"
+    figure = go.Figure()
+    figure.add_scatter(
+        x=layers, y=values, mode="lines+markers", name="each layer", hovertemplate=shown,
+        line={"color": _FAINT, "width": 2}, marker={"size": 5},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=marked, y=[separation[layer] for layer in marked], mode="markers", name="chosen", hovertemplate=shown,
+        marker={"color": _ACCENT, "size": 11, "line": {"color": "white", "width": 1.5}},
+    )  # fmt: skip
+    figure.add_hline(
+        y=CHANCE, line={"color": _FAINT, "dash": "dot", "width": 1},
+        annotation={"text": "chance", "font": {"color": _TEXT}}, annotation_position="bottom right",
+    )  # fmt: skip
+    axis = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
+    figure.update_layout(
+        height=260, margin={"l": 48, "r": 12, "t": 8, "b": 44}, font={"color": _TEXT, "size": 12},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hovermode="x", dragmode=False,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        xaxis={**axis, "title": "layer (0 reads first)", "tickformat": "d"},
+        yaxis={**axis, "title": "told apart (AUC)", "range": [min(0.4, *values) - 0.02, 1.04]},
+    )  # fmt: skip
+    return figure
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def run_note(rows: "Sequence[Row]", seconds: float) -> str:
+    """How much was written and how fast, and whether it was stopped."""
+    tokens = sum(row.tokens for row in rows)
+    each = " + ".join(f"{row.tokens}" for row in rows)
+    speed = f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
+    stopped = "Stopped; what was written is kept. " if any(row.finish == "cancelled" for row in rows) else ""
+    return note_line(f"{stopped}{each} tokens in {seconds:.1f} s ({speed}).")

@@ -1,0 +1,127 @@
+"""Build time and peak memory against the floor.
+
+    python tests/benchmarks/build_speed.py [EXAMPLES] [--rounds 3]
+    python tests/benchmarks/build_speed.py [EXAMPLES] --memory
+
+The floor is one bare, length-sorted, batched pass of the same tokens through the decoder: no LM head, no hooks.
+Floor and builds take turns in one process; the ratio of each round is taken and the median printed.
+`--memory` builds from 400 + 400 and from 10,000 + 10,000 texts in fresh processes and compares their peaks.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from neurosteer.activations import _BATCH_TOKENS, MAX_TOKENS, _batches
+from neurosteer.building import build
+from neurosteer.examples import ContrastSet, read_examples
+from neurosteer.models import LanguageModel, load_model
+
+METHODS = {
+    "caa": {"method": "caa"},
+    "cna (write)": {"method": "cna"},
+    "cna (difference)": {"method": "cna", "rank": "difference"},
+}
+
+
+def floor(lm: LanguageModel, examples: ContrastSet) -> Callable[[], None]:
+    """The bare pass over the texts' tokens, tokenised and batched beforehand."""
+    framed = lm.frame([*examples.positive, *examples.negative], "raw", max_tokens=MAX_TOKENS)
+    batches = []
+    for indices in _batches(framed, _BATCH_TOKENS["cpu"]):
+        batch = [framed[index].ids for index in indices]
+        ids = torch.full((len(batch), max(map(len, batch))), lm.pad_id)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        batches.append(ids)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for ids in batches:
+                lm.decoder(input_ids=ids, use_cache=False)
+
+    return run
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def speed(examples: ContrastSet, rounds: int) -> None:
+    lm = load_model()
+    bare = floor(lm, examples)
+    bare()
+    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
+    for _ in range(rounds):
+        for name, options in METHODS.items():
+            before = seconds(bare)
+            took = seconds(lambda o=options: build(lm, examples, layers="all", framing="raw", tokens="mean", **o))
+            after = seconds(bare)
+            ratios[name].append(took / ((before + after) / 2))
+    print(f"{len(examples.positive)} + {len(examples.negative)} texts, all layers, {lm.dtype}; the floor is 1.00")
+    for name, values in ratios.items():
+        print(f"  {name:18s} median {statistics.median(values):.2f} x  (min {min(values):.2f}, max {max(values):.2f})")
+
+
+def enlarged(examples: ContrastSet, count: int) -> ContrastSet:
+    """`count` different texts per class with the lengths of the given ones: their words in other orders."""
+    rng = random.Random(0)
+
+    def texts(source: tuple[str, ...]) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        while len(found) < count:
+            words = rng.choice(source).split()
+            rng.shuffle(words)
+            found[" ".join(words)] = None
+        return tuple(found)
+
+    positive = texts(examples.positive)
+    taken = set(positive)
+    negative = tuple(text for text in texts(examples.negative) if text not in taken)
+    return ContrastSet(positive, negative, name="enlarged")
+
+
+def peak(examples: ContrastSet, count: int) -> None:
+    """Build once and print the process's peak resident memory in MB."""
+    lm = load_model()
+    build(lm, enlarged(examples, count), layers="all", framing="raw", tokens="mean")
+    print(json.dumps({"count": count, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def memory(path: str) -> None:
+    peaks = []
+    for count in (400, 10_000):
+        command = [sys.executable, __file__, path, "--peak", str(count)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks.append(json.loads(printed.splitlines()[-1])["peak_mb"])
+        print(f"  {count:6d} + {count:<6d} texts: peak {peaks[-1]:.0f} MB")
+    print(f"  ratio {peaks[1] / peaks[0]:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("examples", nargs="?", default="sentiment")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        peak(read_examples(arguments.examples), arguments.peak)
+    elif arguments.memory:
+        memory(arguments.examples)
+    else:
+        speed(read_examples(arguments.examples), arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

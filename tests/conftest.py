@@ -1,0 +1,53 @@
+"""Fixtures that several test files share."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import tiny as tinies
+import torch
+from tiny import ARCHITECTURES, Tiny, hook_count
+
+from neurosteer.errors import NeuroSteerError
+from neurosteer.models import LanguageModel, load_model
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def each(request: pytest.FixtureRequest) -> Tiny:
+    """A tiny model of every architecture in turn."""
+    return tinies.tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Tiny:
+    return tinies.tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def embedded_lm() -> LanguageModel:
+    """The embedded model in float32, or a skip where it cannot be had."""
+    try:
+        return load_model(dtype="float32")
+    except NeuroSteerError as error:
+        pytest.skip(f"the embedded model cannot be had: {error}")
+
+
+@pytest.fixture(autouse=True)
+def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models on one thread: several threads wait for one another longer than they compute."""
+    before = torch.get_num_threads()
+    embedded = any(request.node.get_closest_marker(name) for name in ("embedded", "shared"))
+    torch.set_num_threads(before if embedded else 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does to a shared model, no hook is on it afterwards."""
+    yield
+    for name in ("each", "llama"):
+        if name in request.fixturenames:
+            assert hook_count(request.getfixturevalue(name).model) == 0
