@@ -8,6 +8,7 @@ takes its place as attention sink, arXiv 2309.17453) are left out of every mean 
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -167,10 +168,8 @@ def _read_batch(lm: LanguageModel, tally: "_Tally", framed: Sequence[FramedText]
     for row, item in enumerate(batch):
         ids[row, : len(item.ids)] = torch.tensor(item.ids, dtype=torch.long)
     tally.begin(indices, batch, longest)
-    try:
+    with suppress(_Finished):
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
-    except _Finished:
-        pass
     tally.end()
 
 

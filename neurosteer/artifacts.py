@@ -75,7 +75,9 @@ class Provenance:
                 raise ArtifactError(f"The provenance's {key} is {getattr(self, key)!r}; it must be a count.")
         for layer, value in self.separation.items():
             if not _is_int(layer) or not _is_finite(value):
-                raise ArtifactError(f"The provenance's separation of layer {layer!r} is {value!r}; it must be a number.")
+                raise ArtifactError(
+                    f"The provenance's separation of layer {layer!r} is {value!r}; it must be a number."
+                )
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,9 @@ def _parse_layer_text(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 20:
-            raise UsageError(f"layers is {text[:60]!r}; use auto, all, a number (14), a range (10-18) or a list (3,7,9).")
+            raise UsageError(
+                f"layers is {text[:60]!r}; use auto, all, a number (14), a range (10-18) or a list (3,7,9)."
+            )
         if dash and not int(first) <= int(last) < int(first) + 10_000:
             raise UsageError(f"layers is {text[:60]!r}; a range runs from the lower layer to the higher.")
         numbers += range(int(first), int(last or first) + 1)
@@ -216,7 +218,9 @@ def _choose(
 
 def _distance(held_out: HeldOut) -> float:
     """Held-out d′ along the class difference: breaks ties where several layers separate perfectly."""
-    positive, negative = (_along(rows, held_out.difference) for rows in (held_out.rows.positive, held_out.rows.negative))
+    positive, negative = (
+        _along(rows, held_out.difference) for rows in (held_out.rows.positive, held_out.rows.negative)
+    )
     spread = ((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt().clamp(min=1e-12)
     return float((positive.mean() - negative.mean()) / spread)
 

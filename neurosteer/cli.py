@@ -21,7 +21,6 @@ from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
     from neurosteer.artifacts import Artifact
-    from neurosteer.decoding import Sampling
     from neurosteer.models import LanguageModel
     from neurosteer.recipes import Recipe
     from neurosteer.steering import Row
@@ -103,7 +102,9 @@ def models(as_json: JsonOption = False) -> None:
 @app.command()
 def build(
     examples: Annotated[str, typer.Argument(help="A file of examples, or the name of a bundled set.")],
-    negative: Annotated[str | None, typer.Option("--negative", help="With two plain text files: the negative one.")] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="With two plain text files: the negative one.")
+    ] = None,
     method: Annotated[str, typer.Option("--method", help="caa, pca, probe or cna.")] = "caa",
     model: ModelOption = None,
     layers: Annotated[str, typer.Option("--layers", help="auto, all, 14, 10-18 or 3,7,9.")] = "auto",
@@ -337,7 +338,8 @@ def _build_text(artifact: "Artifact", seconds: float) -> str:
     dropped = ", ".join(f"{count} {what}" for what, count in source.dropped.items() if count) or "none"
     return (
         f"Built {artifact.name} ({artifact.kind}) with {artifact.method} in {seconds:.1f} s from "
-        f"{source.n_positive} positive and {source.n_negative} negative texts (dropped: {dropped}; cut: {source.n_cut}).\n"
+        f"{source.n_positive} positive and {source.n_negative} negative texts "
+        f"(dropped: {dropped}; cut: {source.n_cut}).\n"
         f"Layers: {source.layer_choice}."
     )
 
@@ -360,7 +362,9 @@ def _inspect_text(artifact: "Artifact") -> str:
     if artifact.description:
         lines.insert(1, artifact.description)
     if isinstance(artifact, NeuronCircuit):
-        top = zip(artifact.neuron_layers.tolist()[:10], artifact.neurons.tolist(), artifact.scores.tolist(), strict=False)
+        top = zip(
+            artifact.neuron_layers.tolist()[:10], artifact.neurons.tolist(), artifact.scores.tolist(), strict=False
+        )
         lines.append(f"neurons: {artifact.size} ({artifact.share:.2%} of all); strongest (layer, neuron, score):")
         lines += [f"  {layer:3d} {neuron:6d} {score:+.4f}" for layer, neuron, score in top]
     return "\n".join(lines)

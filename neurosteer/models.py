@@ -61,7 +61,7 @@ class LanguageModel:
     without its LM head.
     """
 
-    model: PreTrainedModel
+    model: Any  # a PreTrainedModel; its type stubs do not know `generate`
     tokenizer: Any
     name: str
     revision: str | None
@@ -115,9 +115,7 @@ class LanguageModel:
     def reference(self) -> ModelReference:
         """What artifacts made on this model record of it."""
         shape = self.shape
-        return ModelReference(
-            self.name, self.revision, shape.n_layers, shape.d_model, shape.d_mlp, self.fingerprint
-        )
+        return ModelReference(self.name, self.revision, shape.n_layers, shape.d_model, shape.d_mlp, self.fingerprint)
 
     def write_columns(self, layer: int) -> Tensor:
         """What each neuron of `layer` writes to the residual stream per unit of activation, float32 `[d_mlp, d_model]`.
@@ -163,7 +161,8 @@ class LanguageModel:
             prefix = self._ids(self._render([{"role": "user", "content": ""}]), special=False)
             return [FramedText(prefix + ids, len(prefix), was_cut) for ids, was_cut in zip(plain, cut, strict=True)]
         kept = [
-            self.tokenizer.decode(ids) if was_cut else text for text, ids, was_cut in zip(texts, plain, cut, strict=True)
+            self.tokenizer.decode(ids) if was_cut else text
+            for text, ids, was_cut in zip(texts, plain, cut, strict=True)
         ]
         rendered = self._batch_ids([self._render([{"role": "user", "content": text}]) for text in kept], special=False)
         return [FramedText(ids, 0, was_cut) for ids, was_cut in zip(rendered, cut, strict=True)]

@@ -168,7 +168,7 @@ def _has_effect(use: Use) -> bool:
 
 
 def _additions(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Tensor]:
-    """Per layer the sum of the row's pushes: dose × median norm × unit direction, a vector's layers sharing its dose."""
+    """Per layer the sum of the row's pushes: dose × median norm × unit direction; a vector's layers share its dose."""
     sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(rows), 1, width))
     for row, uses in enumerate(rows):
         for use in uses:

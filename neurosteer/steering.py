@@ -200,9 +200,7 @@ class Session:
             )
 
 
-def sweep_rows(
-    recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Prompt], *, samples: int = 1
-) -> list[Row]:
+def sweep_rows(recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Prompt], *, samples: int = 1) -> list[Row]:
     """The rows of a sweep, strengths outermost. Raises `UsageError` when there is nothing to do."""
     if not strengths or not prompts or samples < 1:
         raise UsageError("A sweep needs at least one strength, one prompt and one sample.")

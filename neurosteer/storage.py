@@ -58,7 +58,9 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise ArtifactError(f"{str(target)!r} could not be written ({error.strerror or error}); nothing was changed.") from error
+        raise ArtifactError(
+            f"{str(target)!r} could not be written ({error.strerror or error}); nothing was changed."
+        ) from error
     return target
 
 
@@ -104,7 +106,9 @@ def unpack(data: bytes | Path) -> Artifact:
                 (Path(temporary) / name).write_bytes(_read_member(archive, member, _LIMITS[name]))
             return load(temporary)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
-        raise ArtifactError(f"The upload is not a zip file that can be read ({error}); zip an artifact's folder.") from error
+        raise ArtifactError(
+            f"The upload is not a zip file that can be read ({error}); zip an artifact's folder."
+        ) from error
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -22,7 +22,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("calibration", "evaluation", "circuits"),
     ("hub", "export"),
     ("references",),
-    ("cli", "ui", "__main__"),
+    ("ui",),
+    ("cli",),  # below the interface, because one of its verbs starts it
+    ("__main__",),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 # Packages whose modules may also import one another.

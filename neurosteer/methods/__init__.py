@@ -4,9 +4,7 @@ from neurosteer.errors import UsageError
 from neurosteer.methods import caa, cna, pca, probe
 from neurosteer.methods.base import Method
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (caa.METHOD, pca.METHOD, probe.METHOD, cna.METHOD)
-}
+METHODS: dict[str, Method] = {method.name: method for method in (caa.METHOD, pca.METHOD, probe.METHOD, cna.METHOD)}
 
 
 def find_method(name: str) -> Method:

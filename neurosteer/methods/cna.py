@@ -78,7 +78,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
         raise UsageError(f"rank is {parameters['rank']!r}; it must be one of {', '.join(RANKS)}.")
     if parameters["operation"] not in CIRCUIT_OPERATIONS:
         raise UsageError(
-            f"operation is {parameters['operation']!r}; for a circuit it must be one of {', '.join(CIRCUIT_OPERATIONS)}."
+            f"operation is {parameters['operation']!r}; a circuit's must be one of {', '.join(CIRCUIT_OPERATIONS)}."
         )
     top_k = parameters["top_k"]
     if isinstance(top_k, bool) or not isinstance(top_k, (int, float)) or not 0 < top_k < 1e9:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from neurosteer.building import build
 from neurosteer.examples import ContrastSet, read_examples
 from neurosteer.models import LanguageModel, load_model
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "caa": {"method": "caa"},
     "cna (write)": {"method": "cna"},
     "cna (difference)": {"method": "cna", "rank": "difference"},
@@ -109,7 +110,7 @@ def memory(path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("examples", nargs="?", default="sentiment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true")

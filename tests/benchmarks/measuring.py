@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -68,7 +69,9 @@ def unsteered_continuation(lm: LanguageModel, prompts: Sequence[str], tokens: in
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     with torch.inference_mode():
-        full = lm.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        full = lm.model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
     mask = torch.cat([mask, torch.ones(len(encoded), full.shape[1] - width, dtype=torch.long)], 1)
     return Continuation(full, mask, width, _logprobs(lm, full, mask, width, None))
 
@@ -88,7 +91,7 @@ def _logprobs(lm: LanguageModel, ids: Tensor, mask: Tensor, width: int, recipe: 
 
 
 def effect(
-    session: Session, judge: Judge, rows: Sequence[Row], strengths: Sequence[float], **options: object
+    session: Session, judge: Judge, rows: Sequence[Row], strengths: Sequence[float], **options: Any
 ) -> list[tuple[float, float, float]]:
     """(strength, percent positive, quality) of a sweep's rows."""
     written = session.generate(rows, **options)

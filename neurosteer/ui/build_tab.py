@@ -1,0 +1,338 @@
+"""The Build tab: examples in, artifact out."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from neurosteer.errors import Cancelled, UsageError
+from neurosteer.examples import ContrastSet, bundled_sets, parse_examples, paste_examples, read_examples
+from neurosteer.progress import Progress
+from neurosteer.ui import render
+from neurosteer.ui.jobs import Jobs, problem
+from neurosteer.ui.loading import ModelHolder
+from neurosteer.ui.mixer import Mix, Mixer, unchanged
+from neurosteer.ui.shelf import put, zip_file
+
+KIND = "build"
+
+_SOURCES = [
+    ("A ready-made set", "bundled"),
+    ("Upload one file", "file"),
+    ("Upload two text files", "files"),
+    ("Paste texts", "paste"),
+]
+_ABOUT = {
+    "sentiment": "delighted reviews against disappointed ones",
+    "formality": "formal writing against casual chat",
+    "gratitude": "texts that give thanks against texts that don’t",
+}
+_NOTHING_YET = {
+    "bundled": "Pick a set to see what is in it.",
+    "file": "Choose a file to see what is read from it.",
+    "files": "Choose both files to see what is read from them.",
+    "paste": "Fill both boxes to see what is read from them.",
+}
+_TABLE_HELP = (
+    "CSV, TSV, JSON or JSONL with the columns <code>text</code> and <code>label</code> (positive or negative), "
+    "or <code>positive</code> and <code>negative</code>. A few hundred texts of each kind work best."
+)
+_AUTOMATIC = ("automatic", "")
+_PROGRESS = gr.Progress()  # as a default value it is how gradio knows to pass one in
+
+
+class Source(NamedTuple):
+    """What the visitor gave as examples: the values of the source components, in their order."""
+
+    kind: str
+    bundled: str | None
+    file: str | None
+    positive_file: str | None
+    negative_file: str | None
+    positive_text: str
+    negative_text: str
+
+
+class Settings(NamedTuple):
+    """How to build: the values of the settings components, in their order. Empty means automatic."""
+
+    name: str
+    method: str
+    layers: str
+    framing: str
+    tokens: str
+    rank: str
+    operation: str
+    top_k: float | None
+
+
+def read_source(source: Source) -> ContrastSet | None:
+    """The examples, or None where something is still missing. Raises `ExamplesError`."""
+    if source.kind == "bundled":
+        return read_examples(source.bundled) if source.bundled else None
+    if source.kind == "file":
+        return parse_examples(*_content(source.file)) if source.file else None
+    if source.kind == "files":
+        if not source.positive_file or not source.negative_file:
+            return None
+        data, filename = _content(source.positive_file)
+        negative, negative_filename = _content(source.negative_file)
+        return parse_examples(data, filename=filename, negative=negative, negative_filename=negative_filename)
+    if not source.positive_text.strip() or not source.negative_text.strip():
+        return None
+    return paste_examples(source.positive_text, source.negative_text)
+
+
+def build_options(settings: Settings) -> dict[str, Any]:
+    """The arguments of `build`: what was left automatic, and what the method does not take, is left out."""
+    from neurosteer.methods import find_method
+
+    takes = find_method(settings.method).defaults
+    own = {"rank": settings.rank, "operation": settings.operation, "top_k": settings.top_k}
+    options = {name: value for name, value in own.items() if name in takes}
+    options |= {"name": settings.name.strip(), "framing": settings.framing, "tokens": settings.tokens}
+    options = {name: value for name, value in options.items() if value not in ("", None)}
+    return {"method": settings.method, "layers": settings.layers.strip() or "auto", **options}
+
+
+def _content(path: str) -> tuple[bytes, str]:
+    """An upload's content and the name its owner gave it."""
+    return Path(path).read_bytes(), Path(path).name
+
+
+def in_words(progress: gr.Progress) -> Progress:
+    """Gradio's progress as the library's."""
+
+    def report(message: str, fraction: float | None = None) -> None:
+        progress(fraction or 0.0, desc=message)
+
+    return report
+
+
+class BuildHandlers:
+    """What happens on the Build tab."""
+
+    def __init__(self, holder: ModelHolder, jobs: Jobs) -> None:
+        self.holder = holder
+        self.jobs = jobs
+
+    def choices(self) -> list[Any]:
+        """The methods and the options of Advanced, from the library; they are not imported before the page is up."""
+        from neurosteer.activations import TOKENS
+        from neurosteer.artifacts import CIRCUIT_OPERATIONS
+        from neurosteer.methods import METHODS
+        from neurosteer.methods.cna import RANKS
+        from neurosteer.models import FRAMINGS
+
+        methods = [(f"{method.name}: {method.explanation}", method.name) for method in METHODS.values()]
+        lists = [[_AUTOMATIC, *((value, value) for value in values)] for values in (FRAMINGS, TOKENS, RANKS)]
+        operations = [_AUTOMATIC, *((value, value) for value in CIRCUIT_OPERATIONS)]
+        return [gr.update(choices=choices) for choices in (methods, *lists, operations)]
+
+    def show_source(self, kind: str) -> list[Any]:
+        """Which of the four groups of inputs is visible."""
+        return [gr.update(visible=value == kind) for _, value in _SOURCES]
+
+    def show_parameters(self, method: str) -> list[Any]:
+        """Which of rank, operation and top_k the method takes."""
+        from neurosteer.methods import find_method
+
+        takes = find_method(method).defaults
+        return [gr.update(visible=name in takes) for name in ("rank", "operation", "top_k")]
+
+    def preview(self, *values: Any) -> str:
+        """What is read from the source as it stands."""
+        source = Source(*values)
+        try:
+            examples = read_source(source)
+        except Exception as error:
+            return render.error_line(problem(error))
+        return render.hint(_NOTHING_YET[source.kind]) if examples is None else render.examples_read(examples)
+
+    def begin(self, request: gr.Request) -> list[Any]:
+        """At once, before the work has its turn: Cancel works from here on."""
+        self.jobs.begin(request.session_hash, KIND)
+        return [gr.update(interactive=False), gr.update(interactive=True), "", ""]
+
+    def give_up(self) -> list[Any]:
+        """When the server could not even begin: the buttons as they were."""
+        busy = render.error_line("The page is busy with other visitors' work; please try again in a moment.")
+        return [gr.update(interactive=True), gr.update(interactive=False), busy, ""]
+
+    def cancel(self, request: gr.Request) -> None:
+        self.jobs.cancel(request.session_hash, KIND)
+
+    def build(self, request: gr.Request, progress: gr.Progress = _PROGRESS, *values: Any) -> list[Any]:
+        """Build, and put the result on the visitor's shelf. Whatever goes wrong becomes one line, inputs stay."""
+        n_source, n_settings = len(Source._fields), len(Settings._fields)
+        source, settings = Source(*values[:n_source]), Settings(*values[n_source:][:n_settings])
+        mix = Mix.of(values[n_source + n_settings :])
+        buttons = [gr.update(interactive=True), gr.update(interactive=False)]
+        try:
+            started = time.monotonic()
+            examples = read_source(source)
+            if examples is None:
+                raise UsageError(f"There are no examples yet. {_NOTHING_YET[source.kind]}")
+            artifact = self.make(examples, build_options(settings), in_words(progress), request.session_hash)
+            shelf, label = put(mix.shelf, artifact)
+            shown = Built(artifact, label, time.monotonic() - started, examples)
+            mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
+            return [*buttons, "", "", *shown.updates(), label, *mixed]
+        except Cancelled:
+            stopped = render.note_line("Cancelled: nothing was built, what you entered is still here.")
+            return [*buttons, "", stopped, *[gr.skip()] * 5, *unchanged()]
+        except Exception as error:
+            return [*buttons, render.error_line(problem(error)), "", *[gr.skip()] * 5, *unchanged()]
+
+    def make(self, examples: ContrastSet, options: dict[str, Any], progress: Progress, visitor: str | None) -> Any:
+        """The artifact, once the model is there. Raises the library's errors."""
+        cancel = self.jobs.current(visitor, KIND)
+        session = self.holder.wait(progress, cancel)
+        from neurosteer.building import build
+
+        return build(session.lm, examples, progress=progress, cancel=cancel, **options)
+
+    def try_it(self, label: str, *values: Any) -> list[Any]:
+        """To the Steer tab, with the newest artifact alone."""
+        mix = Mix.of(values)
+        return [gr.update(selected="steer"), *mix.choosing(mix.shelf, [label]).updates()]
+
+
+class Built(NamedTuple):
+    """A result to show."""
+
+    artifact: Any
+    label: str
+    seconds: float
+    examples: ContrastSet
+
+    def updates(self) -> list[Any]:
+        """For the result's sentence, plot, and two buttons."""
+        separation = self.artifact.provenance.separation
+        figure = render.separation_figure(separation, self.artifact.layers)
+        return [
+            render.built(self.artifact, self.label, self.seconds, self.examples),
+            gr.update(value=figure, visible=figure is not None),
+            gr.update(value=zip_file(self.artifact), visible=True),
+            gr.update(visible=True),
+        ]
+
+
+@dataclass(frozen=True)
+class BuildTab:
+    """The components that handlers read and write."""
+
+    kind: gr.Radio
+    groups: tuple[gr.Group, ...]
+    source: tuple[Any, ...]
+    preview: gr.HTML
+    settings: tuple[Any, ...]
+    start: gr.Button
+    cancel: gr.Button
+    error: gr.HTML
+    note: gr.HTML
+    result: gr.HTML
+    plot: gr.Plot
+    download: gr.DownloadButton
+    try_it: gr.Button
+    latest: gr.State
+
+
+def lay_out() -> BuildTab:
+    """The tab's components, within the current layout."""
+    with gr.Row(elem_classes="ns-columns"):
+        with gr.Column(min_width=320):
+            gr.Markdown("### 1. Examples of what you want more, or less, of")
+            kind, groups, source = _source_inputs()
+        with gr.Column(min_width=320):
+            preview = gr.HTML(render.hint(_NOTHING_YET["bundled"]), elem_id="preview")
+    with gr.Row(elem_classes="ns-columns"):
+        with gr.Column(min_width=320):
+            gr.Markdown("### 2. Build the slider")
+            settings = _settings_inputs()
+            with gr.Row():
+                start = gr.Button("Build", variant="primary", elem_id="build")
+                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel-build")
+        with gr.Column(min_width=320):
+            error = gr.HTML(elem_id="build-error")
+            note = gr.HTML(elem_id="build-note")
+            result = gr.HTML(render.hint("What you build appears here."), elem_id="built")
+            plot = gr.Plot(label="How well each layer tells the two kinds apart (1 always)", visible=False)
+            with gr.Row():
+                try_it = gr.Button("Try it", variant="primary", visible=False, elem_id="try-it")
+                download = gr.DownloadButton("Download (.zip)", visible=False, elem_id="download-built")
+    return BuildTab(
+        kind, groups, source, preview, settings, start, cancel, error, note, result, plot, download, try_it, gr.State("")
+    )
+
+
+def _source_inputs() -> tuple[gr.Radio, tuple[gr.Group, ...], tuple[Any, ...]]:
+    kind = gr.Radio(_SOURCES, value="bundled", label="Where the examples come from")
+    names = bundled_sets()
+    described = [(f"{name}: {_ABOUT[name]}" if name in _ABOUT else name, name) for name in names]
+    default = "sentiment" if "sentiment" in names else (names[0] if names else None)
+    with gr.Group() as bundled_group:
+        bundled = gr.Radio(described, value=default, label="Ready-made sets", elem_classes="ns-stacked")
+    with gr.Group(visible=False) as file_group:
+        file = gr.File(label="File with both kinds of text", height=140, elem_id="file")
+        gr.HTML(f"<p class='ns-faint ns-inset'>{_TABLE_HELP}</p>")
+    with gr.Group(visible=False) as files_group, gr.Row():
+        positive_file = gr.File(label="Texts that show it, one a line", height=140)
+        negative_file = gr.File(label="Texts that don’t, one a line", height=140)
+    with gr.Group(visible=False) as paste_group, gr.Row():
+        positive = gr.Textbox(label="Texts that show it, one a line", lines=8, max_lines=16)
+        negative = gr.Textbox(label="Texts that don’t, one a line", lines=8, max_lines=16)
+    source = (kind, bundled, file, positive_file, negative_file, positive, negative)
+    return kind, (bundled_group, file_group, files_group, paste_group), source
+
+
+def _settings_inputs() -> tuple[Any, ...]:
+    method = gr.Radio([("caa", "caa")], value="caa", label="Method", elem_classes="ns-stacked")
+    name = gr.Textbox(label="Name", placeholder="chosen for you", max_lines=1, max_length=96)
+    with gr.Accordion("Advanced", open=False):
+        layers = gr.Textbox("auto", label="Layers", info="auto, all, a number (14), a range (10-18) or a list (3,7,9)")
+        with gr.Row():
+            framing = gr.Dropdown(
+                [_AUTOMATIC], value="", label="Framing", info="Read a text as it is, as a request, or as an answer"
+            )
+            tokens = gr.Dropdown([_AUTOMATIC], value="", label="Tokens", info="The mean over a text, or its last token")
+        with gr.Row():
+            rank = gr.Dropdown([_AUTOMATIC], value="", label="Rank", info="What makes a neuron matter", visible=False)
+            operation = gr.Dropdown(
+                [_AUTOMATIC], value="", label="Operation", info="Scale the neurons, or shift them", visible=False
+            )
+            top_k = gr.Number(
+                None,
+                label="Neurons (top_k)",
+                info="A count, or a share below 1; empty is automatic",
+                visible=False,
+                step=0.0001,
+            )
+    return name, method, layers, framing, tokens, rank, operation, top_k
+
+
+def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: BuildHandlers) -> None:
+    """Connect the components with the handlers."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    name, method, layers, framing, tokens, rank, operation, top_k = tab.settings
+    page.load(handlers.choices, None, [method, framing, tokens, rank, operation], **quiet)
+    page.load(handlers.preview, list(tab.source), tab.preview, **quiet)
+    tab.kind.change(handlers.show_source, tab.kind, list(tab.groups), queue=False, **quiet)
+    for component in tab.source:
+        component.change(handlers.preview, list(tab.source), tab.preview, trigger_mode="always_last", **quiet)
+    method.change(handlers.show_parameters, method, [rank, operation, top_k], **quiet)
+
+    result = [tab.start, tab.cancel, tab.error, tab.note, tab.result, tab.plot, tab.download, tab.try_it, tab.latest]
+    gr.on(
+        [tab.start.click, name.submit, layers.submit], handlers.begin, None, result[:4], queue=False, **quiet
+    ).then(
+        handlers.build,
+        [*tab.source, *tab.settings, *mixer.inputs],
+        [*result, *mixer.outputs],
+        show_progress_on=tab.result,
+        api_visibility="private",
+    ).failure(handlers.give_up, None, result[:4], queue=False, **quiet)
+    tab.cancel.click(handlers.cancel, None, None, queue=False, **quiet)
+    tab.try_it.click(handlers.try_it, [tab.latest, *mixer.inputs], [tabs, *mixer.outputs], **quiet)

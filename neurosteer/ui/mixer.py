@@ -1,0 +1,109 @@
+"""The chosen artifacts and their sliders: one place that both tabs update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from neurosteer.ui.shelf import Shelf, zip_file
+
+MOST = 4
+STRENGTHS = (-3.0, 3.0)
+DEFAULT_STRENGTH = 1.0
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """The components. `shelf` holds the visitor's artifacts by label, `shown` the labels the sliders stand for."""
+
+    shelf: gr.State
+    shown: gr.State
+    empty: gr.Group
+    chosen: gr.Dropdown
+    rows: tuple[gr.Row, ...]
+    sliders: tuple[gr.Slider, ...]
+    downloads: tuple[gr.DownloadButton, ...]
+
+    @property
+    def inputs(self) -> list[Any]:
+        """In the order of `Mix`'s fields."""
+        return [self.shelf, self.shown, self.chosen, *self.sliders]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """In the order of what `Mix.updates` returns."""
+        return [self.shelf, self.shown, self.empty, self.chosen, *self.rows, *self.sliders, *self.downloads]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a visitor has (`shelf`), has chosen, and the strength of each."""
+
+    shelf: Shelf
+    chosen: tuple[str, ...]
+    strengths: dict[str, float]
+
+    @staticmethod
+    def of(values: Sequence[Any]) -> "Mix":
+        """From the values of `Mixer.inputs`."""
+        shelf, shown, chosen, *strengths = values
+        kept = [label for label in chosen or () if label in shelf]
+        return Mix(shelf, tuple(kept), dict(zip(shown, strengths, strict=False)))
+
+    def strength(self, label: str) -> float:
+        return self.strengths.get(label, DEFAULT_STRENGTH)
+
+    def choosing(self, shelf: Shelf, chosen: Sequence[str]) -> "Mix":
+        """The same strengths with another shelf and choice."""
+        return Mix(shelf, tuple(chosen[:MOST]), self.strengths)
+
+    def updates(self) -> list[Any]:
+        """For `Mixer.outputs`."""
+        labels = [*self.chosen, *[None] * (MOST - len(self.chosen))]
+        return [
+            dict(self.shelf),
+            list(self.chosen),
+            gr.update(visible=not self.shelf),
+            gr.update(choices=list(self.shelf), value=list(self.chosen), visible=bool(self.shelf)),
+            *(gr.update(visible=label is not None) for label in labels),
+            *(gr.skip() if label is None else gr.update(label=label, value=self.strength(label)) for label in labels),
+            *(gr.skip() if label is None else gr.update(value=zip_file(self.shelf[label])) for label in labels),
+        ]
+
+
+def unchanged() -> list[Any]:
+    """Updates for `Mixer.outputs` that change nothing."""
+    return [gr.skip()] * (4 + 3 * MOST)
+
+
+def lay_out(shelf: gr.State, empty: gr.Group) -> Mixer:
+    """The dropdown and the rows of sliders, within the current layout."""
+    chosen = gr.Dropdown(
+        [],
+        value=[],
+        multiselect=True,
+        max_choices=MOST,
+        label=f"Steer with (up to {MOST} at once)",
+        visible=False,
+        elem_id="chosen",
+    )
+    rows, sliders, downloads = [], [], []
+    for number in range(1, MOST + 1):
+        with gr.Row(visible=False, elem_classes="ns-slider", equal_height=True) as row:
+            sliders.append(
+                gr.Slider(
+                    *STRENGTHS,
+                    value=DEFAULT_STRENGTH,
+                    step=0.1,
+                    label=f"Strength {number}",
+                    info="0 is off, 1 the usual dose, below 0 the opposite",
+                    interactive=True,
+                    scale=5,
+                )
+            )
+            downloads.append(
+                gr.DownloadButton("Download", size="sm", scale=0, min_width=110, elem_classes="ns-download")
+            )
+        rows.append(row)
+    return Mixer(shelf, gr.State([]), empty, chosen, tuple(rows), tuple(sliders), tuple(downloads))

@@ -1,0 +1,106 @@
+"""The page: its tabs, the line that says where the model is, and launching it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from neurosteer.errors import UsageError
+from neurosteer.ui import build_tab, render, steer_tab
+from neurosteer.ui.build_tab import BuildHandlers
+from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.loading import ModelHolder
+from neurosteer.ui.steer_tab import SteerHandlers
+
+MAX_UPLOAD = "64mb"
+_MAX_WAITING = 32
+_STATUS_EVERY_S = 1.0
+_CACHE_S = (3600, 24 * 3600)
+_SANS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+
+class PageHandlers:
+    """What happens around the tabs."""
+
+    def __init__(self, holder: ModelHolder, jobs: Jobs) -> None:
+        self.holder = holder
+        self.jobs = jobs
+
+    def status(self) -> list[Any]:
+        """The model's line; the timer that asks for it (until loading is over); the button to try again."""
+        status = self.holder.status
+        return [
+            render.status_line(status),
+            gr.Timer(_STATUS_EVERY_S, active=not status.settled),
+            gr.update(visible=status.failed),
+        ]
+
+    def retry(self) -> list[Any]:
+        """Load the model again after a failure."""
+        self.holder.start()
+        return self.status()
+
+    def leave(self, request: gr.Request) -> None:
+        """A visitor closed the page: nobody waits for their work any more."""
+        self.jobs.leave(request.session_hash)
+
+
+def create_app(model_name: str | None = None, *, holder: ModelHolder | None = None) -> gr.Blocks:
+    """The page. The model begins to load here, in a thread of its own; the page answers meanwhile."""
+    holder, jobs = holder or ModelHolder(model_name), Jobs()
+    handlers = PageHandlers(holder, jobs)
+    building = BuildHandlers(holder, jobs)
+    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
+        gr.HTML(render.heading())
+        with gr.Row(elem_classes="ns-model"):
+            status = gr.HTML(render.status_line(holder.status), elem_id="model-status")
+            retry = gr.Button("Load the model again", size="sm", visible=False, scale=0, min_width=180)
+        timer = gr.Timer(_STATUS_EVERY_S)
+        shelf = gr.State({})
+        with gr.Tabs() as tabs:
+            with gr.Tab("Build", id="build"):
+                build = build_tab.lay_out()
+            with gr.Tab("Steer", id="steer"):
+                steer = steer_tab.lay_out(shelf)
+        build_tab.wire(build, steer.mixer, tabs, page, building)
+        steer_tab.wire(steer, SteerHandlers(holder, jobs, building))
+        line = [status, timer, retry]
+        timer.tick(handlers.status, None, line, **quiet)
+        page.load(handlers.status, None, line, **quiet)
+        retry.click(handlers.retry, None, line, **quiet)
+        page.unload(handlers.leave)
+    holder.start()
+    return page
+
+
+def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None, **options: Any) -> Any:
+    """Serve the page. Host and port: as given, else GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, else this machine only
+    (everywhere on a Space) and the first free port from 7860. `options` are gradio's own.
+
+    Raises `UsageError` when the port is taken.
+    """
+    everywhere = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    try:
+        return page.queue(max_size=_MAX_WAITING).launch(
+            server_name=host or os.environ.get("GRADIO_SERVER_NAME") or everywhere,
+            server_port=port,
+            theme=_theme(),
+            css_paths=Path(__file__).with_name("style.css"),
+            max_file_size=MAX_UPLOAD,
+            footer_links=["settings"],
+            run_history=False,
+            ssr_mode=False,
+            **options,
+        )
+    except OSError as error:
+        wanted = port or os.environ.get("GRADIO_SERVER_PORT") or "from 7860 on"
+        raise UsageError(f"The page could not be served on port {wanted} ({error}); choose another with --port.") from error
+
+
+def _theme() -> gr.themes.Base:
+    return gr.themes.Soft(
+        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=_SANS, font_mono=_MONO
+    )

@@ -1,0 +1,285 @@
+"""Reading activations: every statistic against a loop that reads one text at a time, unbatched and unpadded."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny import D_MODEL, N_LAYERS, Tiny, hook_count, make_tiny, naive_states, own_hooks, pool, positions_read, texts
+from torch import Tensor
+
+from neurosteer.activations import Activations, Request, read_activations
+from neurosteer.errors import Cancelled, UsageError
+
+ALL = tuple(range(N_LAYERS))
+POSITIVE, NEGATIVE = texts(7, seed=1), texts(9, seed=2)
+HELD_POSITIVE, HELD_NEGATIVE = (1, 4), (0, 5, 8)
+TOKENS: tuple[Literal["mean", "last"], ...] = ("mean", "last")
+
+
+def request(**changes: Any) -> Request:
+    return Request(**{"residual": ALL, "neurons": ALL, "rows": ALL, "batch_tokens": 150, **changes})
+
+
+class Naive:
+    """What a loop over the texts finds: rows by class `[n_layers, n, d]`, and all norms `[n_layers, tokens]`."""
+
+    def __init__(self, this: Tiny, positive: Sequence[str], negative: Sequence[str], tokens: str, framing: str = "raw"):
+        self.residual: list[Tensor] = []
+        self.neurons: list[Tensor] = []
+        norms: list[Tensor] = []
+        self.n_tokens = 0
+        for side in (positive, negative):
+            residual_rows, neuron_rows = [], []
+            for text in side:
+                ids, start = self.frame(this, text, framing)
+                residual, neurons = naive_states(this, ids)
+                residual_rows.append(pool(residual, len(ids), tokens, start))
+                neuron_rows.append(pool(neurons, len(ids), tokens, start))
+                norms.append(torch.linalg.vector_norm(residual, dim=-1)[:, positions_read(len(ids), start)])
+                self.n_tokens += len(ids)
+            self.residual.append(torch.stack(residual_rows, 1))
+            self.neurons.append(torch.stack(neuron_rows, 1))
+        self.norms = torch.cat(norms, 1).median(1).values
+
+    @staticmethod
+    def frame(this: Tiny, text: str, framing: str) -> tuple[list[int], int]:
+        tokenizer = this.lm.tokenizer
+        if framing == "raw":
+            return tokenizer(text)["input_ids"], 0
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        user = f"<|im_start|>user\n{text if framing == 'prompt' else ''}<|im_end|>\n<|im_start|>assistant\n"
+        turn = tokenizer(user, add_special_tokens=False)["input_ids"]
+        return (turn, 0) if framing == "prompt" else (turn + plain, len(turn))
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * (1 + wanted.abs().max()))
+
+
+def agree(found: Activations, naive: Naive, layers: Sequence[int] = ALL) -> None:
+    for layer in layers:
+        rows = [side[layer] for side in naive.residual]
+        assert close(found.residual[layer].positive, rows[0].mean(0))
+        assert close(found.residual[layer].negative, rows[1].mean(0))
+        assert close(found.residual[layer].difference, rows[0].mean(0) - rows[1].mean(0))
+        assert found.norms[layer] == pytest.approx(float(naive.norms[layer]), rel=0.005)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_means_variances_rows_and_norms_are_those_of_a_loop(each: Tiny, tokens: Literal["mean", "last"]) -> None:
+    found = read_activations(each.lm, POSITIVE, NEGATIVE, request(tokens=tokens))
+    naive = Naive(each, POSITIVE, NEGATIVE, tokens)
+    agree(found, naive)
+    for layer in ALL:
+        for name, side in (("positive", 0), ("negative", 1)):
+            assert close(getattr(found.rows[layer], name), naive.residual[side][layer])
+            neurons = naive.neurons[side][layer]
+            assert close(getattr(found.neurons[layer], name), neurons.mean(0))
+            variance = neurons.double().var(0, correction=0).float()
+            assert close(getattr(found.neurons[layer], f"{name}_variance"), variance, 1e-4)
+        assert found.rows[layer].positive.dtype == found.neurons[layer].positive.dtype == torch.float32
+    assert (found.n_texts, found.n_tokens, found.n_cut) == (16, naive.n_tokens, 0)
+    assert found.model == each.lm.reference
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_held_out_rows_and_the_difference_without_them_are_those_of_a_loop(
+    each: Tiny, tokens: Literal["mean", "last"]
+) -> None:
+    found = read_activations(
+        each.lm, POSITIVE, NEGATIVE, request(tokens=tokens), held_out_positive=HELD_POSITIVE, held_out_negative=HELD_NEGATIVE
+    )
+    naive = Naive(each, POSITIVE, NEGATIVE, tokens)
+    agree(found, naive)  # the class means are over all texts, held out or not
+    for layer in ALL:
+        rows = [side[layer] for side in naive.residual]
+        left = [[place for place in range(len(side)) if place not in held]
+                for side, held in ((POSITIVE, HELD_POSITIVE), (NEGATIVE, HELD_NEGATIVE))]  # fmt: skip
+        held_out = found.held_out[layer]
+        assert close(held_out.rows.positive, rows[0][list(HELD_POSITIVE)])
+        assert close(held_out.rows.negative, rows[1][list(HELD_NEGATIVE)])
+        assert close(held_out.difference, rows[0][left[0]].mean(0) - rows[1][left[1]].mean(0))
+
+
+def test_without_held_out_texts_there_are_none(llama: Tiny) -> None:
+    assert read_activations(llama.lm, POSITIVE, NEGATIVE, request()).held_out == {}
+
+
+@pytest.mark.parametrize("framing", ["prompt", "answer"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_framed_texts_are_read_where_the_framing_says(
+    llama: Tiny, framing: Literal["prompt", "answer"], tokens: Literal["mean", "last"]
+) -> None:
+    found = read_activations(llama.lm, POSITIVE, NEGATIVE, request(framing=framing, tokens=tokens))
+    agree(found, Naive(llama, POSITIVE, NEGATIVE, tokens, framing))
+
+
+def test_a_text_of_one_token_is_read_at_that_token(llama: Tiny) -> None:
+    one, two = ["a", "b"], ["c", "the cat sings"]
+    assert llama.lm.tokenizer("a")["input_ids"].__len__() == 1
+    found = read_activations(llama.lm, one, two, request())
+    agree(found, Naive(llama, one, two, "mean"))
+
+
+def test_a_subset_of_layers_is_read_as_it_is_among_all(each: Tiny) -> None:
+    found = read_activations(each.lm, POSITIVE, NEGATIVE, request(residual=(0, 2), neurons=(1,), rows=(2,)))
+    assert (set(found.residual), set(found.neurons), set(found.rows), set(found.norms)) == ({0, 2}, {1}, {2}, {0, 2})
+    naive = Naive(each, POSITIVE, NEGATIVE, "mean")
+    agree(found, naive, (0, 2))
+    assert close(found.neurons[1].positive, naive.neurons[0][1].mean(0))
+    assert close(found.rows[2].negative, naive.residual[1][2])
+
+
+def test_batches_of_one_text_and_one_big_batch_agree(each: Tiny) -> None:
+    held: dict[str, Any] = {"held_out_positive": HELD_POSITIVE, "held_out_negative": HELD_NEGATIVE}
+    alone, together = (
+        read_activations(each.lm, POSITIVE, NEGATIVE, request(batch_tokens=budget), **held) for budget in (1, 100_000)
+    )
+    for layer in ALL:
+        for one, other in (
+            (alone.residual[layer].positive, together.residual[layer].positive),
+            (alone.residual[layer].difference, together.residual[layer].difference),
+            (alone.neurons[layer].negative, together.neurons[layer].negative),
+            (alone.neurons[layer].positive_variance, together.neurons[layer].positive_variance),
+            (alone.rows[layer].positive, together.rows[layer].positive),
+            (alone.held_out[layer].difference, together.held_out[layer].difference),
+            (alone.held_out[layer].rows.negative, together.held_out[layer].rows.negative),
+        ):
+            assert close(one, other)
+        assert alone.norms[layer] == pytest.approx(together.norms[layer], rel=0.005)
+    assert alone.n_tokens == together.n_tokens
+
+
+def shapes_read(this: Tiny, budget: int) -> list[tuple[int, int]]:
+    seen: list[tuple[int, int]] = []
+
+    def look(_module: Any, inputs: Any) -> None:
+        seen.append(tuple(inputs[0].shape[:2]))
+
+    with own_hooks([(this.downs[0], look)], before=True):
+        read_activations(this.lm, POSITIVE, NEGATIVE, request(batch_tokens=budget))
+    return seen
+
+
+def test_a_batch_padded_holds_no_more_tokens_than_its_budget(llama: Tiny) -> None:
+    longest = max(len(ids) for ids in llama.lm.tokenizer([*POSITIVE, *NEGATIVE])["input_ids"])
+    shapes = shapes_read(llama, 2 * longest)
+    assert sum(rows for rows, _ in shapes) == len(POSITIVE) + len(NEGATIVE)
+    assert len(shapes) > 2
+    assert all(rows * width <= 2 * longest for rows, width in shapes)
+    assert all(rows == 1 for rows, _ in shapes_read(llama, 1))
+
+
+def test_texts_longer_than_max_tokens_are_cut_and_counted(llama: Tiny) -> None:
+    long = ["the cat sings slowly under the dark mountain", "a dog"]
+    found = read_activations(llama.lm, long, ["we", "bread"], request(max_tokens=5))
+    first_five = llama.lm.tokenizer(long[0])["input_ids"][:5]
+    states, _ = naive_states(llama, first_five)
+    assert found.n_cut == 1
+    assert close(found.rows[3].positive[0], states[3, 1:].mean(0))
+
+
+@pytest.mark.parametrize("last", [0, 1, 3])
+def test_the_pass_stops_after_the_last_block_asked_for_and_never_reaches_the_head(each: Tiny, last: int) -> None:
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        return lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1)
+
+    watched = [(block, count(f"block {place}")) for place, block in enumerate(each.blocks)]
+    with own_hooks([*watched, (each.norm, count("norm")), (each.model.get_output_embeddings(), count("head"))], before=True):
+        read_activations(each.lm, POSITIVE, NEGATIVE, request(residual=(last,), neurons=(0,), rows=(), batch_tokens=10_000))
+    assert calls == {f"block {place}": 1 for place in range(last + 1)}
+
+
+def test_neurons_alone_are_read_to_their_last_block(llama: Tiny) -> None:
+    found = read_activations(llama.lm, POSITIVE, NEGATIVE, request(residual=(), neurons=(0, 2), rows=()))
+    naive = Naive(llama, POSITIVE, NEGATIVE, "mean")
+    assert not found.residual and not found.norms
+    assert close(found.neurons[2].difference, naive.neurons[0][2].mean(0) - naive.neurons[1][2].mean(0))
+
+
+def test_the_model_is_as_it_was_after_reading(llama: Tiny) -> None:
+    ids = torch.tensor([llama.lm.prompt_ids("the cat")])
+    with torch.no_grad():
+        before = llama.model(ids).logits
+        read_activations(llama.lm, POSITIVE, NEGATIVE, request(residual=(1,), neurons=(), rows=()))
+        assert torch.equal(llama.model(ids).logits, before)
+    assert hook_count(llama.model) == 0
+
+
+def test_progress_never_goes_back_and_ends_at_one(llama: Tiny) -> None:
+    seen: list[float] = []
+    read_activations(
+        llama.lm,
+        POSITIVE,
+        NEGATIVE,
+        request(batch_tokens=60),
+        progress=lambda _, fraction=None: seen.append(fraction) if fraction is not None else None,
+    )
+    assert len(seen) > 3
+    assert seen == sorted(seen) and 0 < seen[0] and seen[-1] == 1.0
+
+
+def test_cancelling_stops_between_two_batches_and_leaves_no_hooks(llama: Tiny) -> None:
+    cancel, told = threading.Event(), 0
+
+    def progress(_message: str, fraction: float | None = None) -> None:
+        nonlocal told
+        if fraction is not None:
+            told += 1
+            cancel.set()
+
+    with pytest.raises(Cancelled, match="cancelled"):
+        read_activations(llama.lm, POSITIVE, NEGATIVE, request(batch_tokens=1), progress=progress, cancel=cancel)
+    assert told == 1
+    assert hook_count(llama.model) == 0
+
+
+def test_an_error_in_the_model_leaves_no_hooks() -> None:
+    this = make_tiny("llama")
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("out of memory")
+
+    with own_hooks([(this.blocks[1], fail)], before=True), pytest.raises(MemoryError):
+        read_activations(this.lm, POSITIVE, NEGATIVE, request())
+    assert hook_count(this.model) == 0
+
+
+def test_reading_from_two_threads_at_once_gives_each_its_own(llama: Tiny) -> None:
+    wanted = [read_activations(llama.lm, *sides, request()) for sides in ((POSITIVE, NEGATIVE), (NEGATIVE, POSITIVE))]
+    found: dict[int, Activations] = {}
+
+    def read(place: int) -> None:
+        sides = ((POSITIVE, NEGATIVE), (NEGATIVE, POSITIVE))[place]
+        for _ in range(5):
+            found[place] = read_activations(llama.lm, *sides, request(batch_tokens=40))
+
+    threads = [threading.Thread(target=read, args=(place,)) for place in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place in (0, 1):
+        for layer in ALL:
+            assert close(found[place].residual[layer].difference, wanted[place].residual[layer].difference)
+
+
+def test_requests_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UsageError, match="mean, last"):
+        Request(residual=(1,), tokens="first")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="at least one layer"):
+        Request()
+    with pytest.raises(UsageError, match="Rows"):
+        Request(residual=(1,), rows=(2,))
+
+
+def test_memory_does_not_grow_with_the_number_of_texts_unless_rows_are_asked_for(llama: Tiny) -> None:
+    found = read_activations(llama.lm, POSITIVE, NEGATIVE, request(rows=()), held_out_positive=(0,), held_out_negative=(1,))
+    kept = [found.residual[1].positive, found.neurons[1].positive, found.held_out[1].difference]
+    assert [tensor.dim() for tensor in kept] == [1, 1, 1]
+    assert found.rows == {}
+    assert found.held_out[1].rows.positive.shape == (1, D_MODEL)
