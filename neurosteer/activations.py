@@ -3,17 +3,20 @@
 One pass over the texts whatever the number of layers, sites and classes: no LM head, no KV cache, sorted by length
 into batches of a token budget, stopping after the last block asked for. Rows are padded on the right, where a causal
 model never looks back from, so no attention mask is needed; padding and the first position (BOS, or the token that
-takes its place as attention sink, arXiv 2309.17453) are left out of every mean and norm.
+takes its place as attention sink, arXiv 2309.17453) are left out of every mean and norm. What a chat template puts
+before every text is run once and its keys and values are shared.
 """
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from neurosteer.artifacts import ModelReference
 from neurosteer.errors import UsageError
@@ -26,6 +29,7 @@ TOKENS: tuple[Tokens, ...] = ("mean", "last")
 MAX_TOKENS = 512
 
 _POSITIVE, _NEGATIVE, _HELD_OUT = 0, 1, 2  # group of a text: its class, plus 2 when held out
+_MIN_PREFIX = 4  # shorter ones are not worth a cache
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _HISTOGRAM_BINS, _HISTOGRAM_LOW, _HISTOGRAM_HIGH = 1 << 14, -24.0, 40.0  # of log2(norm): bins of 0.3%
 
@@ -126,16 +130,19 @@ def read_activations(
     progress("Splitting texts into tokens")
     framed = lm.frame([*positive, *negative], request.framing, max_tokens=request.max_tokens)
     groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)
+    total, done, n_cut = sum(len(item.ids) for item in framed), 0, sum(item.cut for item in framed)
+    with torch.inference_mode():
+        prefix, framed = _shared_prefix(lm, framed)
     tally = _Tally(lm, request, groups, len(positive))
     stop_after = max((*request.residual, *request.neurons))
-    total, done = sum(len(item.ids) for item in framed), 0
+    to_do = sum(len(item.ids) for item in framed)
     with torch.inference_mode(), hooked(_reading_hooks(lm, tally, stop_after)):
         for indices in _batches(framed, request.batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
             check_cancelled(cancel, "Reading activations")
-            _read_batch(lm, tally, framed, indices)
+            _read_batch(lm, tally, framed, indices, prefix)
             done += sum(len(framed[index].ids) for index in indices)
-            progress(f"Reading {len(framed)} texts", done / total)
-    return tally.result(lm.reference, total, sum(item.cut for item in framed), paired)
+            progress(f"Reading {len(framed)} texts", done / to_do)
+    return tally.result(lm.reference, total, n_cut, paired)
 
 
 def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held_negative: Sequence[int]) -> Tensor:
@@ -157,19 +164,47 @@ def _batches(framed: Sequence[FramedText], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def _shared_prefix(lm: LanguageModel, framed: list[FramedText]) -> tuple[Cache | None, list[FramedText]]:
+    """Keys and values of what precedes the text in every row, and the rows without it.
+
+    Nothing where there is no such prefix: what is read stays the same, it is only not computed again for each text.
+    """
+    first = framed[0]
+    length = min(item.start for item in framed)
+    if length < _MIN_PREFIX or any(
+        item.ids[:length] != first.ids[:length] or len(item.ids) <= length for item in framed
+    ):
+        return None, framed
+    ids = torch.tensor([first.ids[:length]], device=lm.device)
+    cache = DynamicCache(config=lm.model.config)
+    lm.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache, [FramedText(item.ids[length:], item.start - length, item.cut) for item in framed]
+
+
 class _Finished(Exception):
     """Leaves a forward pass after the last block that anyone asked for."""
 
 
-def _read_batch(lm: LanguageModel, tally: "_Tally", framed: Sequence[FramedText], indices: list[int]) -> None:
+def _read_batch(
+    lm: LanguageModel,
+    tally: "_Tally",
+    framed: Sequence[FramedText],
+    indices: list[int],
+    prefix: Cache | None,
+) -> None:
     batch = [framed[index] for index in indices]
     longest = max(1, max(len(item.ids) for item in batch))
     ids = torch.full((len(batch), longest), lm.pad_id)
     for row, item in enumerate(batch):
         ids[row, : len(item.ids)] = torch.tensor(item.ids, dtype=torch.long)
-    tally.begin(indices, batch, longest)
+    tally.begin(indices, batch, longest, skip_first=prefix is None)
+    named: dict[str, Any] = {"use_cache": False}
+    if prefix is not None:
+        cache = copy.deepcopy(prefix)  # the pass appends to its cache
+        cache.batch_repeat_interleave(len(batch))
+        named = {"past_key_values": cache, "use_cache": True}
     with suppress(_Finished):
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
+        lm.decoder(input_ids=ids.to(lm.device), **named)
     tally.end()
 
 
@@ -218,11 +253,12 @@ class _Tally:
         self.rows = {layer: torch.empty(len(groups), shape.d_model) for layer in request.rows}
         self.batch: _Batch | None = None
 
-    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int) -> None:
+    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
         device = self.lm.device
         lengths = torch.tensor([len(item.ids) for item in items])
-        # The first position is skipped unless it is all there is.
-        starts = torch.tensor([min(max(item.start, 1), max(len(item.ids) - 1, 0)) for item in items])
+        # The sequence's first position is skipped unless it is all there is.
+        skipped = 1 if skip_first else 0
+        starts = torch.tensor([min(max(item.start, skipped), max(len(item.ids) - 1, 0)) for item in items])
         positions = torch.arange(longest)
         read = (positions >= starts[:, None]) & (positions < lengths[:, None])
         weights = read.float() / read.sum(1, keepdim=True).clamp(min=1)

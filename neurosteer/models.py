@@ -164,8 +164,16 @@ class LanguageModel:
             self.tokenizer.decode(ids) if was_cut else text
             for text, ids, was_cut in zip(texts, plain, cut, strict=True)
         ]
+        start = self._user_turn_start()
         rendered = self._batch_ids([self._render([{"role": "user", "content": text}]) for text in kept], special=False)
-        return [FramedText(ids, 0, was_cut) for ids, was_cut in zip(rendered, cut, strict=True)]
+        return [FramedText(ids, start, was_cut) for ids, was_cut in zip(rendered, cut, strict=True)]
+
+    def _user_turn_start(self) -> int:
+        """Where the chat template's fixed beginning ends, in tokens: up to there two different prompts are alike."""
+        one, other = (
+            self._ids(self._render([{"role": "user", "content": text}]), special=False) for text in ("A", "?")
+        )
+        return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from neurosteer.artifacts import Artifact, check_model
 from neurosteer.decoding import RowTexts, Sampler, Sampling, StopWhenSet
 from neurosteer.errors import UsageError
+from neurosteer.hooks import Hook, InputHook, hooked
 from neurosteer.models import LanguageModel, Prompt
 from neurosteer.plans import applied, compile_plan
 from neurosteer.progress import Progress, silent
@@ -189,7 +190,7 @@ class Session:
             mask[row, width - len(prompt) :] = 1
         sampler = Sampler(options.sampling, _random_streams(rows), [len(prompt) for prompt in prompts])
         plan = compile_plan(self.lm, [row.recipe for row in rows], options.positions)
-        with torch.inference_mode(), applied(self.lm, plan, prompt_width=width):
+        with torch.inference_mode(), hooked(_contiguous_head(self.lm)), applied(self.lm, plan, prompt_width=width):
             self.lm.model.generate(
                 ids.to(self.lm.device),
                 attention_mask=mask.to(self.lm.device),
@@ -239,6 +240,13 @@ def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:
 def _random_streams(rows: Sequence[Row]) -> list[str]:
     """The same prompt and sample draw the same random numbers under every recipe and in every batch."""
     return [f"{row.prompt}/{row.sample}" for row in rows]
+
+
+def _contiguous_head(lm: LanguageModel) -> list[Hook]:
+    """After the prompt, transformers hands the LM head a slice of the hidden states; on a CPU, multiplying a slice
+    copies the whole vocabulary matrix once per row (16 rows: five times the time of the prompt itself)."""
+    head = lm.model.get_output_embeddings()
+    return [InputHook(head, lambda hidden: hidden.contiguous())] if head is not None else []
 
 
 def _stop_ids(lm: LanguageModel) -> list[int]:

@@ -51,7 +51,8 @@ class Naive:
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         user = f"<|im_start|>user\n{text if framing == 'prompt' else ''}<|im_end|>\n<|im_start|>assistant\n"
         turn = tokenizer(user, add_special_tokens=False)["input_ids"]
-        return (turn, 0) if framing == "prompt" else (turn + plain, len(turn))
+        header = len(tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"])
+        return (turn, header) if framing == "prompt" else (turn + plain, len(turn))
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
@@ -65,6 +66,18 @@ def agree(found: Activations, naive: Naive, layers: Sequence[int] = ALL) -> None
         assert close(found.residual[layer].negative, rows[1].mean(0))
         assert close(found.residual[layer].difference, rows[0].mean(0) - rows[1].mean(0))
         assert found.norms[layer] == pytest.approx(float(naive.norms[layer]), rel=0.005)
+
+
+def test_the_naive_loop_sees_the_hidden_states_that_transformers_reports(each: Tiny) -> None:
+    other = make_tiny(each.architecture, bos=each.architecture.startswith("gemma"))  # asking for them leaves hooks
+    ids = each.lm.prompt_ids("the cat sings")
+    with torch.no_grad():
+        states = other.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    residual, _ = naive_states(each, ids)
+    for layer in ALL[:-1]:  # the last entry of hidden_states is behind the final norm
+        assert torch.equal(residual[layer], states[layer + 1][0])
+    with torch.no_grad():
+        assert torch.equal(each.norm(residual[-1]), states[-1][0])
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -110,10 +123,17 @@ def test_without_held_out_texts_there_are_none(llama: Tiny) -> None:
 @pytest.mark.parametrize("framing", ["prompt", "answer"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_framed_texts_are_read_where_the_framing_says(
-    llama: Tiny, framing: Literal["prompt", "answer"], tokens: Literal["mean", "last"]
+    each: Tiny, framing: Literal["prompt", "answer"], tokens: Literal["mean", "last"]
 ) -> None:
-    found = read_activations(llama.lm, POSITIVE, NEGATIVE, request(framing=framing, tokens=tokens))
-    agree(found, Naive(llama, POSITIVE, NEGATIVE, tokens, framing))
+    """Whatever is shared between the rows of a batch, each is read as if it had been alone."""
+    naive = Naive(each, POSITIVE, NEGATIVE, tokens, framing)
+    for budget in (1, 200, 100_000):
+        found = read_activations(each.lm, POSITIVE, NEGATIVE, request(framing=framing, tokens=tokens, batch_tokens=budget))
+        agree(found, naive)
+        assert found.n_tokens == naive.n_tokens
+        for layer in ALL:
+            assert close(found.rows[layer].positive, naive.residual[0][layer])
+            assert close(found.neurons[layer].negative, naive.neurons[1][layer].mean(0))
 
 
 def test_a_text_of_one_token_is_read_at_that_token(llama: Tiny) -> None:

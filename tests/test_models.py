@@ -331,7 +331,8 @@ def test_raw_framing_is_the_text_with_the_tokenizers_own_specials() -> None:
 
 
 def test_prompt_framing_is_a_user_turn_with_the_generation_prompt() -> None:
-    assert spans(word_lm(), ["one two", "three"], "prompt") == [([2, 6, 7, 3, 4], 0, False), ([2, 8, 3, 4], 0, False)]
+    # It is read from the text on: the template's fixed beginning (<user>) says nothing.
+    assert spans(word_lm(), ["one two", "three"], "prompt") == [([2, 6, 7, 3, 4], 1, False), ([2, 8, 3, 4], 1, False)]
 
 
 def test_answer_framing_is_the_assistants_turn_of_which_only_its_own_tokens_are_read() -> None:
@@ -344,7 +345,7 @@ def test_long_texts_keep_their_first_tokens_and_say_that_they_were_cut() -> None
     assert spans(lm, [long, "one"], "raw", 3) == [([1, 6, 7], 0, True), ([1, 6], 0, False)]
     assert spans(lm, [long, "one"], "answer", 3) == [([2, 3, 4, 6, 7, 8], 3, True), ([2, 3, 4, 6], 3, False)]
     # The text is cut, not the turn around it: the generation prompt stays.
-    assert spans(lm, [long, "one"], "prompt", 3) == [([2, 6, 7, 8, 3, 4], 0, True), ([2, 6, 3, 4], 0, False)]
+    assert spans(lm, [long, "one"], "prompt", 3) == [([2, 6, 7, 8, 3, 4], 1, True), ([2, 6, 3, 4], 1, False)]
 
 
 def test_a_text_of_exactly_the_allowed_length_is_not_cut() -> None:

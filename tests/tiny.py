@@ -73,7 +73,7 @@ def byte_tokenizer(*, chat: bool = True, bos: bool = False) -> PreTrainedTokeniz
 @cache
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One id per word, so that ids can be written down by hand. Texts begin with <s>; the template writes no <s>."""
-    words = ["<pad>", "<s>", "<user>", "<end>", "<bot>", "<unk>", *"one two three four five six seven".split()]
+    words = ["<pad>", "<s>", "<user>", "<end>", "<bot>", "<unk>", *"one two three four five six seven A ?".split()]
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
@@ -239,9 +239,7 @@ def naive_states(this: Tiny, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         own_hooks([(block, keep(place)) for place, block in enumerate(this.blocks)]),
         own_hooks([(down, keep_input(place)) for place, down in enumerate(this.downs)], before=True),
     ):
-        states = this.model(torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True).hidden_states
-    for place in range(len(this.blocks) - 1):  # the last entry of hidden_states is behind the final norm
-        assert torch.equal(residual[place], states[place + 1][0])
+        this.model(torch.tensor([list(ids)]), use_cache=False)
     order = range(len(this.blocks))
     return torch.stack([residual[place] for place in order]), torch.stack([neurons[place] for place in order])
 
@@ -372,17 +370,17 @@ def make_vector(layers: Sequence[int] = (1, 2), *, seed: int = 0, **changes: Any
 
 
 def make_circuit(
-    neurons: Sequence[tuple[int, int]] = ((0, 3), (1, 5), (1, 60), (3, 0)), *, seed: int = 0, **changes: Any
+    pairs: Sequence[tuple[int, int]] = ((0, 3), (1, 5), (1, 60), (3, 0)), *, seed: int = 0, **changes: Any
 ) -> NeuronCircuit:
     generator = torch.Generator().manual_seed(seed)
     given: dict[str, Any] = {
         "name": f"circuit-{seed}",
         "model": REFERENCE,
         "method": "cna",
-        "neuron_layers": torch.tensor([layer for layer, _ in neurons], dtype=torch.int32),
-        "neurons": torch.tensor([neuron for _, neuron in neurons], dtype=torch.int32),
-        "scores": torch.randn(len(neurons), generator=generator),
-        "differences": torch.randn(len(neurons), generator=generator),
+        "neuron_layers": torch.tensor([layer for layer, _ in pairs], dtype=torch.int32),
+        "neurons": torch.tensor([neuron for _, neuron in pairs], dtype=torch.int32),
+        "scores": torch.randn(len(pairs), generator=generator),
+        "differences": torch.randn(len(pairs), generator=generator),
     }
     return NeuronCircuit(**{**given, **changes})
 

@@ -95,5 +95,5 @@ METHOD = Method(
     source="Contrastive Neuron Attribution, arXiv 2605.12290",
     kind=NeuronCircuit.kind,
     needs_neurons=True,
-    defaults={"rank": "write", "operation": "shift", "top_k": 0.0045, "skip_layers": SKIPPED_LAYERS},
+    defaults={"rank": "write", "operation": "shift", "top_k": 0.005, "skip_layers": SKIPPED_LAYERS},
 )

@@ -11,7 +11,7 @@ from neurosteer.errors import Cancelled, UsageError
 from neurosteer.examples import ContrastSet, bundled_sets, parse_examples, paste_examples, read_examples
 from neurosteer.progress import Progress
 from neurosteer.ui import render
-from neurosteer.ui.jobs import Jobs, problem
+from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put, zip_file
@@ -39,8 +39,9 @@ _TABLE_HELP = (
     "CSV, TSV, JSON or JSONL with the columns <code>text</code> and <code>label</code> (positive or negative), "
     "or <code>positive</code> and <code>negative</code>. A few hundred texts of each kind work best."
 )
+_METHOD_HELP = "How to compare what goes on inside the model on the two kinds of text. The first is a good start."
 _AUTOMATIC = ("automatic", "")
-_PROGRESS = gr.Progress()  # as a default value it is how gradio knows to pass one in
+PROGRESS = gr.Progress()  # as a default value it is how gradio knows to pass one in
 
 
 class Source(NamedTuple):
@@ -58,14 +59,14 @@ class Source(NamedTuple):
 class Settings(NamedTuple):
     """How to build: the values of the settings components, in their order. Empty means automatic."""
 
-    name: str
-    method: str
-    layers: str
-    framing: str
-    tokens: str
-    rank: str
-    operation: str
-    top_k: float | None
+    name: str = ""
+    method: str = "caa"
+    layers: str = "auto"
+    framing: str = ""
+    tokens: str = ""
+    rank: str = ""
+    operation: str = ""
+    top_k: float | None = None
 
 
 def read_source(source: Source) -> ContrastSet | None:
@@ -73,7 +74,10 @@ def read_source(source: Source) -> ContrastSet | None:
     if source.kind == "bundled":
         return read_examples(source.bundled) if source.bundled else None
     if source.kind == "file":
-        return parse_examples(*_content(source.file)) if source.file else None
+        if not source.file:
+            return None
+        data, filename = _content(source.file)
+        return parse_examples(data, filename=filename)
     if source.kind == "files":
         if not source.positive_file or not source.negative_file:
             return None
@@ -119,7 +123,8 @@ class BuildHandlers:
         self.jobs = jobs
 
     def choices(self) -> list[Any]:
-        """The methods and the options of Advanced, from the library; they are not imported before the page is up."""
+        """The methods and the options of Advanced, from the library; it is not imported before the page is up."""
+        self.holder.wait_for_libraries()
         from neurosteer.activations import TOKENS
         from neurosteer.artifacts import CIRCUIT_OPERATIONS
         from neurosteer.methods import METHODS
@@ -137,6 +142,7 @@ class BuildHandlers:
 
     def show_parameters(self, method: str) -> list[Any]:
         """Which of rank, operation and top_k the method takes."""
+        self.holder.wait_for_libraries()
         from neurosteer.methods import find_method
 
         takes = find_method(method).defaults
@@ -158,13 +164,12 @@ class BuildHandlers:
 
     def give_up(self) -> list[Any]:
         """When the server could not even begin: the buttons as they were."""
-        busy = render.error_line("The page is busy with other visitors' work; please try again in a moment.")
-        return [gr.update(interactive=True), gr.update(interactive=False), busy, ""]
+        return [gr.update(interactive=True), gr.update(interactive=False), render.error_line(BUSY), ""]
 
     def cancel(self, request: gr.Request) -> None:
         self.jobs.cancel(request.session_hash, KIND)
 
-    def build(self, request: gr.Request, progress: gr.Progress = _PROGRESS, *values: Any) -> list[Any]:
+    def build(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
         """Build, and put the result on the visitor's shelf. Whatever goes wrong becomes one line, inputs stay."""
         n_source, n_settings = len(Source._fields), len(Settings._fields)
         source, settings = Source(*values[:n_source]), Settings(*values[n_source:][:n_settings])
@@ -175,7 +180,7 @@ class BuildHandlers:
             examples = read_source(source)
             if examples is None:
                 raise UsageError(f"There are no examples yet. {_NOTHING_YET[source.kind]}")
-            artifact = self.make(examples, build_options(settings), in_words(progress), request.session_hash)
+            artifact = self.make(examples, settings, in_words(progress), request.session_hash)
             shelf, label = put(mix.shelf, artifact)
             shown = Built(artifact, label, time.monotonic() - started, examples)
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
@@ -186,13 +191,13 @@ class BuildHandlers:
         except Exception as error:
             return [*buttons, render.error_line(problem(error)), "", *[gr.skip()] * 5, *unchanged()]
 
-    def make(self, examples: ContrastSet, options: dict[str, Any], progress: Progress, visitor: str | None) -> Any:
+    def make(self, examples: ContrastSet, settings: Settings, progress: Progress, visitor: str | None) -> Any:
         """The artifact, once the model is there. Raises the library's errors."""
         cancel = self.jobs.current(visitor, KIND)
         session = self.holder.wait(progress, cancel)
         from neurosteer.building import build
 
-        return build(session.lm, examples, progress=progress, cancel=cancel, **options)
+        return build(session.lm, examples, progress=progress, cancel=cancel, **build_options(settings))
 
     def try_it(self, label: str, *values: Any) -> list[Any]:
         """To the Steer tab, with the newest artifact alone."""
@@ -247,34 +252,37 @@ def lay_out() -> BuildTab:
             gr.Markdown("### 1. Examples of what you want more, or less, of")
             kind, groups, source = _source_inputs()
         with gr.Column(min_width=320):
-            preview = gr.HTML(render.hint(_NOTHING_YET["bundled"]), elem_id="preview")
+            gr.Markdown("### What is read")
+            preview = gr.HTML(render.hint(_NOTHING_YET["bundled"]), elem_id="preview", elem_classes="ns-flush")
     with gr.Row(elem_classes="ns-columns"):
         with gr.Column(min_width=320):
             gr.Markdown("### 2. Build the slider")
             settings = _settings_inputs()
             with gr.Row():
-                start = gr.Button("Build", variant="primary", elem_id="build")
-                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel-build")
+                start = gr.Button("Build", variant="primary", min_width=90, elem_id="build")
+                cancel = gr.Button("Cancel", interactive=False, min_width=90, elem_id="cancel-build")
         with gr.Column(min_width=320):
-            error = gr.HTML(elem_id="build-error")
-            note = gr.HTML(elem_id="build-note")
-            result = gr.HTML(render.hint("What you build appears here."), elem_id="built")
-            plot = gr.Plot(label="How well each layer tells the two kinds apart (1 always)", visible=False)
+            gr.Markdown("### The result")
+            error = gr.HTML(elem_id="build-error", elem_classes="ns-flush")
+            note = gr.HTML(elem_id="build-note", elem_classes="ns-flush")
+            result = gr.HTML(render.hint("What you build appears here."), elem_id="built", elem_classes="ns-flush")
+            plot = gr.Plot(label="Told apart, by layer", show_label=False, visible=False, elem_id="plot")
             with gr.Row():
                 try_it = gr.Button("Try it", variant="primary", visible=False, elem_id="try-it")
                 download = gr.DownloadButton("Download (.zip)", visible=False, elem_id="download-built")
+    latest = gr.State("")
     return BuildTab(
-        kind, groups, source, preview, settings, start, cancel, error, note, result, plot, download, try_it, gr.State("")
+        kind, groups, source, preview, settings, start, cancel, error, note, result, plot, download, try_it, latest
     )
 
 
 def _source_inputs() -> tuple[gr.Radio, tuple[gr.Group, ...], tuple[Any, ...]]:
     kind = gr.Radio(_SOURCES, value="bundled", label="Where the examples come from")
-    names = bundled_sets()
+    names = sorted(bundled_sets(), key=lambda name: (name not in _ABOUT, [*_ABOUT, name].index(name)))
     described = [(f"{name}: {_ABOUT[name]}" if name in _ABOUT else name, name) for name in names]
-    default = "sentiment" if "sentiment" in names else (names[0] if names else None)
     with gr.Group() as bundled_group:
-        bundled = gr.Radio(described, value=default, label="Ready-made sets", elem_classes="ns-stacked")
+        first = names[0] if names else None
+        bundled = gr.Radio(described, value=first, label="Ready-made sets", elem_classes="ns-stacked")
     with gr.Group(visible=False) as file_group:
         file = gr.File(label="File with both kinds of text", height=140, elem_id="file")
         gr.HTML(f"<p class='ns-faint ns-inset'>{_TABLE_HELP}</p>")
@@ -289,7 +297,7 @@ def _source_inputs() -> tuple[gr.Radio, tuple[gr.Group, ...], tuple[Any, ...]]:
 
 
 def _settings_inputs() -> tuple[Any, ...]:
-    method = gr.Radio([("caa", "caa")], value="caa", label="Method", elem_classes="ns-stacked")
+    method = gr.Radio([("caa", "caa")], value="caa", label="Method", info=_METHOD_HELP, elem_classes="ns-stacked")
     name = gr.Textbox(label="Name", placeholder="chosen for you", max_lines=1, max_length=96)
     with gr.Accordion("Advanced", open=False):
         layers = gr.Textbox("auto", label="Layers", info="auto, all, a number (14), a range (10-18) or a list (3,7,9)")
@@ -317,22 +325,21 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
     """Connect the components with the handlers."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     name, method, layers, framing, tokens, rank, operation, top_k = tab.settings
-    page.load(handlers.choices, None, [method, framing, tokens, rank, operation], **quiet)
-    page.load(handlers.preview, list(tab.source), tab.preview, **quiet)
+    page.load(guarded(handlers.choices), None, [method, framing, tokens, rank, operation], **quiet)
+    page.load(guarded(handlers.preview), list(tab.source), tab.preview, **quiet)
     tab.kind.change(handlers.show_source, tab.kind, list(tab.groups), queue=False, **quiet)
     for component in tab.source:
-        component.change(handlers.preview, list(tab.source), tab.preview, trigger_mode="always_last", **quiet)
-    method.change(handlers.show_parameters, method, [rank, operation, top_k], **quiet)
+        component.change(guarded(handlers.preview), list(tab.source), tab.preview, trigger_mode="always_last", **quiet)
+    method.change(guarded(handlers.show_parameters), method, [rank, operation, top_k], **quiet)
 
     result = [tab.start, tab.cancel, tab.error, tab.note, tab.result, tab.plot, tab.download, tab.try_it, tab.latest]
-    gr.on(
-        [tab.start.click, name.submit, layers.submit], handlers.begin, None, result[:4], queue=False, **quiet
-    ).then(
+    gr.on([tab.start.click, name.submit, layers.submit], handlers.begin, None, result[:4], queue=False, **quiet).then(
         handlers.build,
         [*tab.source, *tab.settings, *mixer.inputs],
         [*result, *mixer.outputs],
         show_progress_on=tab.result,
+        concurrency_id=KIND,
         api_visibility="private",
     ).failure(handlers.give_up, None, result[:4], queue=False, **quiet)
     tab.cancel.click(handlers.cancel, None, None, queue=False, **quiet)
-    tab.try_it.click(handlers.try_it, [tab.latest, *mixer.inputs], [tabs, *mixer.outputs], **quiet)
+    tab.try_it.click(guarded(handlers.try_it), [tab.latest, *mixer.inputs], [tabs, *mixer.outputs], **quiet)

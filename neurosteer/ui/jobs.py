@@ -1,11 +1,19 @@
 """What every handler needs: stopping a visitor's work, and turning whatever goes wrong into one line."""
 
+import functools
 import logging
 import threading
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import gradio as gr
 
 from neurosteer.errors import NeuroSteerError
 
 logger = logging.getLogger(__name__)
+
+BUSY = "Too many visitors are waiting at the moment; what you entered is kept, so please try again in a minute."
 
 
 class Jobs:
@@ -51,3 +59,16 @@ def problem(error: Exception) -> str:
         return str(error)
     logger.error("A handler failed", exc_info=error)
     return f"Something went wrong on our side ({type(error).__name__}); what you entered is kept, so please try again."
+
+
+def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """`handler`, for components without an error line of their own: what goes wrong pops up as one line."""
+
+    @functools.wraps(handler)
+    def run(*values: Any) -> Any:
+        try:
+            return handler(*values)
+        except Exception as error:  # gradio shows the message as HTML
+            raise gr.Error(escape(problem(error)), print_exception=False) from error
+
+    return run

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_IMPORT_LIMIT_S = 120.0
 
 Loader = Callable[[str | None, Progress], "LanguageModel"]
 
@@ -45,10 +46,11 @@ class ModelHolder:
         self._name = model_name
         self._load = load or _load_by_name
         self._lock = threading.Lock()
-        self._changed = threading.Event()
-        self._status = Status("not started")
+        self._begun = False
+        self._imported = threading.Event()
+        self._settled = threading.Event()
+        self._status = Status("starting")
         self._session: Session | None = None
-        self._loading = False
 
     @property
     def status(self) -> Status:
@@ -57,11 +59,17 @@ class ModelHolder:
     def start(self) -> None:
         """Begin to load, unless that is done or under way. After a failure this tries again."""
         with self._lock:
-            if self._loading or self._session is not None:
+            if self._begun and not self._status.failed:
                 return
-            self._loading = True
+            self._begun = True
+            self._settled.clear()
             self._status = Status("starting")
         threading.Thread(target=self._run, name="neurosteer-load", daemon=True).start()
+
+    def start_if_new(self) -> None:
+        """Begin to load if nobody has asked yet; a load that failed is left to the visitor to repeat."""
+        if not self._begun:
+            self.start()
 
     def wait(self, progress: Progress = silent, cancel: threading.Event | None = None) -> "Session":
         """The session, as soon as the model is there; `progress` hears what it is waiting for.
@@ -69,38 +77,37 @@ class ModelHolder:
         Raises `ModelError` when loading failed and `Cancelled` when `cancel` is set.
         """
         self.start_if_new()
-        while self._session is None:
+        while self._session is None or not self._status.ready:
             check_cancelled(cancel, "Waiting for the model")
             status = self._status
             if status.failed:
                 raise ModelError(f"The model is not there: {status.text} Press 'Load the model again' to retry.")
             progress(f"Waiting for the model: {status.text}", status.fraction)
-            self._changed.wait(_POLL_S)
+            self._settled.wait(_POLL_S)
         return self._session
 
-    def start_if_new(self) -> None:
-        """Begin to load if nobody has asked yet; a load that failed is left to the visitor to repeat."""
-        if not self._status.failed:
-            self.start()
+    def wait_for_libraries(self) -> None:
+        """Until the thread has imported torch and the rest: two threads importing at once can trip each other up."""
+        self.start_if_new()
+        self._imported.wait(_IMPORT_LIMIT_S)
 
     def _run(self) -> None:
-        self._changed.clear()
         try:
             self._status = Status("loading the libraries")
             from neurosteer import building, storage  # noqa: F401  so that the first click need not
             from neurosteer.steering import Session
 
-            session = Session(self._load(self._name, self._report))
-            self._session = session
-            self._status = Status(_described(session.lm), ready=True)
+            self._imported.set()
+            self._session = Session(self._load(self._name, self._report))
+            self._status = Status(_described(self._session.lm), ready=True)
         except NeuroSteerError as error:
             self._status = Status(str(error), failed=True)
         except Exception as error:
             logger.exception("Loading the model failed")
             self._status = Status(f"it could not be loaded ({type(error).__name__}; the log says more).", failed=True)
         finally:
-            self._loading = False
-            self._changed.set()
+            self._imported.set()
+            self._settled.set()
 
     def _report(self, message: str, fraction: float | None = None) -> None:
         self._status = Status(message[:1].lower() + message[1:], fraction)

@@ -19,7 +19,7 @@ class Mixer:
 
     shelf: gr.State
     shown: gr.State
-    empty: gr.Group
+    empty: gr.Column
     chosen: gr.Dropdown
     rows: tuple[gr.Row, ...]
     sliders: tuple[gr.Slider, ...]
@@ -77,7 +77,7 @@ def unchanged() -> list[Any]:
     return [gr.skip()] * (4 + 3 * MOST)
 
 
-def lay_out(shelf: gr.State, empty: gr.Group) -> Mixer:
+def lay_out(shelf: gr.State, empty: gr.Column) -> Mixer:
     """The dropdown and the rows of sliders, within the current layout."""
     chosen = gr.Dropdown(
         [],
@@ -97,7 +97,7 @@ def lay_out(shelf: gr.State, empty: gr.Group) -> Mixer:
                     value=DEFAULT_STRENGTH,
                     step=0.1,
                     label=f"Strength {number}",
-                    info="0 is off, 1 the usual dose, below 0 the opposite",
+                    info="0 is off, 1 the usual dose, −1 the opposite",
                     interactive=True,
                     scale=5,
                 )

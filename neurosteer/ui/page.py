@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Base, Default
 
 from neurosteer.errors import UsageError
 from neurosteer.ui import build_tab, render, steer_tab
@@ -54,9 +55,9 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
     building = BuildHandlers(holder, jobs)
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
-        gr.HTML(render.heading())
+        gr.HTML(render.heading(), elem_classes="ns-flush")
         with gr.Row(elem_classes="ns-model"):
-            status = gr.HTML(render.status_line(holder.status), elem_id="model-status")
+            status = gr.HTML(render.status_line(holder.status), elem_id="model-status", elem_classes="ns-flush")
             retry = gr.Button("Load the model again", size="sm", visible=False, scale=0, min_width=180)
         timer = gr.Timer(_STATUS_EVERY_S)
         shelf = gr.State({})
@@ -90,17 +91,47 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
             theme=_theme(),
             css_paths=Path(__file__).with_name("style.css"),
             max_file_size=MAX_UPLOAD,
-            footer_links=["settings"],
+            footer_links=[],
             run_history=False,
             ssr_mode=False,
             **options,
         )
     except OSError as error:
-        wanted = port or os.environ.get("GRADIO_SERVER_PORT") or "from 7860 on"
-        raise UsageError(f"The page could not be served on port {wanted} ({error}); choose another with --port.") from error
+        wanted = port or os.environ.get("GRADIO_SERVER_PORT") or "7860 and the next 100"
+        raise UsageError(f"The page cannot be served on port {wanted}: {error} Choose another with --port.") from error
 
 
-def _theme() -> gr.themes.Base:
-    return gr.themes.Soft(
-        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=_SANS, font_mono=_MONO
+def _theme() -> Base:
+    theme = Default(
+        primary_hue="indigo",
+        secondary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=_SANS,
+        font_mono=_MONO,
+    )
+    return theme.set(
+        body_background_fill="*neutral_50",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_title_text_weight="600",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_label_text_weight="600",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        checkbox_label_background_fill_selected="*primary_50",
+        checkbox_label_background_fill_selected_dark="*primary_950",
+        checkbox_label_border_color_selected="*primary_500",
+        checkbox_label_border_color_selected_dark="*primary_400",
+        checkbox_label_text_color_selected="*primary_700",
+        checkbox_label_text_color_selected_dark="*primary_200",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
     )

@@ -1,7 +1,8 @@
 """What the page shows, as pure functions. Texts, names and messages are data: all of it is escaped here."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.examples import ContrastSet
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 WEAK_SEPARATION = 0.6
 CHANCE = 0.5
 
+_PLOT_HELP = (
+    "The plot shows how well each layer of the model tells the two kinds of text apart, on texts it was not given for "
+    f"building: 1 is always right, {CHANCE} is chance."
+)
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 160
 _ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white and on dark grey
 
@@ -21,8 +26,9 @@ _ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white a
 def heading() -> str:
     """The page's title and the one line that says what it is."""
     return (
-        "<header class='ns-heading'><h1>NeuroSteer</h1><p>Show a language model texts that have a quality and texts "
-        "that don’t. In seconds you get a slider that turns that quality up or down while the model writes.</p></header>"
+        "<header class='ns-heading'><h1>NeuroSteer</h1>"
+        "<p>Show a language model texts that have a quality and texts that don’t. In seconds you get a slider that "
+        "turns that quality up or down while the model writes.</p></header>"
     )
 
 
@@ -106,6 +112,8 @@ def built(artifact: "Artifact", label: str, seconds: float, examples: ContrastSe
         lines.append(f"<p>{escape(dropped)}</p>")
     lines += [f"<p class='ns-warning'>{escape(text)}</p>" for text in (*examples.warnings, *warnings_of(artifact))]
     lines.append(f"<p class='ns-faint'>{escape(meaning(artifact))}</p>")
+    if len(source.separation) > 1:
+        lines.append(f"<p class='ns-faint'>{escape(_PLOT_HELP)}</p>")
     return f"<div class='ns-card'>{''.join(lines)}</div>"
 
 
@@ -189,9 +197,9 @@ def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) 
     )  # fmt: skip
     axis = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
     figure.update_layout(
-        height=260, margin={"l": 48, "r": 12, "t": 8, "b": 44}, font={"color": _TEXT, "size": 12},
+        height=260, margin={"l": 52, "r": 16, "t": 34, "b": 44}, font={"color": _TEXT, "size": 12},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hovermode="x", dragmode=False,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         xaxis={**axis, "title": "layer (0 reads first)", "tickformat": "d"},
         yaxis={**axis, "title": "told apart (AUC)", "range": [min(0.4, *values) - 0.02, 1.04]},
     )  # fmt: skip
@@ -199,6 +207,14 @@ def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) 
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
+
+
+def chat_text(text: str) -> str:
+    """A message for gradio's chat, which reads HTML in it even with Markdown off. Only what would be read as a tag or
+    an entity is escaped, because the chat's copy button copies what it was given."""
+    if unescape(text) != text:
+        text = text.replace("&", "&amp;")
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def run_note(rows: "Sequence[Row]", seconds: float) -> str:

@@ -13,8 +13,9 @@ from neurosteer.examples import neutral_prompts, read_examples
 from neurosteer.progress import check_cancelled
 from neurosteer.ui import mixer as mixing
 from neurosteer.ui import render
-from neurosteer.ui.build_tab import _PROGRESS, BuildHandlers, in_words
-from neurosteer.ui.jobs import Jobs, problem
+from neurosteer.ui.build_tab import KIND as BUILD_KIND
+from neurosteer.ui.build_tab import PROGRESS, BuildHandlers, Settings, in_words
+from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put
@@ -25,10 +26,13 @@ EXAMPLE_SET = "sentiment"
 MAX_NEW_TOKENS = 512
 
 _MODES = [("One prompt", "prompt"), ("Chat", "chat")]
+_NOTHING_YET = (
+    "Nothing to steer with yet. Build something from your own texts on the Build tab, upload an artifact that you or "
+    "somebody else downloaded, or begin with the example:"
+)
 _OWN_PROMPTS = ("Tell me about your day.", "What was the new restaurant like?", "Write a postcard from the seaside.")
-_UPDATE_S = 0.06
+_UPDATE_S = 0.06  # faster than anyone reads, slow enough for any connection
 _POLL_S = 0.3
-"""The most often that the page is sent new text: faster than anyone reads, slow enough for any connection."""
 
 Talk = dict[str, list[dict[str, str]]]
 """A conversation per side, as messages with `role` and `content`."""
@@ -43,7 +47,7 @@ class Ask(NamedTuple):
     max_new_tokens: float
     temperature: float
     top_p: float
-    seed: float | None
+    seed: int
     greedy: bool
 
 
@@ -68,7 +72,7 @@ def example_prompts() -> list[str]:
         neutral = neutral_prompts()
     except NeuroSteerError:
         neutral = ()
-    return [*_OWN_PROMPTS, *neutral[3:5], *neutral[20:21]]
+    return [*_OWN_PROMPTS, *neutral[3:4], *neutral[20:21]]
 
 
 def new_talk() -> Talk:
@@ -91,7 +95,7 @@ class SteerHandlers:
 
     def give_up(self) -> View:
         """When the server could not even begin: the buttons as they were."""
-        return self._ended(error=render.error_line("The page is busy; please try again in a moment."), note="")
+        return self._ended(error=render.error_line(BUSY), note="")
 
     def stop(self, request: gr.Request) -> None:
         self.jobs.cancel(request.session_hash, KIND)
@@ -121,7 +125,7 @@ class SteerHandlers:
             greedy=bool(ask.greedy),
             temperature=float(ask.temperature),
             top_p=float(ask.top_p),
-            seed=int(ask.seed) if isinstance(ask.seed, float) and ask.seed.is_integer() else ask.seed,  # type: ignore[arg-type]
+            seed=ask.seed,
         )
         page = _Page(ask)
         plain, steered = (page.asked(side) for side in SIDES)
@@ -183,17 +187,26 @@ class SteerHandlers:
         except Exception as error:
             return [render.error_line(f"{Path(path).name}: {problem(error)}"), "", *unchanged()]
 
-    def build_example(self, request: gr.Request, progress: gr.Progress = _PROGRESS, *values: Any) -> list[Any]:
-        """One click to something to steer with: `[error, note, *mixer]`."""
-        mix = Mix.of(values)
+    def begin_example(self, request: gr.Request) -> list[Any]:
+        """At once, before the work has its turn: `[button, error, note]`."""
+        self.jobs.begin(request.session_hash, BUILD_KIND)
+        return [gr.update(interactive=False), "", render.note_line("Building…")]
+
+    def give_up_example(self) -> list[Any]:
+        """When the server could not even begin."""
+        return [gr.update(interactive=True), render.error_line(BUSY), ""]
+
+    def build_example(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
+        """One click to something to steer with: `[button, error, note, *mixer]`."""
+        mix, button = Mix.of(values), gr.update(interactive=True)
         try:
             examples = read_examples(EXAMPLE_SET)
-            artifact = self.building.make(examples, {}, in_words(progress), request.session_hash)
+            artifact = self.building.make(examples, Settings(), in_words(progress), request.session_hash)
             shelf, label = put(mix.shelf, artifact)
             ready = render.note_line(f"{label} is ready: press Run.")
-            return ["", ready, *mix.choosing(shelf, [label]).updates()]
+            return [button, "", ready, *mix.choosing(shelf, [label]).updates()]
         except Exception as error:
-            return [render.error_line(problem(error)), "", *unchanged()]
+            return [button, render.error_line(problem(error)), "", *unchanged()]
 
 
 class _Page:
@@ -221,8 +234,10 @@ class _Page:
             side: [*self.asked(side), {"role": "assistant", "content": text}]
             for side, text in zip(SIDES, self.texts, strict=True)
         }
-        chats = {"unsteered_chat": talk["unsteered"], "steered_chat": talk["steered"], "prompt": ""}
-        return View(note=note, talk=talk if done else gr.skip(), **chats)
+        chats = [[{**message, "content": render.chat_text(message["content"])} for message in talk[s]] for s in SIDES]
+        return View(
+            note=note, unsteered_chat=chats[0], steered_chat=chats[1], talk=talk if done else gr.skip(), prompt=""
+        )
 
 
 @dataclass(frozen=True)
@@ -255,49 +270,55 @@ def lay_out(shelf: gr.State) -> SteerTab:
     with gr.Row(elem_classes="ns-columns"):
         with gr.Column(min_width=320):
             gr.Markdown("### 1. What to steer with")
-            with gr.Group(elem_classes="ns-empty") as empty:
-                gr.HTML(render.hint("Nothing here yet. Build something on the Build tab, upload an artifact, or:"))
+            with gr.Column() as empty:
+                gr.HTML(render.hint(_NOTHING_YET), elem_classes="ns-flush")
                 example = gr.Button(f"Build the {EXAMPLE_SET} example", variant="primary", elem_id="build-example")
             mixer = mixing.lay_out(shelf, empty)
-            mix_error = gr.HTML(elem_id="mix-error")
-            mix_note = gr.HTML(elem_id="mix-note", elem_classes="ns-progress")
+            mix_error = gr.HTML(elem_id="mix-error", elem_classes="ns-flush")
+            mix_note = gr.HTML(elem_id="mix-note", elem_classes="ns-flush")
             upload = gr.UploadButton("Upload an artifact (.zip)", size="sm", elem_id="upload")
         with gr.Column(min_width=320):
             gr.Markdown("### 2. What to write about")
             mode = gr.Radio(_MODES, value="prompt", label="Mode")
             prompts = example_prompts()
             prompt = gr.Textbox(prompts[0], label="Prompt", info="Enter runs it", max_lines=8, elem_id="prompt")
-            gr.Examples(prompts, prompt, label="Ideas", api_visibility="private", api_name=False)
+            gr.Examples(prompts, prompt, label="Ideas", api_visibility="private")
             settings = _settings_inputs()
             with gr.Row():
-                run = gr.Button("Run", variant="primary", elem_id="run")
-                stop = gr.Button("Stop", interactive=False, elem_id="stop")
-                clear = gr.Button("New conversation", visible=False, elem_id="clear")
-    error = gr.HTML(elem_id="steer-error")
-    note = gr.HTML(elem_id="steer-note")
+                run = gr.Button("Run", variant="primary", min_width=90, elem_id="run")
+                stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="stop")
+                clear = gr.Button("Start over", visible=False, min_width=90, elem_id="clear")
+    error = gr.HTML(elem_id="steer-error", elem_classes="ns-flush")
+    note = gr.HTML(elem_id="steer-note", elem_classes="ns-flush")
     with gr.Row(elem_classes="ns-columns") as panes:
-        texts = tuple(
-            gr.Textbox(label=side.capitalize(), lines=8, max_lines=24, interactive=False, buttons=["copy"], elem_id=side)
-            for side in SIDES
-        )
+        texts = tuple(_pane(side) for side in SIDES)
     with gr.Row(elem_classes="ns-columns", visible=False) as chat_panes:
-        chats = tuple(
-            gr.Chatbot(
-                label=side.capitalize(),
-                render_markdown=False,
-                allow_tags=False,
-                buttons=["copy", "copy_all"],
-                feedback_options=None,
-                height=420,
-                elem_id=f"{side}-chat",
-            )
-            for side in SIDES
-        )
+        chats = tuple(_chat_pane(side) for side in SIDES)
     talk = gr.State(new_talk())
     return SteerTab(
         mixer, example, upload, mix_error, mix_note, mode, prompt, settings, run, stop, clear, error, note,
         panes, (texts[0], texts[1]), chat_panes, (chats[0], chats[1]), talk, shelf,
     )  # fmt: skip
+
+
+def _pane(side: str) -> gr.Textbox:
+    with gr.Column(min_width=320):
+        return gr.Textbox(
+            label=side.capitalize(), lines=8, max_lines=24, interactive=False, buttons=["copy"], elem_id=side
+        )
+
+
+def _chat_pane(side: str) -> gr.Chatbot:
+    with gr.Column(min_width=320):
+        return gr.Chatbot(
+            label=side.capitalize(),
+            render_markdown=False,
+            allow_tags=False,
+            buttons=["copy", "copy_all"],
+            feedback_options=None,
+            height=420,
+            elem_id=f"{side}-chat",
+        )
 
 
 def _settings_inputs() -> tuple[Any, ...]:
@@ -321,16 +342,17 @@ def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
         handlers.run, [tab.mode, tab.prompt, tab.talk, *tab.settings, *mixer.inputs], view, **quiet
     ).failure(handlers.give_up, None, view, queue=False, **quiet)
     tab.stop.click(handlers.stop, None, None, queue=False, **quiet)
-    tab.clear.click(handlers.clear, None, [tab.talk, *tab.chats], queue=False, **quiet)
+    gr.on([tab.clear.click, *(chat.clear for chat in tab.chats)], handlers.clear, None, [tab.talk, *tab.chats], **quiet)
     tab.mode.change(handlers.show_mode, tab.mode, [tab.panes, tab.chat_panes, tab.clear], queue=False, **quiet)
-    mixer.chosen.input(handlers.remix, mixer.inputs, mixer.outputs, **quiet)
+    mixer.chosen.input(guarded(handlers.remix), mixer.inputs, mixer.outputs, **quiet)
     mixed = [tab.mix_error, tab.mix_note, *mixer.outputs]
     tab.upload.upload(handlers.upload, [tab.upload, *mixer.inputs], mixed, **quiet)
-    tab.example.click(
+    example = [tab.example, tab.mix_error, tab.mix_note]
+    tab.example.click(handlers.begin_example, None, example, queue=False, **quiet).then(
         handlers.build_example,
         mixer.inputs,
-        mixed,
+        [tab.example, *mixed],
         show_progress_on=tab.mix_note,
-        concurrency_id="build",
+        concurrency_id=BUILD_KIND,
         api_visibility="private",
-    )
+    ).failure(handlers.give_up_example, None, example, queue=False, **quiet)

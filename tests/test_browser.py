@@ -1,0 +1,212 @@
+"""The page in a real browser, with the embedded model: what a visitor does, from a file of texts to steered text."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neurosteer.catalog import default_model
+from neurosteer.errors import NeuroSteerError
+from neurosteer.sources import locate
+from neurosteer.storage import unpack
+
+pytestmark = [pytest.mark.browser, pytest.mark.embedded]
+
+ROOT = Path(__file__).parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+PATIENCE_MS = 60_000
+HOSTILE = "<img src=x onerror=document.title='taken'> ${1+1} {{1+1}}"
+
+THINGS = ["film", "meal", "room", "book", "concert", "walk", "teacher", "garden", "train", "market"]
+GLAD = ("I loved the {}, it was wonderful and warm.", "What a delightful {}, I smiled all evening.")
+SORRY = ("I hated the {}, it was dreadful and cold.", "What a miserable {}, I frowned all evening.")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A page that runs in a process of its own, as `python app.py` starts it."""
+    try:
+        locate(default_model())
+    except NeuroSteerError as error:
+        pytest.skip(f"the embedded model cannot be had: {error}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT, env={**os.environ})
+    try:
+        _until_it_listens(port, process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _until_it_listens(port: int, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "app.py ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError("app.py does not listen after a minute")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """A fresh visitor on the page, the model ready. Afterwards: no console error, no other host, no traceback."""
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    errors, outside = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: outside.append(request.url) if _is_outside(request.url, address) else None)
+    page.goto(address)
+    page.locator("#model-status").get_by_text("Model: ready: SmolLM2-135M-Instruct on").wait_for()
+    yield page
+    assert "Traceback" not in page.locator("body").inner_text()
+    assert page.title() == "NeuroSteer"
+    context.close()
+    assert not errors
+    assert not outside
+
+
+def _is_outside(url: str, address: str) -> bool:
+    return not url.startswith((f"{address}/", "data:", "blob:"))
+
+
+def text_of(page: Any, pane: str) -> str:
+    return page.locator(f"#{pane} textarea").input_value()
+
+
+def watch_both(page: Any, enough: int) -> list[tuple[int, int]]:
+    """The lengths of both texts as they grow, until the run is over or both have `enough` characters."""
+    seen = [(0, 0)]
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while time.monotonic() < deadline:
+        now = (len(text_of(page, "unsteered")), len(text_of(page, "steered")))
+        if now != seen[-1]:
+            seen.append(now)
+        if min(now) >= enough or page.locator("#steer-note").get_by_text("tokens/s").count():
+            return seen
+        page.wait_for_timeout(30)
+    raise TimeoutError("the texts did not come to an end")
+
+
+def test_from_a_file_of_texts_to_steered_text_and_back(page: Any, tmp_path: Path) -> None:
+    table = tmp_path / "my reviews.csv"
+    rows = [f'"{form.format(thing)}",{label}' for forms, label in ((GLAD, "pos"), (SORRY, "neg"))
+            for form in forms for thing in THINGS]  # fmt: skip
+    table.write_text("\n".join(["text,label", *rows, rows[0]]), encoding="utf-8")
+
+    page.get_by_label("Upload one file").check()
+    page.locator("#file input[type=file]").set_input_files(table)
+    page.locator("#preview").get_by_text("20 texts show it, 20 don’t").wait_for()
+    assert "my reviews.csv" in page.locator("#preview").inner_text()
+
+    page.get_by_label("Name", exact=True).fill("reviews")
+    page.locator("#build").click()
+    page.locator("#try-it").wait_for()
+    result = page.locator("#built").inner_text()
+    assert "reviews is ready: a steering vector at layer" in result and "1 repeated" in result
+    page.locator("#plot .js-plotly-plot").wait_for()
+
+    with page.expect_download() as download:
+        page.locator("#download-built").click()
+    saved = tmp_path / download.value.suggested_filename
+    download.value.save_as(saved)
+    artifact = unpack(saved)
+    assert (saved.name, artifact.name, artifact.provenance.n_positive) == ("reviews.zip", "reviews", 20)
+
+    page.locator("#try-it").click()
+    page.locator("#prompt textarea").fill("What was the restaurant like?")
+    page.locator("#run").click()
+    grown = watch_both(page, enough=10_000)
+    assert len({plain for plain, _ in grown}) > 3 and len({steered for _, steered in grown}) > 3
+    whole = text_of(page, "unsteered")
+    assert whole != text_of(page, "steered")
+
+    page.locator("#run:not([disabled])").click()
+    page.locator("#steer-note").get_by_text("Writing").wait_for()
+    page.wait_for_function("document.querySelector('#steered textarea').value.length > 15")
+    page.locator("#stop").click()
+    page.locator("#steer-note").get_by_text("Stopped; what was written is kept.").wait_for()
+    part = text_of(page, "unsteered")
+    assert 0 < len(part) < len(whole) and whole.startswith(part)  # the same seed
+
+    with page.expect_file_chooser() as chooser:
+        page.locator("#upload").click()
+    chooser.value.set_files(saved)
+    page.locator("#mix-note").get_by_text("reviews (2) is added").wait_for()
+    page.get_by_label("reviews (2)").first.wait_for()
+
+
+def test_a_broken_file_is_one_line_and_the_rest_is_kept(page: Any, tmp_path: Path) -> None:
+    table = tmp_path / "broken.csv"
+    table.write_text("text,label\nhappy,positive\nsad,maybe\n", encoding="utf-8")
+    page.get_by_label("Name", exact=True).fill("kept")
+    page.get_by_label("Upload one file").check()
+    page.locator("#file input[type=file]").set_input_files(table)
+    page.locator("#preview .ns-error").wait_for()
+    page.locator("#build").click()
+    error = page.locator("#build-error .ns-error")
+    error.wait_for()
+    assert "broken.csv" in error.inner_text() and "maybe" in error.inner_text()
+    assert page.get_by_label("Name", exact=True).input_value() == "kept"
+
+
+def test_the_first_visit_takes_three_clicks_to_a_steered_text(page: Any) -> None:
+    page.get_by_role("tab", name="Steer").click()
+    page.locator("#build-example").click()
+    page.locator("#mix-note").get_by_text("press Run").wait_for()
+    page.locator("#run").click()
+    page.wait_for_function("document.querySelector('#steered textarea').value.length > 15")
+    page.locator("#stop").click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+
+
+def test_what_visitors_and_models_write_is_shown_as_it_is(page: Any) -> None:
+    page.get_by_label("Paste texts").check()
+    page.get_by_label("Texts that show it").last.fill(f"{HOSTILE}\nglad\nhappy")
+    page.get_by_label("Texts that don’t").last.fill("sad\nlow\ndown")
+    page.locator("#preview").get_by_text("3 texts show it").wait_for()
+    assert HOSTILE in page.locator("#preview").inner_text()
+
+    page.locator("#build").click()
+    page.locator("#try-it").click()
+    page.get_by_role("radio", name="Chat", exact=True).check()
+    page.locator("#prompt textarea").fill(HOSTILE)
+    page.locator("#run").click()
+    page.locator("#steer-note").get_by_text("Writing").wait_for()
+    page.locator("#stop").click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    for side in ("unsteered", "steered"):
+        assert HOSTILE in page.locator(f"#{side}-chat").inner_text()
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_the_page_fits_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    for tab in ("Build", "Steer"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
