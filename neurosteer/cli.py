@@ -121,6 +121,7 @@ def build(
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build an artifact from examples."""
@@ -140,7 +141,7 @@ def build(
         started = time.perf_counter()
         artifact = build_artifact(
             lm, contrast, method=method, layers=layers, name=name, description=description,
-            framing=framing, tokens=tokens, progress=progress, **parameters,  # type: ignore[arg-type]
+            framing=framing or ("raw" if raw else None), tokens=tokens, progress=progress, **parameters,  # type: ignore[arg-type]
         )  # fmt: skip
         seconds = time.perf_counter() - started
     written = save(artifact, folder or Path(artifact.name))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from neurosteer.artifacts import ModelReference
@@ -263,15 +263,17 @@ def describe_model(
 
 def _read(source: Source, dtype: torch.dtype, device_map: str | None) -> tuple[PreTrainedModel, Any]:
     named: dict[str, Any] = {"local_files_only": True}
+    packed: dict[str, Any] = {}
     if source.gguf_file:
         named["gguf_file"] = source.gguf_file
+        packed["quantization_config"] = GgufConfig(dequantize=True)  # steering needs plain weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **named)
         config = AutoConfig.from_pretrained(source.folder, **named)
         if not source.gguf_file:
             named["use_safetensors"] = True
         model = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **named
+            source.folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **named, **packed
         )
     except Exception as error:  # transformers raises many kinds for damaged or unsupported folders
         first_line = (str(error).strip().splitlines() or [""])[0]

@@ -287,15 +287,18 @@ def _bytes_in(folder: Path) -> int:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the weights and tokenizer of a GGUF file as float32 safetensors that `from_pretrained` reads quickly."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
     config: Any = loaded.config
     # A model that remembers it came from GGUF refuses to be saved, so a clean one takes over its weights.
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     clean.load_state_dict(loaded.state_dict())
     clean.generation_config = loaded.generation_config

@@ -413,9 +413,9 @@ def test_a_cancelled_build_says_so_and_changes_nothing_else(building: BuildHandl
 
 
 def test_only_what_was_set_and_what_the_method_takes_is_passed_on() -> None:
-    given = Settings("n", "caa", " ", "", "", "write", "shift", 10)
+    given = Settings("n", "caa", " ", "", "", "write", "shift", "10")
     assert build_options(given) == {"method": "caa", "layers": "auto", "name": "n"}
-    given = Settings("", "cna", "3", "raw", "last", "dprime", "", 0.5)
+    given = Settings("", "cna", "3", "raw", "last", "dprime", "", " 0.5")
     assert build_options(given) == {
         "method": "cna", "layers": "3", "framing": "raw", "tokens": "last", "rank": "dprime", "top_k": 0.5
     }  # fmt: skip

@@ -305,8 +305,8 @@ def naive_logits(
             hidden = changed = first(output)
             spanned = [unit for at, unit in writes.ablated if at == layer]
             if spanned:
-                basis = torch.linalg.qr(torch.stack(spanned, 1).double()).Q.float()
-                changed = changed - (changed @ basis) @ basis.T
+                span = torch.stack(spanned, 1).double()
+                changed = changed - changed @ (span @ torch.linalg.pinv(span, rtol=1e-6)).float()
             for at, push in writes.pushes:
                 changed = changed + push if at == layer else changed
             changed = torch.where(where, changed, hidden)
@@ -364,7 +364,7 @@ def make_vector(layers: Sequence[int] = (1, 2), *, seed: int = 0, **changes: Any
         "model": REFERENCE,
         "method": "caa",
         "directions": {layer: torch.randn(D_MODEL, generator=generator) for layer in layers},
-        "norms": {layer: 3.0 + layer for layer in layers},
+        "norms": {layer: 50.0 + layer for layer in layers},  # as large as a tiny model's residual stream
     }
     return SteeringVector(**{**given, **changes})
 

@@ -66,7 +66,7 @@ class Settings(NamedTuple):
     tokens: str = ""
     rank: str = ""
     operation: str = ""
-    top_k: float | None = None
+    top_k: str = ""
 
 
 def read_source(source: Source) -> ContrastSet | None:
@@ -94,11 +94,20 @@ def build_options(settings: Settings) -> dict[str, Any]:
     from neurosteer.methods import find_method
 
     takes = find_method(settings.method).defaults
-    own = {"rank": settings.rank, "operation": settings.operation, "top_k": settings.top_k}
+    own = {"rank": settings.rank, "operation": settings.operation, "top_k": _number(settings.top_k)}
     options = {name: value for name, value in own.items() if name in takes}
     options |= {"name": settings.name.strip(), "framing": settings.framing, "tokens": settings.tokens}
-    options = {name: value for name, value in options.items() if value not in ("", None)}
+    options = {name: value for name, value in options.items() if value != ""}
     return {"method": settings.method, "layers": settings.layers.strip() or "auto", **options}
+
+
+def _number(text: str) -> float | str:
+    """What stands in a field for a number; what is none is left for the library to refuse."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text.strip()
+    return int(number) if number.is_integer() else number
 
 
 def _content(path: str) -> tuple[bytes, str]:
@@ -176,13 +185,12 @@ class BuildHandlers:
         mix = Mix.of(values[n_source + n_settings :])
         buttons = [gr.update(interactive=True), gr.update(interactive=False)]
         try:
-            started = time.monotonic()
             examples = read_source(source)
             if examples is None:
                 raise UsageError(f"There are no examples yet. {_NOTHING_YET[source.kind]}")
-            artifact = self.make(examples, settings, in_words(progress), request.session_hash)
+            artifact, seconds = self.make(examples, settings, in_words(progress), request.session_hash)
             shelf, label = put(mix.shelf, artifact)
-            shown = Built(artifact, label, time.monotonic() - started, examples)
+            shown = Built(artifact, label, seconds, examples)
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
             return [*buttons, "", "", *shown.updates(), label, *mixed]
         except Cancelled:
@@ -191,13 +199,17 @@ class BuildHandlers:
         except Exception as error:
             return [*buttons, render.error_line(problem(error)), "", *[gr.skip()] * 5, *unchanged()]
 
-    def make(self, examples: ContrastSet, settings: Settings, progress: Progress, visitor: str | None) -> Any:
-        """The artifact, once the model is there. Raises the library's errors."""
+    def make(
+        self, examples: ContrastSet, settings: Settings, progress: Progress, visitor: str | None
+    ) -> tuple[Any, float]:
+        """The artifact, once the model is there, and the seconds that building took. Raises the library's errors."""
         cancel = self.jobs.current(visitor, KIND)
         session = self.holder.wait(progress, cancel)
         from neurosteer.building import build
 
-        return build(session.lm, examples, progress=progress, cancel=cancel, **build_options(settings))
+        started = time.monotonic()
+        artifact = build(session.lm, examples, progress=progress, cancel=cancel, **build_options(settings))
+        return artifact, time.monotonic() - started
 
     def try_it(self, label: str, *values: Any) -> list[Any]:
         """To the Steer tab, with the newest artifact alone."""
@@ -311,12 +323,8 @@ def _settings_inputs() -> tuple[Any, ...]:
             operation = gr.Dropdown(
                 [_AUTOMATIC], value="", label="Operation", info="Scale the neurons, or shift them", visible=False
             )
-            top_k = gr.Number(
-                None,
-                label="Neurons (top_k)",
-                info="A count, or a share below 1; empty is automatic",
-                visible=False,
-                step=0.0001,
+            top_k = gr.Textbox(
+                "", label="Neurons (top_k)", info="A count, or a share below 1", placeholder="automatic", visible=False
             )
     return name, method, layers, framing, tokens, rank, operation, top_k
 

@@ -201,7 +201,7 @@ class SteerHandlers:
         mix, button = Mix.of(values), gr.update(interactive=True)
         try:
             examples = read_examples(EXAMPLE_SET)
-            artifact = self.building.make(examples, Settings(), in_words(progress), request.session_hash)
+            artifact, _ = self.building.make(examples, Settings(), in_words(progress), request.session_hash)
             shelf, label = put(mix.shelf, artifact)
             ready = render.note_line(f"{label} is ready: press Run.")
             return [button, "", ready, *mix.choosing(shelf, [label]).updates()]

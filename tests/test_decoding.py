@@ -1,0 +1,313 @@
+"""Choosing tokens and turning them into text, against transformers, numpy and frequencies."""
+
+import queue
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import Tiny, byte_tokenizer, fallback_tokenizer
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from neurosteer import decoding
+from neurosteer.decoding import RowTexts, Sampler, Sampling, draw
+from neurosteer.errors import UsageError
+from neurosteer.steering import Row, Session
+
+
+def nucleus(scores: np.ndarray, top_p: float) -> dict[int, float]:
+    """Tokens of the smallest set whose probability reaches `top_p`, with their probabilities within it."""
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), top_p * (1 - 1e-7))) + 1
+    kept = order[:count]
+    return {int(token): float(probabilities[token] / probabilities[kept].sum()) for token in kept}
+
+
+def drawn(scores: torch.Tensor, top_p: float, n: int) -> np.ndarray:
+    """Shares of each token when the draws are spread evenly over [0, 1)."""
+    draws = (torch.arange(n) + 0.5) / n
+    tokens = draw(scores.expand(n, -1), top_p, draws)
+    return np.bincount(tokens.numpy(), minlength=scores.shape[-1]) / n
+
+
+# --- the nucleus -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize(("vocabulary", "spread"), [(7, 2.0), (300, 3.0), (1000, 2.0), (1000, 0.01)])
+def test_shares_of_the_tokens_are_those_of_the_nucleus(top_p: float, vocabulary: int, spread: float) -> None:
+    scores = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * spread
+    n = 4000
+    found, wanted = drawn(scores, top_p, n), nucleus(scores.double().numpy(), top_p)
+    for token, share in enumerate(found):
+        assert share == pytest.approx(wanted.get(token, 0.0), abs=1.5 / n)  # even draws: off by one at either end
+
+
+def test_seeded_draws_follow_the_nucleus_within_chance() -> None:
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 1.5
+    n = 20_000
+    wanted = nucleus(scores.double().numpy(), 0.9)
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=5), [f"row/{row}" for row in range(n)], [1] * n)
+    ids = torch.zeros(n, 1, dtype=torch.long)
+    found = np.bincount(sampler(ids, scores.expand(n, -1)).argmax(-1).numpy(), minlength=40)
+    chi_square = sum((found[token] - n * share) ** 2 / (n * share) for token, share in wanted.items())
+    assert found.sum() == n == sum(found[token] for token in wanted)
+    assert chi_square < len(wanted) - 1 + 5 * np.sqrt(2 * len(wanted))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "count"), [(0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.874, 3), (0.876, 4), (0.937, 4), (1.0, 5)]
+)
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, count: int) -> None:
+    scores = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]).log()
+    assert np.count_nonzero(drawn(scores, top_p, 1000)) == count
+
+
+def test_a_nucleus_that_reaches_top_p_exactly_takes_no_further_token() -> None:
+    assert np.count_nonzero(drawn(torch.zeros(2), 0.5, 1000)) == 1
+    assert np.count_nonzero(drawn(torch.zeros(4), 0.75, 1000)) == 3
+    assert np.count_nonzero(drawn(torch.zeros(512), 0.625, 1000)) == 320
+
+
+def test_a_nucleus_wider_than_the_candidates_at_hand_is_sorted_whole() -> None:
+    assert decoding._CANDIDATES == 256
+    flat = torch.randn(2000, generator=torch.Generator().manual_seed(3)) * 0.3
+    peaked = flat.clone()
+    peaked[5] = 50.0
+    tokens = draw(torch.stack([flat, peaked]).repeat(2000, 1), 0.95, ((torch.arange(4000) // 2) + 0.5) / 2000)
+    wide = set(tokens[::2].tolist())
+    assert len(wide) > 256 and wide <= set(nucleus(flat.double().numpy(), 0.95))
+    assert set(tokens[1::2].tolist()) == {5}
+
+
+def test_the_shortcut_and_the_full_sort_choose_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(300, 1500, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.2, 6, 300)[:, None]
+    draws = torch.rand(300, generator=torch.Generator().manual_seed(5))
+    found = draw(scores, 0.9, draws)
+    monkeypatch.setattr(decoding, "_CANDIDATES", 1500)
+    assert torch.equal(found, draw(scores, 0.9, draws))
+
+
+@pytest.mark.parametrize("at", [0.0, 1.0 - 2**-24, 1.0])
+def test_the_ends_of_the_draw_are_the_first_and_the_last_of_the_nucleus(at: float) -> None:
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(6))
+    kept = list(nucleus(scores.double().numpy(), 0.8))
+    token = int(draw(scores[None], 0.8, torch.tensor([at]))[0])
+    assert token == (kept[0] if at == 0.0 else kept[-1])
+
+
+def test_tokens_ruled_out_are_never_drawn() -> None:
+    scores = torch.full((1, 600), -torch.inf)
+    scores[0, [3, 599]] = 0.0
+    found = {int(draw(scores, 1.0, torch.tensor([at]))[0]) for at in (0.0, 0.3, 0.49, 0.51, 0.9, 1.0)}
+    assert found == {3, 599}
+
+
+def test_temperature_divides_the_scores() -> None:
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(7))
+    n = 5000
+    ids = torch.zeros(n, 1, dtype=torch.long)
+    found = Sampler(Sampling(temperature=0.5, top_p=1.0), [str(row) for row in range(n)], [1] * n)(ids, scores.expand(n, -1))
+    shares = np.bincount(found.argmax(-1).numpy(), minlength=30) / n
+    wanted = torch.softmax(scores.double() * 2, -1).numpy()
+    assert np.abs(shares - wanted).max() < 5 * np.sqrt(0.25 / n)
+
+
+def test_greedy_leaves_the_scores_as_they_are() -> None:
+    scores = torch.randn(3, 30)
+    assert Sampler(Sampling(greedy=True), ["a", "b", "c"], [1, 1, 1])(torch.zeros(3, 1, dtype=torch.long), scores) is scores
+
+
+def test_a_rows_draws_depend_on_its_own_stream_alone() -> None:
+    scores = torch.randn(1, 200, generator=torch.Generator().manual_seed(8))
+    ids = torch.zeros(1, 1, dtype=torch.long)
+
+    def tokens(streams: list[str], row: int) -> list[int]:
+        sampler = Sampler(Sampling(seed=9), streams, [1] * len(streams))
+        return [int(sampler(ids.repeat(len(streams), 1), scores.repeat(len(streams), 1))[row].argmax()) for _ in range(20)]
+
+    assert tokens(["x"], 0) == tokens(["a", "b", "x"], 2) == tokens(["x", "a"], 0)
+    assert tokens(["x"], 0) != tokens(["y"], 0)
+    assert tokens(["x", "x"], 0) == tokens(["x", "x"], 1)
+
+
+# --- the repetition penalty ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 5.0])
+def test_the_repetition_penalty_is_that_of_transformers_on_an_unpadded_row(penalty: float) -> None:
+    generator = torch.Generator().manual_seed(10)
+    prompts = [torch.randint(1, 40, (length,), generator=generator) for length in (3, 9, 1)]
+    new = torch.randint(1, 40, (3, 4), generator=generator)
+    scores = torch.randn(3, 40, generator=generator)
+    kept = scores.clone()
+    padded = torch.stack([torch.cat([torch.zeros(9 - len(prompt), dtype=torch.long), prompt]) for prompt in prompts])
+    sampler = Sampler(Sampling(greedy=True, repetition_penalty=penalty), ["a", "b", "c"], [3, 9, 1])
+    found = sampler(torch.cat([padded, new], 1), scores)
+    for row, prompt in enumerate(prompts):
+        wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone())
+        assert torch.equal(found[row : row + 1], wanted)
+    assert torch.equal(scores, kept), "what generation still holds was changed"
+    assert torch.equal(found[0, 0], scores[0, 0]), "padding was penalised"
+
+
+def test_a_text_under_a_repetition_penalty_is_that_of_generate_alone(each: Tiny) -> None:
+    ids = each.lm.prompt_ids("the cat sings")
+    with torch.no_grad():
+        wanted = each.model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False, max_new_tokens=12,
+            repetition_penalty=1.5, eos_token_id=each.lm.tokenizer.eos_token_id, pad_token_id=0,
+        )[0, len(ids):]  # fmt: skip
+    rows = [Row("the cat sings"), Row("a much, much longer prompt than the other one")]
+    sampling = Sampling(greedy=True, repetition_penalty=1.5)
+    found = Session(each.lm).generate(rows, sampling=sampling, max_new_tokens=12)[0]
+    assert found.text == each.lm.tokenizer.decode(wanted, skip_special_tokens=True)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [0, -0.1, 10.5, float("nan"), float("inf"), "1", None, True, 10**400], ids=lambda v: str(v)[:10])
+def test_settings_out_of_their_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=name) as error:
+        Sampling(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None, True])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(UsageError, match="seed"):
+        Sampling(seed=seed)
+    assert Sampling(seed=-(10**30)).seed == -(10**30)
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    assert Sampling(temperature=10.0, top_p=1.0, repetition_penalty=10.0, seed=0)
+    assert Sampling(temperature=1e-6, top_p=1e-6, repetition_penalty=1e-6)
+
+
+def test_a_tiny_temperature_is_greedy(llama: Tiny) -> None:
+    session = Session(llama.lm)
+    greedy = session.generate("we", sampling=Sampling(greedy=True), max_new_tokens=10)
+    assert session.generate("we", sampling=Sampling(temperature=1e-6, top_p=1.0), max_new_tokens=10) == greedy
+    assert session.generate("we", sampling=Sampling(temperature=10.0, top_p=1e-6), max_new_tokens=10) == greedy
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "plain text, with punctuation. Yes?",
+    "naïve café — “quotes” …",
+    "日本語は一番です",
+    "😀👍🏽👩‍👩‍👧 flags 🇩🇪",
+    "mixed 日 a 😀 b ñ\nnew line\ttab",
+    "عربى हिन्दी ไทย",
+    "  leading and  double  blanks ",
+]
+TOKENIZERS = {"byte-level": byte_tokenizer, "byte fallback": fallback_tokenizer}
+
+
+def stream_of(tokenizer: Any, rows: list[list[int]], stop: list[int]) -> tuple[RowTexts, list[list[str]]]:
+    """Feed rows of ids as `generate` does: the prompt first, then one token a step, padding where a row has ended."""
+    sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    texts = RowTexts(tokenizer, len(rows), stop, sink)
+    texts.put(torch.zeros(len(rows), 3, dtype=torch.long))
+    for step in range(max(map(len, rows))):
+        texts.put(torch.tensor([row[step] if step < len(row) else 0 for row in rows]))
+    texts.end()
+    pieces = []
+    while not sink.empty():
+        pieces.append(sink.get())
+    return texts, pieces
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_characters_of_many_bytes_come_whole_and_pieces_make_up_the_text(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    end = tokenizer.eos_token_id
+    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS]
+    assert any(len(row) > len(text) + 2 for row, text in zip(rows, TEXTS, strict=True)), "no character takes several tokens"
+    texts, pieces = stream_of(tokenizer, rows, [end])
+    for place, ids in enumerate(rows):
+        mine = [step[place] for step in pieces]
+        assert "".join(mine) == texts.texts[place] == tokenizer.decode(ids, skip_special_tokens=True)
+        assert not any("�" in piece for piece in mine)
+        assert texts.texts[place].strip() == TEXTS[place].strip()
+        assert texts.stopped[place] and texts.ids[place] == ids[:-1]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_character_appears_with_its_last_byte_and_not_later(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    ids = tokenizer("x😀y日", add_special_tokens=False)["input_ids"]
+    texts = RowTexts(tokenizer, 1, [])
+    texts.put(torch.zeros(1, 1, dtype=torch.long))
+    for count, token in enumerate(ids, start=1):
+        texts.put(torch.tensor([token]))
+        whole = tokenizer.decode(ids[:count])
+        if not whole.endswith("�"):
+            assert texts.texts[0] == whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_cut_inside_a_character_ends_as_decoding_it_whole_does(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    ids = tokenizer("ab 😀", add_special_tokens=False)["input_ids"][:-1]
+    texts, pieces = stream_of(tokenizer, [ids], [])
+    assert texts.texts[0] == "".join(step[0] for step in pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_are_not_part_of_the_text_and_the_end_ends_it() -> None:
+    tokenizer = byte_tokenizer()
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    ab, cd = (tokenizer(text)["input_ids"] for text in ("ab", "cd"))
+    texts, _ = stream_of(tokenizer, [[*ab, start, *cd], [*ab, end, *cd]], [end])
+    assert texts.texts == ["abcd", "ab"]
+    assert texts.stopped == [False, True]
+    assert texts.ids == [[*ab, start, *cd], ab]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(derandomize=True, database=None, deadline=None, max_examples=300)
+@given(seed=st.integers(0, 1 << 30), length=st.integers(1, 25))
+def test_any_sequence_of_tokens_streams_to_what_decoding_it_whole_gives(name: str, seed: int, length: int) -> None:
+    """Models under strong steering write all sorts of things, such as bytes that make no character.
+
+    What such bytes are shown as is open: with byte fallback they turn characters before them into question marks too.
+    """
+    tokenizer = TOKENIZERS[name]()
+    rng = random.Random(seed)
+    multibyte = [token for text in TEXTS for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids = [rng.choice(multibyte) if rng.random() < 0.5 else rng.randrange(len(tokenizer)) for _ in range(length)]
+    texts, pieces = stream_of(tokenizer, [ids], [])
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(step[0] for step in pieces) == texts.texts[0]
+    assert texts.ids[0] == ids
+    assert texts.texts[0] == whole or (name == "byte fallback" and "�" in whole)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_stray_byte_after_a_character_written_as_bytes_is_no_error(name: str) -> None:
+    """With byte fallback the second byte here makes "I" unreadable in hindsight."""
+    tokenizer = TOKENIZERS[name]()
+    if name == "byte fallback":
+        ids = tokenizer.convert_tokens_to_ids(["<0x49>", "<0xE8>", "th", "<0x49>", "the"])
+    else:
+        ids = [tokenizer("I")["input_ids"][0], tokenizer("日")["input_ids"][0], *tokenizer("thIthe")["input_ids"]]
+    texts, pieces = stream_of(tokenizer, [ids], [])
+    assert "".join(step[0] for step in pieces) == texts.texts[0]
+    assert texts.texts[0].endswith("thIthe") and "�" in texts.texts[0]
+
+
+def test_ids_beyond_the_tokenizer_are_no_text() -> None:
+    """A model's vocabulary may be padded beyond its tokenizer's, as Qwen's is."""
+    tokenizer = byte_tokenizer()
+    ab = tokenizer("ab")["input_ids"]
+    texts, _ = stream_of(tokenizer, [[ab[0], len(tokenizer) + 5, *ab[1:]]], [])
+    assert texts.texts == ["ab"]
