@@ -34,7 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+_TABLE_WIDTH = 120  # also where the terminal is narrower: a cut model name is of no use
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Catalog name, Hub id, folder or GGUF file.", show_default=False)
@@ -91,12 +93,14 @@ def models(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json({"default": default_model(), "models": [asdict(model) for model in catalog()]})
         return
-    table = Table("Model", "Hub id", "Kind", "Memory", "Licence", box=None)
+    table = Table(box=None)
+    for heading in ("Model", "Hub id", "Kind", "Memory", "Licence"):
+        table.add_column(heading, no_wrap=True)
     for model in catalog():
         default = " (default)" if model.name == default_model() else ""
         kind = "chat" if model.chat else "base"
         table.add_row(model.name + default, model.hub_id, kind, f"{model.memory_gb:g} GB", model.licence)
-    out.print(table)
+    Console(width=_TABLE_WIDTH, highlight=False).print(table)
 
 
 @app.command()
@@ -429,7 +433,7 @@ def _progress() -> Iterator[Progress]:
 
 
 def _fail(message: str, code: int) -> None:
-    err.print("neurosteer: " + " ".join(message.split()), soft_wrap=True)
+    err.print("neurosteer: " + " ".join(message.split()))
     sys.exit(code)
 
 

@@ -89,14 +89,21 @@ def draw(scores: Tensor, top_p: float, draws: Tensor) -> Tensor:
     return tokens.gather(1, torch.minimum(place, last))[:, 0]
 
 
-class StopWhenSet(StoppingCriteria):
-    """Ends every row when the caller sets `cancel`."""
+class Stop(StoppingCriteria):
+    """Ends every row when the caller has set `cancel`, or `set` was called. The caller's event is only looked at."""
 
-    def __init__(self, cancel: threading.Event) -> None:
-        self.cancel = cancel
+    def __init__(self, cancel: threading.Event | None = None) -> None:
+        self._cancel = cancel
+        self._own = threading.Event()
+
+    def set(self) -> None:
+        self._own.set()
+
+    def is_set(self) -> bool:
+        return self._own.is_set() or (self._cancel is not None and self._cancel.is_set())
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.cancel.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class RowTexts(BaseStreamer):

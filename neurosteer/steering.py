@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from neurosteer.artifacts import Artifact, check_model
-from neurosteer.decoding import RowTexts, Sampler, Sampling, StopWhenSet
+from neurosteer.decoding import RowTexts, Sampler, Sampling, Stop
 from neurosteer.errors import UsageError
 from neurosteer.hooks import Hook, InputHook, hooked
 from neurosteer.models import LanguageModel, Prompt
@@ -96,15 +96,15 @@ class Session:
         options.check()
         self._check_artifacts(todo)
         prompts = [self._prompt_ids(row.prompt, options) for row in todo]
-        cancel = cancel or threading.Event()
+        stop = Stop(cancel)
         finished: list[Row] = []
-        try:
-            for first in range(0, len(todo), batch_rows):
-                batch = slice(first, first + batch_rows)
-                finished += yield from self._stream_batch(first, todo[batch], prompts[batch], options, cancel)
-                progress(f"Wrote {len(finished)} of {len(todo)} texts", len(finished) / len(todo))
-        finally:
-            cancel.set()  # a consumer that leaves early stops the thread that decodes
+        for first in range(0, len(todo), batch_rows):
+            batch = slice(first, first + batch_rows)
+            if stop.is_set():
+                finished += [replace(row, finish="cancelled") for row in todo[batch]]
+                continue
+            finished += yield from self._stream_batch(first, todo[batch], prompts[batch], options, stop)
+            progress(f"Wrote {len(finished)} of {len(todo)} texts", len(finished) / len(todo))
         return finished
 
     def sweep(
@@ -148,14 +148,14 @@ class Session:
         rows: Sequence[Row],
         prompts: Sequence[list[int]],
         options: "_Options",
-        cancel: threading.Event,
+        stop: Stop,
     ) -> Iterator[Step]:
         sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
         texts = RowTexts(self.lm.tokenizer, len(rows), _stop_ids(self.lm), sink)
 
         def work() -> None:
             try:
-                self._decode(rows, prompts, options, texts, cancel)
+                self._decode(rows, prompts, options, texts, stop)
                 sink.put(None)
             except BaseException as error:  # handed to the consumer, whose thread raises it
                 sink.put(error)
@@ -167,12 +167,12 @@ class Session:
                 if isinstance(item, BaseException):
                     raise item
                 yield Step(first, tuple(item))
-        except GeneratorExit:
-            cancel.set()
+        except GeneratorExit:  # a consumer that leaves early stops the thread that decodes
+            stop.set()
             raise
         finally:
             thread.join()
-        return [_filled(row, texts, index, cancel) for index, row in enumerate(rows)]
+        return [_filled(row, texts, index, options) for index, row in enumerate(rows)]
 
     def _decode(
         self,
@@ -180,7 +180,7 @@ class Session:
         prompts: Sequence[list[int]],
         options: "_Options",
         texts: RowTexts,
-        cancel: threading.Event,
+        stop: Stop,
     ) -> None:
         width = max(map(len, prompts))
         ids = torch.full((len(rows), width), self.lm.pad_id)
@@ -196,7 +196,7 @@ class Session:
                 attention_mask=mask.to(self.lm.device),
                 generation_config=_generation_config(self.lm, options),
                 logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([StopWhenSet(cancel)]),
+                stopping_criteria=StoppingCriteriaList([stop]),
                 streamer=texts,
             )
 
@@ -269,6 +269,7 @@ def _generation_config(lm: LanguageModel, options: _Options) -> GenerationConfig
     )
 
 
-def _filled(row: Row, texts: RowTexts, index: int, cancel: threading.Event) -> Row:
-    finish = "stop" if texts.stopped[index] else ("cancelled" if cancel.is_set() else "length")
-    return replace(row, text=texts.texts[index], tokens=len(texts.ids[index]), finish=finish)
+def _filled(row: Row, texts: RowTexts, index: int, options: _Options) -> Row:
+    tokens = len(texts.ids[index])
+    finish = "stop" if texts.stopped[index] else ("length" if tokens >= options.max_new_tokens else "cancelled")
+    return replace(row, text=texts.texts[index], tokens=tokens, finish=finish)

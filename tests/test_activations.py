@@ -102,7 +102,12 @@ def test_held_out_rows_and_the_difference_without_them_are_those_of_a_loop(
     each: Tiny, tokens: Literal["mean", "last"]
 ) -> None:
     found = read_activations(
-        each.lm, POSITIVE, NEGATIVE, request(tokens=tokens), held_out_positive=HELD_POSITIVE, held_out_negative=HELD_NEGATIVE
+        each.lm,
+        POSITIVE,
+        NEGATIVE,
+        request(tokens=tokens),
+        held_out_positive=HELD_POSITIVE,
+        held_out_negative=HELD_NEGATIVE,
     )
     naive = Naive(each, POSITIVE, NEGATIVE, tokens)
     agree(found, naive)  # the class means are over all texts, held out or not
@@ -128,7 +133,9 @@ def test_framed_texts_are_read_where_the_framing_says(
     """Whatever is shared between the rows of a batch, each is read as if it had been alone."""
     naive = Naive(each, POSITIVE, NEGATIVE, tokens, framing)
     for budget in (1, 200, 100_000):
-        found = read_activations(each.lm, POSITIVE, NEGATIVE, request(framing=framing, tokens=tokens, batch_tokens=budget))
+        found = read_activations(
+            each.lm, POSITIVE, NEGATIVE, request(framing=framing, tokens=tokens, batch_tokens=budget)
+        )
         agree(found, naive)
         assert found.n_tokens == naive.n_tokens
         for layer in ALL:
@@ -209,8 +216,12 @@ def test_the_pass_stops_after_the_last_block_asked_for_and_never_reaches_the_hea
         return lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1)
 
     watched = [(block, count(f"block {place}")) for place, block in enumerate(each.blocks)]
-    with own_hooks([*watched, (each.norm, count("norm")), (each.model.get_output_embeddings(), count("head"))], before=True):
-        read_activations(each.lm, POSITIVE, NEGATIVE, request(residual=(last,), neurons=(0,), rows=(), batch_tokens=10_000))
+    with own_hooks(
+        [*watched, (each.norm, count("norm")), (each.model.get_output_embeddings(), count("head"))], before=True
+    ):
+        read_activations(
+            each.lm, POSITIVE, NEGATIVE, request(residual=(last,), neurons=(0,), rows=(), batch_tokens=10_000)
+        )
     assert calls == {f"block {place}": 1 for place in range(last + 1)}
 
 
@@ -240,7 +251,7 @@ def test_progress_never_goes_back_and_ends_at_one(llama: Tiny) -> None:
         progress=lambda _, fraction=None: seen.append(fraction) if fraction is not None else None,
     )
     assert len(seen) > 3
-    assert seen == sorted(seen) and 0 < seen[0] and seen[-1] == 1.0
+    assert seen == sorted(seen) and seen[0] > 0 and seen[-1] == 1.0
 
 
 def test_cancelling_stops_between_two_batches_and_leaves_no_hooks(llama: Tiny) -> None:
@@ -298,7 +309,9 @@ def test_requests_that_make_no_sense_are_refused() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_texts_unless_rows_are_asked_for(llama: Tiny) -> None:
-    found = read_activations(llama.lm, POSITIVE, NEGATIVE, request(rows=()), held_out_positive=(0,), held_out_negative=(1,))
+    found = read_activations(
+        llama.lm, POSITIVE, NEGATIVE, request(rows=()), held_out_positive=(0,), held_out_negative=(1,)
+    )
     kept = [found.residual[1].positive, found.neurons[1].positive, found.held_out[1].difference]
     assert [tensor.dim() for tensor in kept] == [1, 1, 1]
     assert found.rows == {}

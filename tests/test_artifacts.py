@@ -88,7 +88,9 @@ def test_provenance_checks_every_field(changes: dict[str, Any]) -> None:
     assert next(iter(changes)) in one_line(error)
 
 
-@pytest.mark.parametrize("given", [(NAN,), (INFINITY,), ("1",), (None,), (True,), (1.0, 1), (1.0, "yes"), (10**400,)], ids=short)
+@pytest.mark.parametrize(
+    "given", [(NAN,), (INFINITY,), ("1",), (None,), (True,), (1.0, 1), (1.0, "yes"), (10**400,)], ids=short
+)
 def test_a_calibration_is_a_finite_number(given: tuple[Any, ...]) -> None:
     with pytest.raises(ArtifactError) as error:
         Calibration(*given)
@@ -170,7 +172,10 @@ def test_a_vector_checks_every_field(changes: dict[str, Any], word: str) -> None
     ("changes", "word"),
     [
         ({"operation": "add"}, "scale, shift"),
-        ({"neurons": ints(), "neuron_layers": ints(), "scores": torch.ones(0), "differences": torch.ones(0)}, "no neurons"),
+        (
+            {"neurons": ints(), "neuron_layers": ints(), "scores": torch.ones(0), "differences": torch.ones(0)},
+            "no neurons",
+        ),
         ({"neurons": [1, 2, 3, 4]}, "no neurons"),
         ({"neurons": ints(1, 2, 3)}, "int32"),
         ({"neurons": torch.tensor([1, 2, 3, 4])}, "int64"),
@@ -207,7 +212,9 @@ def test_artifacts_are_frozen() -> None:
         make_circuit().scores = torch.ones(4)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("text", ["", "...", "../../etc/passwd", "日本語", "My Mood!", "a" * 300, "--x--", "a\0b\n", "x." * 60])
+@pytest.mark.parametrize(
+    "text", ["", "...", "../../etc/passwd", "日本語", "My Mood!", "a" * 300, "--x--", "a\0b\n", "x." * 60]
+)
 def test_a_safe_name_is_always_a_valid_one(text: str) -> None:
     assert make_vector(name=safe_name(text)).name == safe_name(text)
     assert safe_name("My Mood!") == "My-Mood"
@@ -346,7 +353,8 @@ def same(one: Artifact, other: Artifact) -> bool:
         return one.norms == other.norms and all(map(identical, *zip(*tensors, strict=True)))
     assert isinstance(one, NeuronCircuit) and isinstance(other, NeuronCircuit)
     return all(
-        identical(getattr(one, key), getattr(other, key)) for key in ("neuron_layers", "neurons", "scores", "differences")
+        identical(getattr(one, key), getattr(other, key))
+        for key in ("neuron_layers", "neurons", "scores", "differences")
     )
 
 
@@ -383,15 +391,25 @@ def test_the_folder_holds_the_documented_files_and_keys(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "v" / "config.json").read_text(encoding="utf-8"))
     assert config["schema_version"] == 1 and config["kind"] == "steering-vector" and config["site"] == "resid_post"
     assert config["layers"] == [0, 3] and config["operation"] == "add"
-    assert {"name", "description", "model", "method", "parameters", "calibration", "provenance", "receipts"} <= set(config)
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in load_file(tmp_path / "v" / "weights.safetensors").items()} == {
+    assert {"name", "description", "model", "method", "parameters", "calibration", "provenance", "receipts"} <= set(
+        config
+    )
+    assert {
+        key: (value.dtype, tuple(value.shape))
+        for key, value in load_file(tmp_path / "v" / "weights.safetensors").items()
+    } == {
         "layer.0": (torch.float32, (D_MODEL,)),
         "layer.3": (torch.float32, (D_MODEL,)),
     }
     config = json.loads((tmp_path / "c" / "config.json").read_text(encoding="utf-8"))
     assert config["kind"] == "neuron-circuit" and config["site"] == "mlp_neurons"
     kinds = {key: value.dtype for key, value in load_file(tmp_path / "c" / "weights.safetensors").items()}
-    assert kinds == {"layers": torch.int32, "neurons": torch.int32, "scores": torch.float32, "differences": torch.float32}
+    assert kinds == {
+        "layers": torch.int32,
+        "neurons": torch.int32,
+        "scores": torch.float32,
+        "differences": torch.float32,
+    }
 
 
 def test_special_values_and_views_survive(tmp_path: Path) -> None:
@@ -426,7 +444,9 @@ def test_a_card_that_somebody_edited_is_kept_as_it_is(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text(encoding="utf-8") == edited
 
 
-@pytest.mark.parametrize("content", [b"windows\r\nlines\r\n", "grüße".encode("latin-1"), b"\xef\xbb\xbfmark", b""], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"windows\r\nlines\r\n", "grüße".encode("latin-1"), b"\xef\xbb\xbfmark", b""], ids=repr
+)
 def test_an_edited_card_is_kept_byte_for_byte(content: bytes, tmp_path: Path) -> None:
     folder = save(make_vector(), tmp_path / "a")
     (folder / "README.md").write_bytes(content)
@@ -452,7 +472,9 @@ def test_a_folder_that_holds_something_else_is_never_overwritten(files: tuple[st
     with pytest.raises(ArtifactError) as error:
         save(make_vector(), target)
     assert "mine" in one_line(error)
-    assert {file.name: file.read_text(encoding="utf-8") for file in target.iterdir()} == dict.fromkeys(files, "precious")
+    assert {file.name: file.read_text(encoding="utf-8") for file in target.iterdir()} == dict.fromkeys(
+        files, "precious"
+    )
     assert os.listdir(tmp_path) == ["mine"]
 
 
@@ -466,8 +488,12 @@ def test_an_empty_folder_is_used_and_a_file_is_not(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
 
 
-@pytest.mark.parametrize("path", ["", ".", "nothing/there", "x" * 300, "a\0b", "~nobody-of-this-name/x"], ids=lambda path: path[:20])
-def test_a_path_that_is_no_artifact_is_one_clear_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "path", ["", ".", "nothing/there", "x" * 300, "a\0b", "~nobody-of-this-name/x"], ids=lambda path: path[:20]
+)
+def test_a_path_that_is_no_artifact_is_one_clear_line(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError) as error:
         load(path)
@@ -475,7 +501,9 @@ def test_a_path_that_is_no_artifact_is_one_clear_line(path: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x", "/"], ids=lambda path: path[:20])
-def test_a_path_that_cannot_be_written_is_one_clear_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_be_written_is_one_clear_line(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError) as error:
         save(make_vector(), path)

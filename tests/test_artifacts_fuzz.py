@@ -285,7 +285,11 @@ def test_deeply_nested_json_never_overflows_the_stack(kind: str, where: str) -> 
     for depth in (50, 300, 500, 700, 850, *range(900, 1000, 20), 2000, 100_000):
         nested = "[" * depth + "]" * depth
         config = json.dumps({**CONFIGS[kind], where: "HERE"})
-        inner = {"parameters": f'{{"x": {nested}}}', "receipts": f'[{{"x": {nested}}}]', "provenance": f'{{"parents": {nested}}}'}
+        inner = {
+            "parameters": f'{{"x": {nested}}}',
+            "receipts": f'[{{"x": {nested}}}]',
+            "provenance": f'{{"parents": {nested}}}',
+        }
         text = nested if where == "whole" else config.replace('"HERE"', inner[where])
         load_files({**FILES[kind], CONFIG: text.encode()})
 
@@ -490,7 +494,14 @@ def test_links_in_a_zip_are_read_as_data_and_never_followed(
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_of_two_artifacts_or_of_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = list(FILES["vector"].items())
-    for odd in ([*members, *members], [*members, ("b/config.json", b"{}")], [], members[:1], [("config.json/", b"")], [("x", b"y")]):
+    for odd in (
+        [*members, *members],
+        [*members, ("b/config.json", b"{}")],
+        [],
+        members[:1],
+        [("config.json/", b"")],
+        [("x", b"y")],
+    ):
         assert unzip(zipped(odd), tmp_path, monkeypatch) is None
 
 
@@ -511,7 +522,9 @@ def test_a_zip_bomb_is_refused_at_the_limit(limit: str, tmp_path: Path, monkeypa
     assert unzip(bomb, tmp_path, monkeypatch) is None
 
 
-def test_the_weights_of_a_zip_may_not_be_larger_than_its_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_of_a_zip_may_not_be_larger_than_its_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A small upload must not grow to what the limit for the largest model allows."""
     import tracemalloc
 

@@ -21,7 +21,9 @@ from neurosteer.examples import ContrastSet
 from neurosteer.version import VERSION
 
 ALL_TEXTS = texts(60, seed=11)
-EXAMPLES = ContrastSet(tuple(ALL_TEXTS[:30]), tuple(ALL_TEXTS[30:]), name="Über moods", dropped={"blank": 2, "duplicate": 1})
+EXAMPLES = ContrastSet(
+    tuple(ALL_TEXTS[:30]), tuple(ALL_TEXTS[30:]), name="Über moods", dropped={"blank": 2, "duplicate": 1}
+)
 
 
 def vector(*arguments: Any, **named: Any) -> SteeringVector:
@@ -82,7 +84,9 @@ def test_caa_at_all_layers_is_the_naive_difference_of_means(each: Tiny) -> None:
 
 @pytest.mark.parametrize("rank", ["difference", "dprime", "write"])
 def test_cna_over_given_layers_is_the_naive_ranking(each: Tiny, rank: str) -> None:
-    built = circuit(each.lm, EXAMPLES, layers="0-2", rank=rank, top_k=12, framing="prompt", tokens="last", skip_layers=[0])
+    built = circuit(
+        each.lm, EXAMPLES, layers="0-2", rank=rank, top_k=12, framing="prompt", tokens="last", skip_layers=[0]
+    )
     residual, neurons = naive_rows(each, "prompt", "last")
     target = residual[0][2].mean(0) - residual[1][2].mean(0)
     scores: dict[tuple[int, int], float] = {}
@@ -194,7 +198,9 @@ def test_auto_picks_the_layer_where_the_classes_are_planted_apart(layer: int) ->
     def text(marks: int) -> str:
         return "".join(["q", *rng.permutation([*rng.choice(letters, 12 - marks), *"x" * marks])])
 
-    examples = ContrastSet(tuple({text(2): 0 for _ in range(60)}), tuple({text(1): 0 for _ in range(60)}), name="planted")
+    examples = ContrastSet(
+        tuple({text(2): 0 for _ in range(60)}), tuple({text(1): 0 for _ in range(60)}), name="planted"
+    )
     built = vector(this.lm, examples, tokens="mean")
     assert built.layers == [layer], built.provenance
     assert built.provenance.separation[layer] == 1.0
@@ -357,7 +363,9 @@ def never_called(this: Tiny) -> Any:
         ({"method": "probe", "penalty": 0}, ["penalty"]),
     ],
 )
-def test_a_wrong_argument_is_refused_before_the_model_runs(llama: Tiny, named: dict[str, Any], words: list[str]) -> None:
+def test_a_wrong_argument_is_refused_before_the_model_runs(
+    llama: Tiny, named: dict[str, Any], words: list[str]
+) -> None:
     with never_called(llama), pytest.raises(UsageError) as error:
         build(llama.lm, EXAMPLES, **named)
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -112,7 +112,9 @@ def test_temperature_divides_the_scores() -> None:
     scores = torch.randn(30, generator=torch.Generator().manual_seed(7))
     n = 5000
     ids = torch.zeros(n, 1, dtype=torch.long)
-    found = Sampler(Sampling(temperature=0.5, top_p=1.0), [str(row) for row in range(n)], [1] * n)(ids, scores.expand(n, -1))
+    found = Sampler(Sampling(temperature=0.5, top_p=1.0), [str(row) for row in range(n)], [1] * n)(
+        ids, scores.expand(n, -1)
+    )
     shares = np.bincount(found.argmax(-1).numpy(), minlength=30) / n
     wanted = torch.softmax(scores.double() * 2, -1).numpy()
     assert np.abs(shares - wanted).max() < 5 * np.sqrt(0.25 / n)
@@ -120,7 +122,10 @@ def test_temperature_divides_the_scores() -> None:
 
 def test_greedy_leaves_the_scores_as_they_are() -> None:
     scores = torch.randn(3, 30)
-    assert Sampler(Sampling(greedy=True), ["a", "b", "c"], [1, 1, 1])(torch.zeros(3, 1, dtype=torch.long), scores) is scores
+    assert (
+        Sampler(Sampling(greedy=True), ["a", "b", "c"], [1, 1, 1])(torch.zeros(3, 1, dtype=torch.long), scores)
+        is scores
+    )
 
 
 def test_a_rows_draws_depend_on_its_own_stream_alone() -> None:
@@ -129,7 +134,9 @@ def test_a_rows_draws_depend_on_its_own_stream_alone() -> None:
 
     def tokens(streams: list[str], row: int) -> list[int]:
         sampler = Sampler(Sampling(seed=9), streams, [1] * len(streams))
-        return [int(sampler(ids.repeat(len(streams), 1), scores.repeat(len(streams), 1))[row].argmax()) for _ in range(20)]
+        return [
+            int(sampler(ids.repeat(len(streams), 1), scores.repeat(len(streams), 1))[row].argmax()) for _ in range(20)
+        ]
 
     assert tokens(["x"], 0) == tokens(["a", "b", "x"], 2) == tokens(["x", "a"], 0)
     assert tokens(["x"], 0) != tokens(["y"], 0)
@@ -150,7 +157,9 @@ def test_the_repetition_penalty_is_that_of_transformers_on_an_unpadded_row(penal
     sampler = Sampler(Sampling(greedy=True, repetition_penalty=penalty), ["a", "b", "c"], [3, 9, 1])
     found = sampler(torch.cat([padded, new], 1), scores)
     for row, prompt in enumerate(prompts):
-        wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone())
+        wanted = RepetitionPenaltyLogitsProcessor(penalty)(
+            torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone()
+        )
         assert torch.equal(found[row : row + 1], wanted)
     assert torch.equal(scores, kept), "what generation still holds was changed"
     assert torch.equal(found[0, 0], scores[0, 0]), "padding was penalised"
@@ -173,7 +182,9 @@ def test_a_text_under_a_repetition_penalty_is_that_of_generate_alone(each: Tiny)
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
-@pytest.mark.parametrize("value", [0, -0.1, 10.5, float("nan"), float("inf"), "1", None, True, 10**400], ids=lambda v: str(v)[:10])
+@pytest.mark.parametrize(
+    "value", [0, -0.1, 10.5, float("nan"), float("inf"), "1", None, True, 10**400], ids=lambda v: str(v)[:10]
+)
 def test_settings_out_of_their_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name) as error:
         Sampling(**{name: value})
@@ -232,7 +243,9 @@ def test_characters_of_many_bytes_come_whole_and_pieces_make_up_the_text(name: s
     tokenizer = TOKENIZERS[name]()
     end = tokenizer.eos_token_id
     rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS]
-    assert any(len(row) > len(text) + 2 for row, text in zip(rows, TEXTS, strict=True)), "no character takes several tokens"
+    assert any(len(row) > len(text) + 2 for row, text in zip(rows, TEXTS, strict=True)), (
+        "no character takes several tokens"
+    )
     texts, pieces = stream_of(tokenizer, rows, [end])
     for place, ids in enumerate(rows):
         mine = [step[place] for step in pieces]

@@ -122,8 +122,12 @@ def test_the_library_prints_nothing_and_never_unpickles(module: str) -> None:
     assert not loads
 
 
-def test_the_check_itself_sees_imports_in_functions_and_relative_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_check_itself_sees_imports_in_functions_and_relative_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     inside = tmp_path / "odd.py"
-    inside.write_text("def f():\n    from .building import build\n    from . import steering\n    import gradio.themes\n")
+    inside.write_text(
+        "def f():\n    from .building import build\n    from . import steering\n    import gradio.themes\n"
+    )
     monkeypatch.setitem(MODULES, "odd", inside)
     assert set(imported("odd")) == {"neurosteer.building", "neurosteer.steering", "gradio.themes"}

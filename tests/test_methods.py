@@ -122,7 +122,9 @@ def test_pca_of_unpaired_classes_of_different_size_is_centred_between_the_two_me
     positive, negative = rows[2]
     middle = (positive.mean(0) + negative.mean(0)) / 2
     first = np.linalg.svd(np.concatenate([positive, negative]) - middle)[2][0]
-    assert np.allclose(vector.directions[2].numpy(), first * np.sign(first @ (positive.mean(0) - negative.mean(0))), atol=1e-4)
+    assert np.allclose(
+        vector.directions[2].numpy(), first * np.sign(first @ (positive.mean(0) - negative.mean(0))), atol=1e-4
+    )
 
 
 def test_pca_points_the_other_way_when_the_classes_change_places() -> None:
@@ -135,7 +137,9 @@ def naive_regression(rows: tuple[np.ndarray, np.ndarray], penalty: float) -> np.
     """Balanced logistic loss with penalty/2 |w|^2, all features centred and divided by one scale, minimised by scipy."""
     features = np.concatenate(rows)
     signs = np.repeat([1.0, -1.0], [len(rows[0]), len(rows[1])])
-    weights = np.repeat([len(features) / (2 * len(rows[0])), len(features) / (2 * len(rows[1]))], [len(rows[0]), len(rows[1])])
+    weights = np.repeat(
+        [len(features) / (2 * len(rows[0])), len(features) / (2 * len(rows[1]))], [len(rows[0]), len(rows[1])]
+    )
     centred = features - features.mean(0)
     centred = centred / np.sqrt((centred**2).sum(1).mean())
 
@@ -146,7 +150,9 @@ def naive_regression(rows: tuple[np.ndarray, np.ndarray], penalty: float) -> np.
         return value, np.append(centred.T @ slope + penalty * at[:-1], slope.sum())
 
     start = np.zeros(features.shape[1] + 1)
-    return minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-14, "gtol": 1e-9}).x[:-1]
+    return minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-14, "gtol": 1e-9}).x[
+        :-1
+    ]
 
 
 @pytest.mark.parametrize(("n", "penalty"), [((N, N), 0.01), ((N, N), 10.0), ((30, 9), 1.0)])
@@ -253,7 +259,9 @@ def test_a_neuron_that_never_varies_does_not_win_by_dprime() -> None:
     assert torch.isfinite(circuit.scores).all()
 
 
-@pytest.mark.parametrize(("top_k", "count"), [(5, 5), (5.0, 5), (0.1, 4), (0.0045, 1), (0.25, 10), (10_000, 30), (1, 1)])
+@pytest.mark.parametrize(
+    ("top_k", "count"), [(5, 5), (5.0, 5), (0.1, 4), (0.0045, 1), (0.25, 10), (10_000, 30), (1, 1)]
+)
 def test_top_k_is_a_count_or_a_share_of_all_the_models_neurons(top_k: float, count: int) -> None:
     circuit = run("cna", (0, 1, 2), rank="difference", top_k=top_k, skip_layers=())
     assert circuit.size == count  # of 4 x 10 neurons, of which 30 are searched
@@ -303,7 +311,9 @@ def test_cna_of_classes_that_do_not_differ_is_refused() -> None:
         ("pca", {"rank": "write"}, ["rank", "none"]),
     ],
 )
-def test_a_wrong_parameter_is_refused_naming_what_is_allowed(method: str, given: Mapping[str, Any], words: list[str]) -> None:
+def test_a_wrong_parameter_is_refused_naming_what_is_allowed(
+    method: str, given: Mapping[str, Any], words: list[str]
+) -> None:
     with pytest.raises(UsageError) as error:
         run(method, (0, 1, 2, 3), **given)
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -194,12 +194,16 @@ def test_a_saved_folder_loads_with_the_same_weights_and_parts(architecture: str,
 
 
 def test_the_fingerprint_is_the_same_in_float32_and_bfloat16(saved: Path) -> None:
-    prints = {load_model(saved, device="cpu", dtype=dtype).fingerprint for dtype in ("float32", "bfloat16", torch.float32)}
+    prints = {
+        load_model(saved, device="cpu", dtype=dtype).fingerprint for dtype in ("float32", "bfloat16", torch.float32)
+    }
     assert len(prints) == 1
     assert len(prints.pop()) == 16
 
 
-@pytest.mark.parametrize("which", ["model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "which", ["model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight"]
+)
 def test_the_fingerprint_differs_after_any_weight_is_trained_a_little(saved: Path, which: str) -> None:
     lm = load_model(saved, device="cpu", dtype="float32")
     before = lm.fingerprint
@@ -254,7 +258,9 @@ def test_an_unknown_dtype_is_refused_naming_the_allowed_ones(saved: Path, dtype:
         load_model(saved, dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["banana", "cpu:x", "gpu", *([] if torch.cuda.is_available() else ["cuda", "cuda:7"])])
+@pytest.mark.parametrize(
+    "device", ["banana", "cpu:x", "gpu", *([] if torch.cuda.is_available() else ["cuda", "cuda:7"])]
+)
 def test_an_unknown_or_absent_device_is_one_clear_line(saved: Path, device: str) -> None:
     with pytest.raises(UsageError) as error:
         load_model(saved, device=device)
@@ -322,7 +328,9 @@ def test_a_template_that_refuses_a_conversation_is_a_model_error() -> None:
 # --- framing ---------------------------------------------------------------------------------------------------------
 
 
-def spans(lm: LanguageModel, texts: list[str], framing: Any, max_tokens: int = 512) -> list[tuple[list[int], int, bool]]:
+def spans(
+    lm: LanguageModel, texts: list[str], framing: Any, max_tokens: int = 512
+) -> list[tuple[list[int], int, bool]]:
     return [(item.ids, item.start, item.cut) for item in lm.frame(texts, framing, max_tokens=max_tokens)]
 
 

@@ -63,7 +63,14 @@ RECIPES: dict[str, tuple[Use, ...]] = {
     "two circuits that share a neuron": (Use(SCALING, 1.0), Use(ALSO_SCALING, 0.8)),
     "shift": (Use(SHIFTING, -1.0),),
     "scale and shift the same neuron": (Use(SHIFTING, 0.5), Use(SCALING, 1.0)),
-    "everything": (Use(SHIFTING, 0.5), Use(SECOND, 0.8), Use(SCALING, 0.4), Use(ABLATING), Use(VECTOR, 1.1), Use(OVERLAPPING)),
+    "everything": (
+        Use(SHIFTING, 0.5),
+        Use(SECOND, 0.8),
+        Use(SCALING, 0.4),
+        Use(ABLATING),
+        Use(VECTOR, 1.1),
+        Use(OVERLAPPING),
+    ),
 }
 OFF: dict[str, tuple[Use, ...]] = {
     "no artifact": (),
@@ -111,7 +118,9 @@ def test_strength_0_is_bit_for_bit_the_unsteered_model(each: Tiny, name: str) ->
     ids, mask = padded([each.lm.prompt_ids(prompt) for prompt in PROMPTS])
     off = Recipe(tuple(fits(each, use) for use in OFF[name]))
     with torch.no_grad():
-        plain = each.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False).logits
+        plain = each.model(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
+        ).logits
     assert torch.equal(batch_logits(each.lm, [off] * len(PROMPTS), ids, mask), plain)
 
 
@@ -215,7 +224,12 @@ def test_half_an_ablation_takes_out_half_of_what_lies_along_the_direction(llama:
 
 def test_overlapping_ablations_leave_exactly_the_orthogonal_complement(llama: Tiny) -> None:
     vectors = [ablating((1,), seed=seed, model=llama.lm.reference) for seed in range(4)]
-    near = ablating((1,), seed=9, model=llama.lm.reference, directions={1: vectors[0].directions[1] + 0.01 * vectors[1].directions[1]})
+    near = ablating(
+        (1,),
+        seed=9,
+        model=llama.lm.reference,
+        directions={1: vectors[0].directions[1] + 0.01 * vectors[1].directions[1]},
+    )
     ids = torch.tensor([llama.lm.prompt_ids("the cat sings")])
     seen: list[Tensor] = []
     for recipe in (UNSTEERED, Recipe.of(*vectors, near)):
@@ -253,11 +267,15 @@ def test_greedy_steered_texts_are_those_of_a_naive_loop(each: Tiny, positions: P
     names = ["add", "overlapping ablations", "two circuits that share a neuron", "shift", "everything"]
     prompts = [*PROMPTS, PROMPTS[0]]
     rows = [Row(prompt, recipe_for(each, name)) for prompt, name in zip(prompts, names, strict=True)]
-    found = Session(each.lm).generate(rows, sampling=GREEDY, max_new_tokens=10, positions=positions, use_cache=use_cache)
+    found = Session(each.lm).generate(
+        rows, sampling=GREEDY, max_new_tokens=10, positions=positions, use_cache=use_cache
+    )
     tokenizer = each.lm.tokenizer
     stop = [tokenizer.eos_token_id]
     for row, name in zip(found, names, strict=True):
-        ids = naive_greedy(each, each.lm.prompt_ids(row.prompt), writes_of(RECIPES[name]), 10, stop=stop, positions=positions)
+        ids = naive_greedy(
+            each, each.lm.prompt_ids(row.prompt), writes_of(RECIPES[name]), 10, stop=stop, positions=positions
+        )
         assert row.text == tokenizer.decode(ids, skip_special_tokens=True), (row.prompt, name)
         assert row.tokens == len(ids) and row.finish == ("length" if len(ids) == 10 else "stop")
 
@@ -316,7 +334,9 @@ def test_greedy_steered_text_of_the_embedded_model_is_the_same_with_and_without_
     generator = torch.Generator().manual_seed(0)
     direction = {14: torch.randn(shape.d_model, generator=generator)}
     recipe = Recipe.of(make_vector(directions=direction, norms={14: 100.0}, model=reference))
-    this = Tiny("llama", embedded_lm, list(embedded_lm.blocks), list(embedded_lm.down_projections), embedded_lm.final_norm)
+    this = Tiny(
+        "llama", embedded_lm, list(embedded_lm.blocks), list(embedded_lm.down_projections), embedded_lm.final_norm
+    )
     rows = [Row("Tell me about", recipe), Row("Three colours that I like are red,", recipe), Row("Hello", UNSTEERED)]
     options: dict[str, Any] = {"sampling": GREEDY, "max_new_tokens": 6, "raw": True}
     texts = {}
@@ -402,7 +422,9 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_or_sample_another(l
     session = Session(llama.lm)
 
     def text(seed: int, sample: int) -> str:
-        return session.generate([Row("the cat", sample=sample)], sampling=Sampling(seed=seed), max_new_tokens=12)[0].text
+        return session.generate([Row("the cat", sample=sample)], sampling=Sampling(seed=seed), max_new_tokens=12)[
+            0
+        ].text
 
     assert text(1, 0) == text(1, 0)
     assert len({text(1, 0), text(2, 0), text(1, 1), text(2, 1)}) == 4
@@ -450,7 +472,7 @@ def test_pieces_come_while_the_model_is_still_writing(llama: Tiny) -> None:
         next(stream)
         at_first_piece = calls
         drain(stream)
-    assert at_first_piece < 150 and calls >= 150 or calls < 200  # it may end early by itself
+    assert (at_first_piece < 150 and calls >= 150) or calls < 200  # it may end early by itself
 
 
 def threads_of_ours() -> list[threading.Thread]:
@@ -460,7 +482,9 @@ def threads_of_ours() -> list[threading.Thread]:
 def test_cancelling_mid_way_keeps_the_text_so_far_and_leaves_no_hooks(llama: Tiny) -> None:
     whole = Session(llama.lm).generate("we", recipe_for(llama, "add"), sampling=GREEDY, max_new_tokens=150)[0]
     cancel = threading.Event()
-    stream = Session(llama.lm).stream("we", recipe_for(llama, "add"), sampling=GREEDY, max_new_tokens=150, cancel=cancel)
+    stream = Session(llama.lm).stream(
+        "we", recipe_for(llama, "add"), sampling=GREEDY, max_new_tokens=150, cancel=cancel
+    )
     for _ in range(5):
         next(stream)
     cancel.set()
@@ -479,7 +503,9 @@ def test_once_cancelled_later_batches_are_not_begun(llama: Tiny) -> None:
         cancel.set()
 
     with own_hooks([(llama.blocks[0], count)], before=True):
-        rows = Session(llama.lm).generate([Row("we", sample=n) for n in range(6)], batch_rows=1, cancel=cancel, max_new_tokens=9)
+        rows = Session(llama.lm).generate(
+            [Row("we", sample=n) for n in range(6)], batch_rows=1, cancel=cancel, max_new_tokens=9
+        )
     assert [row.finish for row in rows] == ["cancelled"] * 6
     assert [row.tokens for row in rows] == [1, 0, 0, 0, 0, 0]
     assert calls == 1
@@ -519,7 +545,9 @@ def test_an_interrupt_in_the_consumer_stops_the_thread_at_once(llama: Tiny) -> N
         calls += 1
 
     with own_hooks([(llama.blocks[0], count)], before=True):
-        stream: Any = Session(llama.lm).stream("the cat", recipe_for(llama, "add"), max_new_tokens=200, sampling=Sampling(seed=4))
+        stream: Any = Session(llama.lm).stream(
+            "the cat", recipe_for(llama, "add"), max_new_tokens=200, sampling=Sampling(seed=4)
+        )
         next(stream)
         with pytest.raises(KeyboardInterrupt):
             stream.throw(KeyboardInterrupt())
@@ -583,7 +611,9 @@ def test_a_sweep_is_every_prompt_and_sample_at_every_strength(llama: Tiny) -> No
         (strength, prompt, sample) for strength in (-1.0, 0.0, 2.0) for prompt in PROMPTS[:2] for sample in (0, 1)
     ]
     for row in found[::5]:
-        alone = Session(llama.lm).generate([Row(row.prompt, Recipe.of((vector, row.strength)), row.sample)], max_new_tokens=5)
+        alone = Session(llama.lm).generate(
+            [Row(row.prompt, Recipe.of((vector, row.strength)), row.sample)], max_new_tokens=5
+        )
         assert alone[0].text == row.text
 
 
@@ -671,7 +701,10 @@ def test_a_prompt_too_long_for_the_model_is_a_users_mistake(llama: Tiny) -> None
 def test_an_artifact_of_another_shape_is_refused_before_anything_is_written(llama: Tiny) -> None:
     wide = replace(llama.lm.reference, d_model=2 * D_MODEL)
     vector = make_vector(directions={1: torch.ones(2 * D_MODEL)}, norms={1: 1.0}, model=wide)
-    with own_hooks([(llama.blocks[0], lambda *_: pytest.fail("the model was run"))], before=True), pytest.raises(MismatchError):
+    with (
+        own_hooks([(llama.blocks[0], lambda *_: pytest.fail("the model was run"))], before=True),
+        pytest.raises(MismatchError),
+    ):
         Session(llama.lm).generate("we", Recipe.of(vector))
 
 
@@ -693,4 +726,4 @@ def test_a_model_in_half_precision_steers_in_its_own_type(dtype: torch.dtype) ->
     found = batch_logits(this.lm, [Recipe(tuple(uses)), UNSTEERED], ids.repeat(2, 1), None)
     assert found.dtype == dtype and bool(found.isfinite().all())
     assert Session(this.lm).generate("we", Recipe(tuple(uses)), max_new_tokens=4)[0].tokens > 0
-    assert N_LAYERS == this.lm.n_layers
+    assert this.lm.n_layers == N_LAYERS

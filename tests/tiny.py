@@ -38,10 +38,43 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = (
-    "a the cat dog runs sings slowly loudly over under river mountain happy sad bright dark we they never always "
-    "thank you please bread and cheese naïve 日本 😀 again, again. Why? Because it rained!"
-).split(" ")
+WORDS = [
+    "a",
+    "the",
+    "cat",
+    "dog",
+    "runs",
+    "sings",
+    "slowly",
+    "loudly",
+    "over",
+    "under",
+    "river",
+    "mountain",
+    "happy",
+    "sad",
+    "bright",
+    "dark",
+    "we",
+    "they",
+    "never",
+    "always",
+    "thank",
+    "you",
+    "please",
+    "bread",
+    "and",
+    "cheese",
+    "naïve",
+    "日本",
+    "😀",
+    "again,",
+    "again.",
+    "Why?",
+    "Because",
+    "it",
+    "rained!",
+]
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -73,7 +106,15 @@ def byte_tokenizer(*, chat: bool = True, bos: bool = False) -> PreTrainedTokeniz
 @cache
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One id per word, so that ids can be written down by hand. Texts begin with <s>; the template writes no <s>."""
-    words = ["<pad>", "<s>", "<user>", "<end>", "<bot>", "<unk>", *"one two three four five six seven A ?".split()]
+    words = [
+        "<pad>",
+        "<s>",
+        "<user>",
+        "<end>",
+        "<bot>",
+        "<unk>",
+        *["one", "two", "three", "four", "five", "six", "seven", "A", "?"],
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]

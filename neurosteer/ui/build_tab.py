@@ -242,7 +242,7 @@ class BuildTab:
     """The components that handlers read and write."""
 
     kind: gr.Radio
-    groups: tuple[gr.Group, ...]
+    groups: tuple[gr.Column, ...]
     source: tuple[Any, ...]
     preview: gr.HTML
     settings: tuple[Any, ...]
@@ -288,20 +288,20 @@ def lay_out() -> BuildTab:
     )
 
 
-def _source_inputs() -> tuple[gr.Radio, tuple[gr.Group, ...], tuple[Any, ...]]:
+def _source_inputs() -> tuple[gr.Radio, tuple[gr.Column, ...], tuple[Any, ...]]:
     kind = gr.Radio(_SOURCES, value="bundled", label="Where the examples come from")
     names = sorted(bundled_sets(), key=lambda name: (name not in _ABOUT, [*_ABOUT, name].index(name)))
     described = [(f"{name}: {_ABOUT[name]}" if name in _ABOUT else name, name) for name in names]
-    with gr.Group() as bundled_group:
+    with gr.Column() as bundled_group:
         first = names[0] if names else None
         bundled = gr.Radio(described, value=first, label="Ready-made sets", elem_classes="ns-stacked")
-    with gr.Group(visible=False) as file_group:
+    with gr.Column(visible=False) as file_group:
         file = gr.File(label="File with both kinds of text", height=140, elem_id="file")
-        gr.HTML(f"<p class='ns-faint ns-inset'>{_TABLE_HELP}</p>")
-    with gr.Group(visible=False) as files_group, gr.Row():
+        gr.HTML(f"<p class='ns-faint'>{_TABLE_HELP}</p>", elem_classes="ns-flush")
+    with gr.Column(visible=False) as files_group, gr.Row():
         positive_file = gr.File(label="Texts that show it, one a line", height=140)
         negative_file = gr.File(label="Texts that don’t, one a line", height=140)
-    with gr.Group(visible=False) as paste_group, gr.Row():
+    with gr.Column(visible=False) as paste_group, gr.Row():
         positive = gr.Textbox(label="Texts that show it, one a line", lines=8, max_lines=16)
         negative = gr.Textbox(label="Texts that don’t, one a line", lines=8, max_lines=16)
     source = (kind, bundled, file, positive_file, negative_file, positive, negative)

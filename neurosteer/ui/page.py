@@ -81,12 +81,13 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
     """Serve the page. Host and port: as given, else GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, else this machine only
     (everywhere on a Space) and the first free port from 7860. `options` are gradio's own.
 
-    Raises `UsageError` when the port is taken.
+    Raises `UsageError` when it cannot be served there.
     """
     everywhere = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    server = host or os.environ.get("GRADIO_SERVER_NAME") or everywhere
     try:
         return page.queue(max_size=_MAX_WAITING).launch(
-            server_name=host or os.environ.get("GRADIO_SERVER_NAME") or everywhere,
+            server_name=server,
             server_port=port,
             theme=_theme(),
             css_paths=Path(__file__).with_name("style.css"),
@@ -97,8 +98,11 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
             **options,
         )
     except OSError as error:
-        wanted = port or os.environ.get("GRADIO_SERVER_PORT") or "7860 and the next 100"
-        raise UsageError(f"The page cannot be served on port {wanted}: {error} Choose another with --port.") from error
+        wanted = port or os.environ.get("GRADIO_SERVER_PORT") or "any from 7860 on"
+        raise UsageError(
+            f"The page cannot be served at {server}, port {wanted}: the port is taken, or the address is not one of "
+            "this machine's; choose others."
+        ) from error
 
 
 def _theme() -> Base:
@@ -122,6 +126,7 @@ def _theme() -> Base:
         block_info_text_color_dark="*neutral_400",
         body_text_color_subdued="*neutral_500",
         body_text_color_subdued_dark="*neutral_400",
+        checkbox_border_radius="*radius_sm",
         checkbox_label_background_fill_selected="*primary_50",
         checkbox_label_background_fill_selected_dark="*primary_950",
         checkbox_label_border_color_selected="*primary_500",

@@ -1,10 +1,10 @@
 """The Steer tab: a prompt, sliders, and the unsteered and the steered text side by side."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -19,6 +19,10 @@ from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put
+
+if TYPE_CHECKING:
+    from neurosteer.decoding import Sampling
+    from neurosteer.steering import Row, Step
 
 KIND = "steer"
 SIDES = ("unsteered", "steered")
@@ -116,32 +120,10 @@ class SteerHandlers:
         cancel = self.jobs.current(visitor, KIND)
         yield from self._wait(cancel)
         session = self.holder.wait(cancel=cancel)
-        from neurosteer.decoding import Sampling
-        from neurosteer.recipes import Recipe
-        from neurosteer.steering import Row
-
-        recipe = Recipe.of(*((mix.shelf[label], float(mix.strength(label))) for label in mix.chosen))
-        sampling = Sampling(
-            greedy=bool(ask.greedy),
-            temperature=float(ask.temperature),
-            top_p=float(ask.top_p),
-            seed=ask.seed,
-        )
-        page = _Page(ask)
-        plain, steered = (page.asked(side) for side in SIDES)
-        rows = [Row(plain), Row(steered, recipe, strength=1.0)]
-        started, shown = time.monotonic(), 0.0
-        stream = session.stream(rows, max_new_tokens=int(ask.max_new_tokens), sampling=sampling, cancel=cancel)
-        while True:
-            try:
-                step = next(stream)
-            except StopIteration as finished:
-                rows = finished.value
-                break
-            page.take(step.first, step.pieces)
-            if time.monotonic() - shown >= _UPDATE_S:
-                shown = time.monotonic()
-                yield page.view()
+        page, started = _Page(ask), time.monotonic()
+        length, sampling = int(ask.max_new_tokens), _sampling(ask)
+        stream = session.stream(_rows(page, mix), max_new_tokens=length, sampling=sampling, cancel=cancel)
+        rows = yield from _growing(stream, page)
         note = render.run_note(rows, time.monotonic() - started)
         yield self._ended(**page.view(done=True)._asdict() | {"error": "", "note": note})
 
@@ -209,6 +191,36 @@ class SteerHandlers:
             return [button, render.error_line(problem(error)), "", *unchanged()]
 
 
+def _rows(page: "_Page", mix: Mix) -> "list[Row]":
+    """The unsteered and the steered text, in that order: they decode together."""
+    from neurosteer.recipes import Recipe
+    from neurosteer.steering import Row
+
+    recipe = Recipe.of(*((mix.shelf[label], float(mix.strength(label))) for label in mix.chosen))
+    plain, steered = (page.asked(side) for side in SIDES)
+    return [Row(plain), Row(steered, recipe, strength=1.0)]
+
+
+def _sampling(ask: Ask) -> "Sampling":
+    from neurosteer.decoding import Sampling
+
+    return Sampling(greedy=bool(ask.greedy), temperature=float(ask.temperature), top_p=float(ask.top_p), seed=ask.seed)
+
+
+def _growing(stream: "Iterator[Step]", page: "_Page") -> "Generator[View, None, list[Row]]":
+    """Views of the texts as they grow; returns the finished rows."""
+    shown, note = 0.0, render.note_line("Writing…")
+    while True:
+        try:
+            step = next(stream)
+        except StopIteration as finished:
+            return finished.value
+        page.take(step.first, step.pieces)
+        if time.monotonic() - shown >= _UPDATE_S:
+            yield page.view()._replace(note=note)
+            shown, note = time.monotonic(), gr.skip()  # the note once: a screen reader would say it every time
+
+
 class _Page:
     """Both texts of a run as they grow, and what the panes of its mode show of them."""
 
@@ -227,17 +239,14 @@ class _Page:
             self.texts[row] += piece
 
     def view(self, *, done: bool = False) -> View:
-        note = render.note_line("Writing…")
         if not self.chat:
-            return View(note=note, unsteered=self.texts[0], steered=self.texts[1])
+            return View(unsteered=self.texts[0], steered=self.texts[1])
         talk = {
             side: [*self.asked(side), {"role": "assistant", "content": text}]
             for side, text in zip(SIDES, self.texts, strict=True)
         }
         chats = [[{**message, "content": render.chat_text(message["content"])} for message in talk[s]] for s in SIDES]
-        return View(
-            note=note, unsteered_chat=chats[0], steered_chat=chats[1], talk=talk if done else gr.skip(), prompt=""
-        )
+        return View(unsteered_chat=chats[0], steered_chat=chats[1], talk=talk if done else gr.skip(), prompt="")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,277 @@
+"""The command line, in this process: exit codes, what is on stdout, one-line errors."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import Tiny
+
+from neurosteer import cli
+from neurosteer.storage import load
+
+POSITIVE = ["what a lovely day", "this is a fine song", "we like the warm sun", "a very good book"]
+NEGATIVE = ["what an awful day", "this is a bad song", "we hate the cold rain", "a very poor book"]
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["neurosteer", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 0
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import tiny
+
+    this: Tiny = tiny("llama")
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    this.model.save_pretrained(folder)
+    this.lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("examples") / "mood.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([text, "positive"] for text in [*POSITIVE, POSITIVE[0], ""])
+        writer.writerows([text, "negative"] for text in NEGATIVE)
+    return path
+
+
+@pytest.fixture
+def vector(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "mood"
+    ran = run("build", examples, "--model", model_folder, "--dtype", "float32", "--layers", "1-2", "--out", folder)
+    assert ran.code == 0, ran.err
+    return folder
+
+
+def assert_one_clear_line(ran: Ran, *words: str) -> None:
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    (line,) = [line for line in ran.err.splitlines() if not line.startswith("Warning: ")]
+    assert line.startswith("neurosteer: ")
+    for word in words:
+        assert word in line, line
+
+
+def test_build_prints_the_promised_json_and_writes_the_artifact(
+    run: Run, model_folder: Path, examples: Path, tmp_path: Path
+) -> None:
+    options = ("--model", model_folder, "--dtype", "float32", "--layers", "2", "--out", tmp_path / "mood", "--json")
+    ran = run("build", examples, "--method", "caa", *options)
+    assert ran.code == 0, ran.err
+    data = json.loads(ran.out)
+    assert data["artifact"] == str(tmp_path / "mood")
+    assert (data["kind"], data["method"], data["layers"]) == ("steering-vector", "caa", [2])
+    assert (data["n_positive"], data["n_negative"]) == (4, 4)
+    assert data["dropped"] == {"blank": 1, "duplicate": 1}
+    assert data["seconds"] > 0
+    assert load(tmp_path / "mood").layers == [2]
+
+
+@pytest.mark.parametrize("method", ["pca", "probe", "cna"])
+def test_every_method_builds_from_the_command_line(
+    run: Run, model_folder: Path, examples: Path, tmp_path: Path, method: str
+) -> None:
+    options = ("--model", model_folder, "--dtype", "float32", "--out", tmp_path / method, "--json")
+    extra = ("--top-k", "7", "--skip-layers", "0") if method == "cna" else ()
+    ran = run("build", examples, "--method", method, *options, *extra)
+    assert ran.code == 0, ran.err
+    artifact = load(tmp_path / method)
+    assert artifact.method == method
+    if method == "cna":
+        assert 0 not in artifact.layers
+
+
+def test_steer_compare_puts_the_unsteered_row_at_strength_0_beside_the_steered_one(
+    run: Run, model_folder: Path, vector: Path
+) -> None:
+    options = ("--model", model_folder, "--dtype", "float32", "--max-new-tokens", "5", "--greedy", "--json")
+    ran = run("steer", "--use", f"{vector}:8", "--prompt", "hello there", "--compare", *options)
+    assert ran.code == 0, ran.err
+    data = json.loads(ran.out)
+    assert set(data) == {"model", "rows", "seconds"}
+    assert [row["strength"] for row in data["rows"]] == [0.0, 8.0]
+    assert all(set(row) == {"prompt", "strength", "sample", "text", "tokens"} for row in data["rows"])
+    assert all(0 <= row["tokens"] <= 5 for row in data["rows"])
+    assert data["rows"][0]["text"] != data["rows"][1]["text"]
+
+
+def test_a_single_text_is_streamed_to_stdout_and_equals_the_json_one(
+    run: Run, model_folder: Path, vector: Path
+) -> None:
+    options = ("--model", model_folder, "--dtype", "float32", "--max-new-tokens", "8", "--seed", "3")
+    plain = run("steer", "--use", vector, "--prompt", "hello there", *options)
+    data = json.loads(run("steer", "--use", vector, "--prompt", "hello there", *options, "--json").out)
+    assert plain.code == 0, plain.err
+    assert plain.out == data["rows"][0]["text"] + "\n"
+
+
+def test_prompts_come_from_repeated_options_and_from_a_file(
+    run: Run, model_folder: Path, vector: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\ufeffthird one\n\n fourth one \n", encoding="utf-8")
+    options = ("--model", model_folder, "--max-new-tokens", "1", "--json", "--prompts", tmp_path / "prompts.txt")
+    ran = run("steer", "--use", vector, "--prompt", "first one", "--prompt", "second one", *options)
+    prompts = [row["prompt"] for row in json.loads(ran.out)["rows"]]
+    assert prompts == ["first one", "second one", "third one", "fourth one"]
+
+
+def test_sweep_takes_negative_strengths_with_a_space_or_an_equals_sign_and_writes_a_csv(
+    run: Run, model_folder: Path, vector: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("one thing\nanother thing\n", encoding="utf-8")
+    options = ("--prompts", tmp_path / "prompts.txt", "--samples", "2", "--max-new-tokens", "3", "--model", model_folder)
+    spaced = run("sweep", "--use", vector, "--strengths", "-1,0,1", *options, "--json", "--out", tmp_path / "sweep")
+    joined = run("sweep", "--use", vector, "--strengths=-1,0,1", *options, "--json")
+    assert spaced.code == 0, spaced.err
+    rows = json.loads(spaced.out)["rows"]
+    assert rows == json.loads(joined.out)["rows"]
+    assert sorted({(row["strength"], row["prompt"], row["sample"]) for row in rows}) == sorted(
+        (strength, prompt, sample)
+        for strength in (-1.0, 0.0, 1.0)
+        for prompt in ("one thing", "another thing")
+        for sample in (0, 1)
+    )
+    with (tmp_path / "sweep" / "generations.csv").open(newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert [row["text"] for row in written] == [row["text"] for row in rows]
+
+
+def test_inspect_shows_what_the_artifact_is(run: Run, vector: Path) -> None:
+    ran = run("inspect", vector)
+    assert ran.code == 0
+    assert "steering-vector" in ran.out and "4 positive, 4 negative" in ran.out
+    data = json.loads(run("inspect", vector, "--json").out)
+    assert data == json.loads((vector / "config.json").read_text(encoding="utf-8"))
+
+
+def test_models_lists_the_default_first_and_as_json(run: Run) -> None:
+    data = json.loads(run("models", "--json").out)
+    assert data["models"][0]["name"] == data["default"] == "SmolLM2-135M-Instruct"
+    assert "SmolLM2-135M-Instruct (default)" in run("models").out
+
+
+def test_mistakes_end_with_code_2_and_one_line_that_names_the_value(
+    run: Run, model_folder: Path, examples: Path, vector: Path, tmp_path: Path
+) -> None:
+    model = ("--model", model_folder)
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\ngood,positive\nodd,maybe\n", encoding="utf-8")
+    assert_one_clear_line(run("build", tmp_path / "none.csv", *model), "none.csv")
+    assert_one_clear_line(run("build", bad, *model), "bad.csv", "row 3", "maybe")
+    assert_one_clear_line(run("build", examples, *model, "--method", "magic"), "magic", "caa")
+    assert_one_clear_line(run("build", examples, *model, "--layers", "9-3"), "9-3")
+    assert_one_clear_line(run("build", examples, *model, "--layers", "77"), "77")
+    assert_one_clear_line(run("build", examples, *model, "--framing", "odd"), "odd", "answer")
+    assert_one_clear_line(run("build", examples, *model, "--tokens", "first"), "first", "mean")
+    assert_one_clear_line(run("build", examples, *model, "--rank", "write"), "rank")
+    assert_one_clear_line(run("build", examples, *model, "--method", "cna", "--rank", "size"), "size", "difference")
+    assert_one_clear_line(run("build", examples, *model, "--dtype", "int3"), "int3")
+    assert_one_clear_line(run("build", examples, "--model", "no such model"), "no such model")
+    assert_one_clear_line(run("steer", "--use", "nothing-here", "--prompt", "x", *model), "nothing-here")
+    assert_one_clear_line(run("steer", "--use", f"{vector}:strong", "--prompt", "x", *model), "strong")
+    assert_one_clear_line(run("steer", "--use", f"{vector}:nan", "--prompt", "x", *model), "nan")
+    assert_one_clear_line(run("steer", "--use", vector, *model), "--prompt")
+    assert_one_clear_line(run("steer", "--use", vector, "--prompt", "", *model), "empty")
+    assert_one_clear_line(run("steer", "--use", vector, "--prompt", "x", "--temperature", "-1", *model), "temperature")
+    assert_one_clear_line(run("steer", "--use", vector, "--prompt", "x", "--positions", "some", *model), "some")
+    assert_one_clear_line(run("steer", "--use", vector, "--prompts", tmp_path / "no.txt", *model), "no.txt")
+    assert_one_clear_line(run("sweep", "--use", vector, "--strengths", "1,two", *model), "1,two")
+    assert_one_clear_line(run("inspect", tmp_path / "none"), "none")
+
+
+def test_an_artifact_of_another_model_is_refused_by_name(
+    run: Run, model_folder: Path, vector: Path, tmp_path: Path
+) -> None:
+    config = json.loads((vector / "config.json").read_text(encoding="utf-8"))
+    config["model"]["n_layers"] += 1
+    (vector / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ran = run("steer", "--use", vector, "--prompt", "x", "--model", model_folder)
+    assert_one_clear_line(ran, "mood", "layers")
+
+
+def test_a_fault_of_ours_ends_with_code_1_and_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr("neurosteer.catalog.catalog", broken)
+    ran = run("models")
+    assert ran.code == 1
+    assert "boom" in ran.err and "Traceback" not in ran.err
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(words=st.lists(st.text(min_size=1, max_size=12).filter(lambda word: "\0" not in word), max_size=5))
+def test_no_words_whatever_bring_a_traceback(run: Run, words: list[str]) -> None:
+    ran = run(*words)
+    assert ran.code in (0, 2)
+    assert "Traceback" not in ran.err
+
+
+def test_importing_the_package_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import neurosteer as ns; s = time.perf_counter() - t; "
+        "print(s, [m for m in ('torch', 'transformers', 'gradio', 'sklearn', 'huggingface_hub') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, heavy = re.fullmatch(r"(\S+) (.*)\n", printed).groups()  # type: ignore[union-attr]
+    assert float(seconds) < 2 and heavy == "[]"
+
+
+def test_every_public_name_can_be_had() -> None:
+    import neurosteer
+
+    for name in neurosteer.__all__:
+        assert getattr(neurosteer, name) is not None
+    with pytest.raises(AttributeError):
+        neurosteer.nothing_of_that_name  # noqa: B018
+
+
+@pytest.mark.embedded
+def test_steering_the_embedded_model_from_the_command_line_changes_what_it_writes(
+    run: Run, embedded_lm: object, tmp_path: Path
+) -> None:
+    built = run("build", "sentiment", "--layers", "16", "--out", tmp_path / "mood", "--json")
+    assert built.code == 0, built.err
+    options = ("--max-new-tokens", "12", "--greedy", "--json", "--compare")
+    ran = run("steer", "--use", f"{tmp_path / 'mood'}:1", "--prompt", "The film that we saw was", *options)
+    texts = [row["text"] for row in json.loads(ran.out)["rows"]]
+    assert len(texts) == 2 and texts[0] != texts[1]
+    assert torch.is_grad_enabled()
