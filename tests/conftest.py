@@ -29,7 +29,7 @@ def llama() -> Tiny:
 def embedded_lm() -> LanguageModel:
     """The embedded model in float32, or a skip where it cannot be had."""
     try:
-        return load_model(dtype="float32")
+        return load_model(device="cpu", dtype="float32")
     except NeuroSteerError as error:
         pytest.skip(f"the embedded model cannot be had: {error}")
 

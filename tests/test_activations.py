@@ -243,12 +243,17 @@ def test_the_model_is_as_it_was_after_reading(llama: Tiny) -> None:
 
 def test_progress_never_goes_back_and_ends_at_one(llama: Tiny) -> None:
     seen: list[float] = []
+
+    def progress(message: str, fraction: float | None = None) -> None:
+        if fraction is not None:
+            seen.append(fraction)
+
     read_activations(
         llama.lm,
         POSITIVE,
         NEGATIVE,
         request(batch_tokens=60),
-        progress=lambda _, fraction=None: seen.append(fraction) if fraction is not None else None,
+        progress=progress,
     )
     assert len(seen) > 3
     assert seen == sorted(seen) and seen[0] > 0 and seen[-1] == 1.0
@@ -257,7 +262,7 @@ def test_progress_never_goes_back_and_ends_at_one(llama: Tiny) -> None:
 def test_cancelling_stops_between_two_batches_and_leaves_no_hooks(llama: Tiny) -> None:
     cancel, told = threading.Event(), 0
 
-    def progress(_message: str, fraction: float | None = None) -> None:
+    def progress(message: str, fraction: float | None = None) -> None:
         nonlocal told
         if fraction is not None:
             told += 1

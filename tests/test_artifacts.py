@@ -1,7 +1,6 @@
 """Artifacts: what makes a valid one, their algebra, and the folder they are kept in."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,10 @@ NAN, INFINITY = float("nan"), float("inf")
 
 def short(value: object) -> str:
     return str(value)[:50]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -103,8 +106,11 @@ def test_default_calibrations_are_the_documented_ones() -> None:
     assert not any(default_calibration(name).measured for name in amounts)
 
 
+ODD_NAMES = [
+    "", " x", "-x", ".x", "../x", "/x", "a/b", "a\\b", "a b", "é", "a\nb", "a\0b", "x" * 97, "a\n", None, 5,
+]  # fmt: skip
 COMMON_MISTAKES: list[dict[str, Any]] = [
-    *({"name": name} for name in ("", " x", "-x", ".x", "../x", "/x", "a/b", "a\\b", "a b", "é", "a\nb", "a\0b", "x" * 97, "a\n", None, 5)),
+    *({"name": name} for name in ODD_NAMES),
     {"model": None},
     {"model": "tiny"},
     {"method": ""},
@@ -269,13 +275,13 @@ def test_what_was_measured_of_a_vector_is_not_claimed_of_another() -> None:
 
 def test_a_vector_minus_itself_is_refused_because_it_has_no_direction() -> None:
     with pytest.raises(ArtifactError, match="zero at layer"):
-        make_vector() - make_vector()
+        _ = make_vector() - make_vector()
 
 
 @pytest.mark.parametrize("factor", [0, 0.0, NAN, INFINITY, True, "2", None, 10**400, 1e-60, 1e60], ids=short)
 def test_a_vector_is_not_scaled_to_nothing_or_infinity(factor: Any) -> None:
     with pytest.raises((ArtifactError, TypeError)) as error:
-        make_vector() * factor
+        _ = make_vector() * factor
     one_line(error)
 
 
@@ -283,11 +289,11 @@ def test_only_vectors_of_one_model_add() -> None:
     other = replace(REFERENCE, name="other/model", d_model=D_MODEL * 2)
     wide = make_vector(model=other, directions=directions(1, 2, width=D_MODEL * 2))
     with pytest.raises(MismatchError) as error:
-        make_vector() + wide
+        _ = make_vector() + wide
     assert "d_model 32" in one_line(error) and "d_model 64" in one_line(error)
     for term in (3, "x", make_circuit()):
         with pytest.raises(TypeError):
-            make_vector() + term  # type: ignore[operator]
+            _ = make_vector() + term  # type: ignore[operator]
 
 
 def test_long_names_still_add() -> None:
@@ -331,12 +337,15 @@ def test_what_an_artifact_says_of_its_model_cannot_break_a_message_into_lines() 
 
 RICH: dict[str, Any] = {
     "description": "Fröhlich 😀\n\nzweite Zeile \"quoted\" \\ \t 日本 \u2028",
-    "parameters": {"flag": True, "off": False, "none": None, "text": "ü'\"", "list": [1, 2.5, [None]], "deep": {"a": {"b": 1e-300}}},
+    "parameters": {
+        "flag": True, "off": False, "none": None, "text": "ü'\"", "list": [1, 2.5, [None]],
+        "deep": {"a": {"b": 1e-300}},
+    },
     "calibration": Calibration(0.123456789, True),
     "provenance": Provenance(
-        created="2026-01-02T03:04:05+00:00", version="0.1.0", examples="moods", examples_sha256="ab" * 32, n_positive=30,
-        n_negative=31, n_cut=2, dropped={"blank": 1, "duplicate": 2}, framing="raw", tokens="mean", layer_choice="given",
-        separation={0: 0.5, 3: 0.9876}, parents=("a", "b"),
+        created="2026-01-02T03:04:05+00:00", version="0.1.0", examples="moods", examples_sha256="ab" * 32,
+        n_positive=30, n_negative=31, n_cut=2, dropped={"blank": 1, "duplicate": 2}, framing="raw", tokens="mean",
+        layer_choice="given", separation={0: 0.5, 3: 0.9876}, parents=("a", "b"),
     ),
     "receipts": (Receipt({"effect": {"+1": [1, 2.5, None]}, "note": "ñ"}), Receipt({})),
 }  # fmt: skip
@@ -431,7 +440,7 @@ def test_saving_again_replaces_the_artifact_and_leaves_nothing_beside_it(tmp_pat
     save(make_vector(name="one"), tmp_path / "a")
     save(make_circuit(name="two"), tmp_path / "a")
     assert load(tmp_path / "a").name == "two"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
     assert "two" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
@@ -475,7 +484,7 @@ def test_a_folder_that_holds_something_else_is_never_overwritten(files: tuple[st
     assert {file.name: file.read_text(encoding="utf-8") for file in target.iterdir()} == dict.fromkeys(
         files, "precious"
     )
-    assert os.listdir(tmp_path) == ["mine"]
+    assert names(tmp_path) == ["mine"]
 
 
 def test_an_empty_folder_is_used_and_a_file_is_not(tmp_path: Path) -> None:
@@ -508,7 +517,7 @@ def test_a_path_that_cannot_be_written_is_one_clear_line(
     with pytest.raises(ArtifactError) as error:
         save(make_vector(), path)
     one_line(error)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("path", [".", "", "../here"])
@@ -521,10 +530,10 @@ def test_the_working_folder_can_be_saved_to_by_its_short_names(
         save(make_vector(), path)
     except ArtifactError as error:  # to refuse is as good as to do it
         assert "\n" not in str(error)
-        assert os.listdir(tmp_path / "here") == []
+        assert names(tmp_path / "here") == []
     else:
         assert load(tmp_path / "here").name == "vector-0"
-    assert os.listdir(tmp_path) == ["here"]
+    assert names(tmp_path) == ["here"]
 
 
 # --- crashes ---------------------------------------------------------------------------------------------------------
@@ -580,10 +589,10 @@ def test_a_save_that_is_cut_leaves_the_old_artifact_whole(
         with pytest.raises(Killed if isinstance(error, Killed) else ArtifactError):
             save(new, folder)
     assert same(load(folder), old)
-    assert [name for name in os.listdir(tmp_path) if name not in ("a", ".a.previous")] == []
+    assert [name for name in names(tmp_path) if name not in ("a", ".a.previous")] == []
     save(new, folder)  # and the next save works and cleans up
     assert same(load(folder), new)
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
@@ -594,7 +603,7 @@ def test_a_first_save_that_is_cut_leaves_no_artifact_at_all(
         break_at(stage, patched, Killed())
         with pytest.raises(Killed):
             save(make_vector(), tmp_path / "a")
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
     with pytest.raises(ArtifactError):
         load(tmp_path / "a")
 

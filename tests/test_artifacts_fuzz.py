@@ -1,4 +1,4 @@
-"""Artifacts from strangers: whatever is done to the files, loading gives a valid artifact or an `ArtifactError` of one line.
+"""Artifacts from strangers: whatever is done to the files, loading gives a valid artifact or one clear line.
 
 What loads can be saved and loads again as the same, and nothing is ever written outside the place it belongs to.
 """
@@ -267,10 +267,11 @@ def test_another_schema_version_is_refused_by_its_number(kind: str, version: Any
         load(tmp_path)
 
 
+ODD_KEYS = ["x", "", "1.5", "-1", "4", "9" * 12, "01", "1\n", "½", "0x1", "\ud800", "9" * 5000, "..", "a\0"]
+
+
 @KINDS
-@pytest.mark.parametrize(
-    "key", ["x", "", "1.5", "-1", "4", "999999999999", "01", "1\n", "½", "0x1", "\ud800", "9" * 5000, "..", "a\0"], ids=lambda key: repr(key)[:20]
-)  # fmt: skip
+@pytest.mark.parametrize("key", ODD_KEYS, ids=lambda key: ascii(key)[:20])
 def test_layer_numbers_as_odd_texts_never_surprise(kind: str, key: str) -> None:
     config = copy.deepcopy(CONFIGS[kind])
     for outer in (config.get("norms", {}), config["provenance"]["separation"], config["provenance"]["dropped"]):
@@ -334,6 +335,12 @@ def test_two_random_values_at_random_places_never_surprise(kind: str, data: st.D
 # --- the weights -----------------------------------------------------------------------------------------------------
 
 
+OTHER_TYPES = (
+    torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32,
+)  # fmt: skip
+
+
 @KINDS
 def test_wrong_shapes_types_and_values_of_any_tensor_are_refused(kind: str) -> None:
     wrong: list[Callable[[torch.Tensor], torch.Tensor]] = [
@@ -342,11 +349,8 @@ def test_wrong_shapes_types_and_values_of_any_tensor_are_refused(kind: str) -> N
         lambda tensor: tensor[None].clone(),
         lambda tensor: tensor[:0].clone(),
         lambda tensor: tensor.sum().to(tensor.dtype),
-        *(lambda tensor, dtype=dtype: tensor.to(dtype) for dtype in (
-            torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64,
-            torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32,
-        )),
-    ]  # fmt: skip
+        *(lambda tensor, dtype=dtype: tensor.to(dtype) for dtype in OTHER_TYPES),
+    ]
     tensors = tensors_of(kind)
     for name, tensor in tensors.items():
         for change in wrong:
@@ -415,12 +419,18 @@ def test_hostile_headers_of_the_weights_are_refused(data: bytes) -> None:
     assert load_files({**FILES["vector"], WEIGHTS: data}) is None
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bits"),
-    [("BOOL", 8), ("U8", 8), ("I8", 8), ("F8_E5M2", 8), ("F8_E4M3", 8), ("F8_E8M0", 8), ("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6),
-     ("I16", 16), ("U16", 16), ("F16", 16), ("BF16", 16), ("I32", 32), ("U32", 32), ("F64", 64), ("I64", 64), ("U64", 64), ("C64", 64),
-     ("f32", 32), ("F128", 128), ("", 32)],
-)  # fmt: skip
+BITS = {
+    4: ["F4"],
+    6: ["F6_E2M3", "F6_E3M2"],
+    8: ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"],
+    16: ["I16", "U16", "F16", "BF16"],
+    32: ["I32", "U32", "f32", ""],
+    64: ["F64", "I64", "U64", "C64"],
+    128: ["F128"],
+}
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(dtype, bits) for bits, dtypes in BITS.items() for dtype in dtypes])
 def test_every_other_type_of_number_is_refused(dtype: str, bits: int) -> None:
     size = D_MODEL * bits // 8
     header = {
@@ -463,8 +473,10 @@ def unzip(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artif
     return found
 
 
-NAMES = ["../../{}", "../../../../../../../../../../tmp/{}", "/{}", "a/../../{}", "..\\..\\{}", "C:\\{}", "C:/{}", "a//b///{}",
-         "./{}", "~/{}", "日本/{}", "a\nb/{}", "x" * 5000 + "/{}"]  # fmt: skip
+NAMES = [
+    "../../{}", "../" * 12 + "{}", "/{}", "a/../../{}", "..\\..\\{}", "C:\\{}", "C:/{}", "a//b///{}",
+    "./{}", "~/{}", "日本/{}", "a\nb/{}", "x" * 5000 + "/{}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:30])
@@ -508,16 +520,16 @@ def test_a_zip_of_two_artifacts_or_of_none_is_refused(tmp_path: Path, monkeypatc
 def test_folders_named_like_our_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.mkdir("config.json")
-        archive.mkdir("weights.safetensors")
+        archive.writestr("config.json/", b"")
+        archive.writestr("weights.safetensors/", b"")
     assert unzip(buffer.getvalue(), tmp_path, monkeypatch) is None
 
 
 @pytest.mark.parametrize("limit", [CONFIG, WEIGHTS, CARD])
 def test_a_zip_bomb_is_refused_at_the_limit(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_LIMITS", dict.fromkeys(FILES["vector"], 1 << 20))
-    bomb = zipped([*((name, data) for name, data in FILES["vector"].items() if name != limit), (limit, b"\0" * (64 << 20))],
-                  compression=zipfile.ZIP_DEFLATED)  # fmt: skip
+    others = [(name, data) for name, data in FILES["vector"].items() if name != limit]
+    bomb = zipped([*others, (limit, b"\0" * (64 << 20))], compression=zipfile.ZIP_DEFLATED)
     assert len(bomb) < 200_000
     assert unzip(bomb, tmp_path, monkeypatch) is None
 

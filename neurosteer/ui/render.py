@@ -220,7 +220,8 @@ def chat_text(text: str) -> str:
 def run_note(rows: "Sequence[Row]", seconds: float) -> str:
     """How much was written and how fast, and whether it was stopped."""
     tokens = sum(row.tokens for row in rows)
+    if not tokens:
+        return note_line("It ended before anything was written.")
     each = " + ".join(f"{row.tokens}" for row in rows)
-    speed = f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
     stopped = "Stopped; what was written is kept. " if any(row.finish == "cancelled" for row in rows) else ""
-    return note_line(f"{stopped}{each} tokens in {seconds:.1f} s ({speed}).")
+    return note_line(f"{stopped}{each} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-6):.0f} tokens/s).")

@@ -296,7 +296,7 @@ def lay_out(shelf: gr.State) -> SteerTab:
             with gr.Row():
                 run = gr.Button("Run", variant="primary", min_width=90, elem_id="run")
                 stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="stop")
-                clear = gr.Button("Start over", visible=False, min_width=90, elem_id="clear")
+                clear = gr.Button("New chat", visible=False, min_width=90, elem_id="clear")
     error = gr.HTML(elem_id="steer-error", elem_classes="ns-flush")
     note = gr.HTML(elem_id="steer-note", elem_classes="ns-flush")
     with gr.Row(elem_classes="ns-columns") as panes:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -14,7 +13,6 @@ from neurosteer.examples import ContrastSet
 from neurosteer.models import LanguageModel
 from neurosteer.plans import applied, compile_plan
 from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session
 
 
 class Judge:
@@ -88,15 +86,3 @@ def _logprobs(lm: LanguageModel, ids: Tensor, mask: Tensor, width: int, recipe: 
     with torch.inference_mode(), applied(lm, plan, prompt_width=width):
         logits = lm.model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - width + 1).logits
     return torch.log_softmax(logits[:, :-1].float(), -1)
-
-
-def effect(
-    session: Session, judge: Judge, rows: Sequence[Row], strengths: Sequence[float], **options: Any
-) -> list[tuple[float, float, float]]:
-    """(strength, percent positive, quality) of a sweep's rows."""
-    written = session.generate(rows, **options)
-    result = []
-    for strength in strengths:
-        texts = [row.text for row in written if row.strength == strength]
-        result.append((strength, judge.share_positive(texts), quality(texts)))
-    return result

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/sentiment_effect.py DATA [--samples 4] [--tokens 30]
 
-DATA is a folder with `train.csv` (artifacts are built from it), `judge.csv` (a judge is trained on it) and
-`dev.csv` (the judge's accuracy is measured on it): disjoint texts labelled positive or negative. Artifacts are built and
-sweeps written by the command line (`neurosteer build`, `neurosteer sweep --strengths -1,0,1` over the 16 default
-prompts); the judge then says how many continuations are positive. Controls: a random direction of the same dose,
-random neurons of the same layers and shifts, and the instruction in plain words.
+DATA is a folder with `train.csv` (artifacts are built from it), `judge.csv` (a judge is trained on it) and `dev.csv`
+(the judge's accuracy is measured on it): disjoint texts labelled positive or negative. Artifacts are built and sweeps
+written by the command line (`neurosteer build`, `neurosteer sweep --strengths -1,0,1` over the 16 default prompts); the
+judge then says how many continuations are positive. Controls: a random direction of the same dose, random neurons of
+the same layers and shifts, and the instruction in plain words.
 """
 
 import argparse
