@@ -38,6 +38,7 @@ class _Plan:
     tokens: Tokens
     layers: tuple[int, ...] | None  # None: chosen after reading
     candidates: tuple[int, ...]
+    reason: str = "layers as given"
 
 
 def build(
@@ -146,8 +147,9 @@ def _plan(
     parameters = method.parameters(given)
     parsed = parse_layers(layers, lm.n_layers)
     as_in_paper = method.needs_neurons and parameters.get("rank") != "write"
+    reason = "layers as given"
     if as_in_paper and parsed is None:
-        parsed = tuple(range(lm.n_layers))  # the paper ranks all layers together
+        parsed, reason = tuple(range(lm.n_layers)), "all layers, ranked together as in the paper"
     default_framing: Framing = ("prompt" if as_in_paper else "answer") if lm.chat else "raw"
     low, high = (round(share * lm.n_layers) for share in AUTO_RANGE)
     return _Plan(
@@ -157,6 +159,7 @@ def _plan(
         tokens=tokens or ("last" if as_in_paper or framing == "prompt" else "mean"),
         layers=parsed,
         candidates=parsed or tuple(range(min(low, lm.n_layers - 1), max(low + 1, high + 1, 1)))[: lm.n_layers],
+        reason=reason,
     )
 
 
@@ -205,15 +208,12 @@ def _choose(
     plan: _Plan, separation: Mapping[int, float], held_out: Mapping[int, HeldOut]
 ) -> tuple[tuple[int, ...], str]:
     if plan.layers is not None:
-        return plan.layers, "given" if plan.method.name != "cna" else "the layers given, or all of them"
+        return plan.layers, plan.reason
     best = max(plan.candidates, key=lambda layer: (separation[layer], _distance(held_out[layer])))
-    reason = (
-        f"layer {best} separates held-out examples best among layers {plan.candidates[0]} to {plan.candidates[-1]} "
-        f"(AUC {separation[best]:.2f})"
-    )
+    among = f"best among layers {plan.candidates[0]} to {plan.candidates[-1]} (AUC {separation[best]:.2f})"
     if plan.method.needs_neurons:
-        return tuple(range(best + 1)), f"neurons up to layer {best}: {reason}"
-    return (best,), reason
+        return tuple(range(best + 1)), f"neurons up to layer {best}, which separates held-out examples {among}"
+    return (best,), f"layer {best} separates held-out examples {among}"
 
 
 def _distance(held_out: HeldOut) -> float:

@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ class Session:
         batch_rows: int = _BATCH_ROWS,
         cancel: threading.Event | None = None,
         progress: Progress = silent,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, list[Row]]:
         """Write all rows, `batch_rows` at a time decoding together; yields every step and returns the filled rows.
 
         Closing the iterator, or setting `cancel`, stops the work; the texts so far are kept.
@@ -149,7 +149,7 @@ class Session:
         prompts: Sequence[list[int]],
         options: "_Options",
         stop: Stop,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, list[Row]]:
         sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
         texts = RowTexts(self.lm.tokenizer, len(rows), _stop_ids(self.lm), sink)
 

@@ -25,7 +25,7 @@ def mean_difference(
 METHOD = Method(
     name="caa",
     function=mean_difference,
-    explanation="Difference of the two classes' mean activations: fast, and hard to beat.",
+    explanation="The average difference between the two kinds of text inside the model: fast, and hard to beat.",
     source="Contrastive Activation Addition, arXiv 2312.06681",
     kind=SteeringVector.kind,
 )

@@ -91,7 +91,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
 METHOD = Method(
     name="cna",
     function=contrastive_neurons,
-    explanation="A sparse circuit of MLP neurons that write the behaviour.",
+    explanation="A circuit: the few hundred single neurons that write the behaviour, instead of one direction.",
     source="Contrastive Neuron Attribution, arXiv 2605.12290",
     kind=NeuronCircuit.kind,
     needs_neurons=True,

@@ -54,7 +54,7 @@ def _differences(rows: ClassRows, paired: bool) -> Tensor:
 METHOD = Method(
     name="pca",
     function=principal_component,
-    explanation="The direction along which the examples differ most; best with paired examples.",
+    explanation="The direction along which the examples differ most: for paired examples.",
     source="Representation Engineering, arXiv 2310.01405",
     kind=SteeringVector.kind,
     needs_rows=True,

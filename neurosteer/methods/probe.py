@@ -46,7 +46,7 @@ def _regression(rows: ClassRows, penalty: float) -> Tensor:
 METHOD = Method(
     name="probe",
     function=probe_direction,
-    explanation="The direction of a logistic regression that tells the classes apart.",
+    explanation="The direction by which a trained classifier (logistic regression) tells them apart.",
     source="linear probing, arXiv 1610.01644",
     kind=SteeringVector.kind,
     needs_rows=True,
