@@ -151,14 +151,14 @@ def _plan(
     if as_in_paper and parsed is None:
         parsed, reason = tuple(range(lm.n_layers)), "all layers, ranked together as in the paper"
     default_framing: Framing = ("prompt" if as_in_paper else "answer") if lm.chat else "raw"
-    low, high = (round(share * lm.n_layers) for share in AUTO_RANGE)
+    low, high = (min(round(share * lm.n_layers), lm.n_layers - 1) for share in AUTO_RANGE)
     return _Plan(
         method=method,
         parameters=parameters,
         framing=framing or default_framing,
         tokens=tokens or ("last" if as_in_paper or framing == "prompt" else "mean"),
         layers=parsed,
-        candidates=parsed or tuple(range(min(low, lm.n_layers - 1), max(low + 1, high + 1, 1)))[: lm.n_layers],
+        candidates=parsed or tuple(range(low, high + 1)),
         reason=reason,
     )
 

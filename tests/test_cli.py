@@ -152,7 +152,8 @@ def test_sweep_takes_negative_strengths_with_a_space_or_an_equals_sign_and_write
     run: Run, model_folder: Path, vector: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("one thing\nanother thing\n", encoding="utf-8")
-    options = ("--prompts", tmp_path / "prompts.txt", "--samples", "2", "--max-new-tokens", "3", "--model", model_folder)
+    prompts = ("--prompts", tmp_path / "prompts.txt")
+    options = (*prompts, "--samples", "2", "--max-new-tokens", "3", "--model", model_folder)
     spaced = run("sweep", "--use", vector, "--strengths", "-1,0,1", *options, "--json", "--out", tmp_path / "sweep")
     joined = run("sweep", "--use", vector, "--strengths=-1,0,1", *options, "--json")
     assert spaced.code == 0, spaced.err
