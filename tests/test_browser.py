@@ -32,7 +32,10 @@ SORRY = ("I hated the {}, it was dreadful and cold.", "What a miserable {}, I fr
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A page that runs in a process of its own, as `python app.py` starts it."""
+    """A page that runs in a process of its own, as `python app.py` starts it; or the one at NEUROSTEER_PAGE."""
+    if running := os.environ.get("NEUROSTEER_PAGE"):
+        yield running.rstrip("/")
+        return
     try:
         locate(default_model())
     except NeuroSteerError as error:
