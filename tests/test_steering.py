@@ -47,6 +47,7 @@ VECTOR, SECOND = make_vector((1, 2), seed=1), make_vector((2, 3), seed=2)
 SCALING = make_circuit([(0, 3), (1, 5), (1, 60), (3, 0)], seed=3, calibration=Calibration(4.0))
 ALSO_SCALING = make_circuit([(1, 5), (2, 9)], seed=4, calibration=Calibration(-1.0))
 SHIFTING = make_circuit([(1, 5), (2, 7), (0, 3)], seed=5, operation="shift", calibration=Calibration(6.0))
+ALSO_SHIFTING = make_circuit([(1, 5), (2, 9)], seed=8, operation="shift", calibration=Calibration(4.0))
 ABLATING, OVERLAPPING = ablating((0, 2), seed=6), ablating((2, 3), seed=7)
 
 RECIPES: dict[str, tuple[Use, ...]] = {
@@ -62,6 +63,7 @@ RECIPES: dict[str, tuple[Use, ...]] = {
     "scale by a multiplier": (Use(SCALING, multiplier=0.0),),
     "two circuits that share a neuron": (Use(SCALING, 1.0), Use(ALSO_SCALING, 0.8)),
     "shift": (Use(SHIFTING, -1.0),),
+    "two shifting circuits that share a neuron": (Use(SHIFTING, 1.0), Use(ALSO_SHIFTING, -3.0)),
     "scale and shift the same neuron": (Use(SHIFTING, 0.5), Use(SCALING, 1.0)),
     "everything": (
         Use(SHIFTING, 0.5),
