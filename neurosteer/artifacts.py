@@ -46,7 +46,9 @@ class ModelReference:
         for key, limit in (("n_layers", _MAX_LAYERS), ("d_model", _MAX_DIMENSION), ("d_mlp", _MAX_DIMENSION)):
             value = getattr(self, key)
             if not _is_int(value) or not 1 <= value <= limit:
-                raise ArtifactError(f"The model's {key} is {value!r}; it must be a whole number from 1 to {limit}.")
+                raise ArtifactError(
+                    f"The model's {key} is {_shown(value)}; it must be a whole number from 1 to {limit}."
+                )
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ class Provenance:
             _check_text(f"provenance {key}", getattr(self, key), 1000, empty=True)
         for key in ("n_positive", "n_negative", "n_cut"):
             if not _is_int(getattr(self, key)) or getattr(self, key) < 0:
-                raise ArtifactError(f"The provenance's {key} is {getattr(self, key)!r}; it must be a count.")
+                raise ArtifactError(f"The provenance's {key} is {_shown(getattr(self, key))}; it must be a count.")
+        _check_json("provenance's counts and parents", [dict(self.dropped), list(self.parents)])
         for layer, value in self.separation.items():
             if not _is_int(layer) or not _is_finite(value):
                 raise ArtifactError(
-                    f"The provenance's separation of layer {layer!r} is {value!r}; it must be a number."
+                    f"The provenance's separation of layer {_shown(layer)} is {_shown(value)}; it must be a number."
                 )
 
 
@@ -90,9 +93,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not _is_finite(self.amount):
-            raise ArtifactError(f"The calibrated amount is {self.amount!r}; it must be a finite number.")
+            raise ArtifactError(f"The calibrated amount is {_shown(self.amount)}; it must be a finite number.")
         if not isinstance(self.measured, bool):
-            raise ArtifactError(f"The calibration's 'measured' is {self.measured!r}; it must be true or false.")
+            raise ArtifactError(f"The calibration's 'measured' is {_shown(self.measured)}; it must be true or false.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class Receipt:
     """A measurement of effect and damage, as plain JSON data."""
 
     data: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _check_json("receipt", dict(self.data))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -142,7 +148,7 @@ class SteeringVector:
             if not direction.any():
                 raise ArtifactError(f"The vector {self.name!r} is zero at layer {layer}; it has no direction there.")
             if not _is_finite(self.norms[layer]) or self.norms[layer] <= 0:
-                raise ArtifactError(f"The norm of layer {layer} is {self.norms[layer]!r}; it must be above 0.")
+                raise ArtifactError(f"The norm of layer {layer} is {_shown(self.norms[layer])}; it must be above 0.")
 
     @property
     def layers(self) -> list[int]:
@@ -175,7 +181,7 @@ class SteeringVector:
     def __mul__(self, factor: float) -> "SteeringVector":
         """A vector `factor` times as long: it weighs more in a sum; a negative factor turns it round."""
         if not _is_finite(factor) or factor == 0:
-            raise ArtifactError(f"A vector cannot be scaled by {factor!r}; use a finite number other than 0.")
+            raise ArtifactError(f"A vector cannot be scaled by {_shown(factor)}; use a finite number other than 0.")
         scaled = {layer: tensor * factor for layer, tensor in self.directions.items()}
         return replace(self, directions=scaled, receipts=())
 
@@ -189,8 +195,7 @@ class SteeringVector:
 
     def normalised(self) -> "SteeringVector":
         """The same directions with length 1 at every layer, so that vectors added weigh the same."""
-        unit = {layer: tensor / tensor.norm() for layer, tensor in self.directions.items()}
-        return replace(self, directions=unit)
+        return replace(self, directions={layer: unit(tensor) for layer, tensor in self.directions.items()})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -250,6 +255,12 @@ class NeuronCircuit:
 Artifact = SteeringVector | NeuronCircuit
 
 
+def unit(direction: Tensor) -> Tensor:
+    """`direction` `[d]` with length 1, also where its square would leave float32's range."""
+    scaled = direction / direction.abs().max()
+    return scaled / scaled.norm()
+
+
 def default_calibration(operation: str) -> Calibration:
     """What strength 1 means as long as nothing was measured (dose 0.3, multiplier 2, 6 differences, ablate all)."""
     return Calibration(_DEFAULT_AMOUNTS[operation])
@@ -265,13 +276,14 @@ def check_model(artifact: Artifact, model: ModelReference) -> str | None:
     """Refuse a model of another shape with `MismatchError`; return a warning when only the weights differ."""
     if not _same_shape(artifact.model, model):
         raise MismatchError(
-            f"{artifact.name!r} was made on {artifact.model.name} ({_shape_text(artifact.model)}) and does not fit "
-            f"{model.name} ({_shape_text(model)}); load the model it was made on, or build it again."
+            f"{artifact.name!r} was made on {_shown(artifact.model.name)} ({_shape_text(artifact.model)}) and does not "
+            f"fit {_shown(model.name)} ({_shape_text(model)}); load the model it was made on, or build it again."
         )
     if artifact.model.fingerprint != model.fingerprint:
         return (
-            f"{artifact.name!r} was made on {artifact.model.name} with other weights "
-            f"(fingerprint {artifact.model.fingerprint}, here {model.fingerprint}); its effect may differ."
+            f"{artifact.name!r} was made on {_shown(artifact.model.name)} with other weights "
+            f"(fingerprint {_shown(artifact.model.fingerprint)}, here {_shown(model.fingerprint)}); "
+            "its effect may differ."
         )
     return None
 
@@ -297,26 +309,39 @@ def _check_common(artifact: Any) -> None:
         raise ArtifactError("An artifact needs the model it was made on (a ModelReference).")
     _check_text("method", artifact.method, 100)
     _check_text("description", artifact.description, 10_000, empty=True)
-    try:
-        json.dumps(dict(artifact.parameters), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"The parameters of {artifact.name!r} are not plain JSON values: {error}.") from error
+    _check_json(f"parameters of {artifact.name!r}", dict(artifact.parameters))
 
 
 def _check_text(what: str, value: object, limit: int, *, empty: bool = False) -> None:
-    if not isinstance(value, str) or len(value) > limit or (not value and not empty):
-        raise ArtifactError(f"The {what} is {str(value)[:60]!r}; it must be a text of at most {limit} characters.")
+    if not isinstance(value, str) or len(value) > limit or (not value and not empty) or not _encodes(value):
+        raise ArtifactError(f"The {what} is {_shown(value)}; it must be a text of at most {limit} characters.")
+
+
+def _encodes(text: str) -> bool:
+    """Whether `text` can be written to a file (lone surrogates cannot)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_json(what: str, data: Any) -> None:
+    try:
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"The {what} cannot be kept as JSON ({' '.join(str(error).split())[:100]}).") from error
 
 
 def _check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ArtifactError(f"The {what} is {value!r}; it must be one of {', '.join(allowed)}.")
+        raise ArtifactError(f"The {what} is {_shown(value)}; it must be one of {', '.join(allowed)}.")
 
 
 def _check_layer(artifact: SteeringVector, layer: object) -> None:
     if not _is_int(layer) or not 0 <= layer < artifact.model.n_layers:  # type: ignore[operator]
         raise ArtifactError(
-            f"The vector {artifact.name!r} names layer {layer!r}; {artifact.model.name} has layers 0 to "
+            f"The vector {artifact.name!r} names layer {_shown(layer)}; {_shown(artifact.model.name)} has layers 0 to "
             f"{artifact.model.n_layers - 1}."
         )
 
@@ -340,7 +365,18 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
+def _shown(value: object) -> str:
+    """A value for a message: on one line and not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _same_shape(one: ModelReference, other: ModelReference) -> bool:

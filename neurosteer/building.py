@@ -108,10 +108,10 @@ def parse_layers(layers: LayerChoice, n_layers: int) -> tuple[int, ...] | None:
         if text == "all":
             return tuple(range(n_layers))
         layers = _parse_layer_text(text)
-    numbers = (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
-    if not numbers or not all(isinstance(number, int) and 0 <= number < n_layers for number in numbers):
+    numbers = (layers,) if isinstance(layers, int) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    if not numbers or not all(type(number) is int and 0 <= number < n_layers for number in numbers):
         raise UsageError(f"layers is {_shown(numbers)}; the model has layers 0 to {n_layers - 1}.")
-    return numbers
+    return tuple(sorted(set(numbers)))
 
 
 def _parse_layer_text(text: str) -> list[int]:
@@ -128,8 +128,10 @@ def _parse_layer_text(text: str) -> list[int]:
     return numbers
 
 
-def _shown(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "") if numbers else "empty"
+def _shown(numbers: tuple[object, ...]) -> str:
+    return (
+        ", ".join(f"{number!r:.40}" for number in numbers[:8]) + (", …" if numbers[8:] else "") if numbers else "empty"
+    )
 
 
 # --- what to read ----------------------------------------------------------------------------------------------------
@@ -146,6 +148,8 @@ def _plan(
     method = find_method(method_name)
     parameters = method.parameters(given)
     parsed = parse_layers(layers, lm.n_layers)
+    if parsed is not None and set(parsed) <= set(parameters.get("skip_layers", ())):
+        raise UsageError(f"skip_layers leaves no layer of {_shown(parsed)} to search.")
     as_in_paper = method.needs_neurons and parameters.get("rank") != "write"
     reason = "layers as given"
     if as_in_paper and parsed is None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -122,7 +121,8 @@ class RowTexts(BaseStreamer):
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.texts = [""] * rows
         self.stopped = [False] * rows
-        self._streams = [DecodeStream(skip_special_tokens=True) for _ in range(rows)]
+        # Per row: where the window that is decoded begins, and up to where its text is out already.
+        self._windows = [(0, 0)] * rows
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
@@ -151,6 +151,19 @@ class RowTexts(BaseStreamer):
             self.stopped[row] = True
             return ""
         self.ids[row].append(token)
-        piece = self._streams[row].step(self.tokenizer.backend_tokenizer, token) or ""
+        return self._emit(row)
+
+    def _emit(self, row: int) -> str:
+        """What the newest token adds: the text of a short window of tokens, less what of it is out already.
+
+        Nothing as long as it ends within a character (the replacement sign stands for the bytes so far).
+        """
+        start, out = self._windows[row]
+        ids, decode = self.ids[row], self.tokenizer.backend_tokenizer.decode
+        before, now = decode(ids[start:out]), decode(ids[start:])
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        piece = now[len(before) :]
+        self._windows[row] = (out, len(ids))
         self.texts[row] += piece
         return piece

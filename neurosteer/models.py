@@ -219,7 +219,7 @@ def load_model(
     spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
     model, tokenizer = _read(source, wanted, "auto" if spread else None)
     if not spread:
-        model.to(chosen)  # type: ignore[arg-type]
+        _move(model, chosen)
     return describe_model(
         model,
         tokenizer,
@@ -289,6 +289,15 @@ def _choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"The device {str(device)!r} was asked for, but no GPU is available; use cpu.")
     return chosen
+
+
+def _move(model: Any, device: torch.device) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"The device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:200]})."
+        ) from error
 
 
 def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

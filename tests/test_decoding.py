@@ -314,12 +314,12 @@ def test_a_stray_byte_after_a_character_written_as_bytes_is_no_error(name: str) 
     """With byte fallback the second byte here makes "I" unreadable in hindsight."""
     tokenizer: Any = TOKENIZERS[name]()
     if name == "byte fallback":
-        ids = tokenizer.convert_tokens_to_ids(["<0x49>", "<0xE8>", "th", "<0x49>", "the"])
+        ids = tokenizer.convert_tokens_to_ids(["<0x49>", "<0xE8>", "th", "<0x49>", "he"])
     else:
-        ids = [tokenizer("I")["input_ids"][0], tokenizer("日")["input_ids"][0], *tokenizer("thIthe")["input_ids"]]
+        ids = [tokenizer("I")["input_ids"][0], tokenizer("日")["input_ids"][0], *tokenizer("thIhe")["input_ids"]]
     texts, pieces = stream_of(tokenizer, [ids], [])
     assert "".join(step[0] for step in pieces) == texts.texts[0]
-    assert texts.texts[0].endswith("thIthe") and "�" in texts.texts[0]
+    assert texts.texts[0].endswith("thIhe") and "�" in texts.texts[0]
 
 
 def test_ids_beyond_the_tokenizer_are_no_text() -> None:

@@ -40,11 +40,15 @@ class Method:
     needs_rows: bool = False
     needs_neurons: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
     def parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """`given` over the defaults. Raises `UsageError` for a parameter the method does not have."""
+        """`given` over the defaults. Raises `UsageError` for a parameter the method does not have or allow."""
         unknown = sorted(set(given) - set(self.defaults))
         if unknown:
             allowed = ", ".join(self.defaults) or "none"
             raise UsageError(f"The method {self.name!r} has no parameter {unknown[0]!r}; it takes {allowed}.")
-        return {**self.defaults, **given}
+        parameters = {**self.defaults, **given}
+        if self.check is not None:
+            self.check(parameters)
+        return parameters

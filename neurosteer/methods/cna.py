@@ -24,7 +24,6 @@ def contrastive_neurons(
     neuron's pooled standard deviation. `write`: difference × (down-projection column · unit class difference of the
     residual stream at the last of `layers`), positive values only.
     """
-    _check(parameters)
     skipped = set(parameters["skip_layers"])
     searched = tuple(layer for layer in layers if layer not in skipped)
     if not searched:
@@ -96,4 +95,5 @@ METHOD = Method(
     kind=NeuronCircuit.kind,
     needs_neurons=True,
     defaults={"rank": "write", "operation": "shift", "top_k": 0.005, "skip_layers": SKIPPED_LAYERS},
+    check=_check,
 )

@@ -17,17 +17,21 @@ def probe_direction(
     activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
 ) -> SteeringVector:
     """Directions `[d_model]`: the regression's weights, in units of the residual stream."""
-    penalty = parameters["penalty"]
-    if not isinstance(penalty, (int, float)) or not penalty > 0:
-        raise UsageError(f"penalty is {penalty!r}; it must be a number above 0.")
+    penalty = float(parameters["penalty"])
     return SteeringVector(
         name=name,
         model=activations.model,
         method="probe",
         parameters=dict(parameters),
-        directions={layer: _regression(activations.rows[layer], float(penalty)) for layer in layers},
+        directions={layer: _regression(activations.rows[layer], penalty) for layer in layers},
         norms={layer: activations.norms[layer] for layer in layers},
     )
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    penalty = parameters["penalty"]
+    if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 1e-12 <= penalty <= 1e12:
+        raise UsageError(f"penalty is {penalty!r:.60}; it must be a number above 0 (1e-12 to 1e12).")
 
 
 def _regression(rows: ClassRows, penalty: float) -> Tensor:
@@ -51,4 +55,5 @@ METHOD = Method(
     kind=SteeringVector.kind,
     needs_rows=True,
     defaults={"penalty": 0.01},
+    check=_check,
 )
