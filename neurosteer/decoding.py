@@ -1,16 +1,12 @@
 """Choosing the next tokens of a batch, and turning them into text as they come."""
 
-import queue
 import random
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from neurosteer.errors import UsageError
 
@@ -37,12 +33,11 @@ class Sampling:
             raise UsageError(f"seed is {self.seed!r}; it must be a whole number.")
 
 
-class Sampler(LogitsProcessor):
-    """Draws each row's token from that row's own stream of random numbers.
+class Sampler:
+    """Chooses each row's next token, drawing from that row's own stream of random numbers.
 
     So a row's text depends on its seed alone, not on the rows beside it, on other threads or on the device; and rows
-    that share a seed (an unsteered text and its steered twin) differ only by what steering changed. Used with greedy
-    `generate`: it leaves the drawn token as the only one.
+    that share a seed (an unsteered text and its steered twin) differ only by what steering changed.
     """
 
     def __init__(self, sampling: Sampling, streams: Sequence[str], prompt_lengths: Sequence[int]) -> None:
@@ -52,13 +47,13 @@ class Sampler(LogitsProcessor):
         self.prompt_width = max(prompt_lengths)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Token ids `[batch]` from logits `[batch, vocab]`, after `input_ids` `[batch, seq]`, padded on the left."""
         if self.sampling.repetition_penalty != 1.0:
             scores = self._penalised(input_ids, scores)
         if self.sampling.greedy:
-            return scores
+            return scores.argmax(-1)
         draws = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float32, device=scores.device)
-        tokens = draw(scores / self.sampling.temperature, self.sampling.top_p, draws)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return draw(scores / self.sampling.temperature, self.sampling.top_p, draws)
 
     def _penalised(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Without the padding on the left, which would make a row depend on its neighbours' lengths."""
@@ -88,61 +83,34 @@ def draw(scores: Tensor, top_p: float, draws: Tensor) -> Tensor:
     return tokens.gather(1, torch.minimum(place, last))[:, 0]
 
 
-class Stop(StoppingCriteria):
-    """Ends every row when the caller has set `cancel`, or `set` was called. The caller's event is only looked at."""
-
-    def __init__(self, cancel: threading.Event | None = None) -> None:
-        self._cancel = cancel
-        self._own = threading.Event()
-
-    def set(self) -> None:
-        self._own.set()
-
-    def is_set(self) -> bool:
-        return self._own.is_set() or (self._cancel is not None and self._cancel.is_set())
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class RowTexts(BaseStreamer):
+class RowTexts:
     """Collects the new tokens of every row of a batch and the text they make so far.
 
-    `pieces` of one step go to `sink` where there is one. A character whose bytes are spread over several tokens
-    appears when its last byte has come.
+    A character whose bytes are spread over several tokens appears when its last byte has come.
     """
 
-    def __init__(
-        self, tokenizer: Any, rows: int, stop_ids: Sequence[int], sink: "queue.SimpleQueue[Any] | None" = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.stop_ids = set(stop_ids)
-        self.sink = sink
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.texts = [""] * rows
         self.stopped = [False] * rows
         # Per row: where the window that is decoded begins, and up to where its text is out already.
         self._windows = [(0, 0)] * rows
-        self._prompt_seen = False
 
-    def put(self, value: Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        pieces = [self._take(row, token) for row, token in enumerate(value.tolist())]
-        if self.sink is not None:
-            self.sink.put(pieces)
+    def push(self, tokens: Sequence[int]) -> tuple[str, ...]:
+        """Take one new token per row; returns what each adds to its row's text. After an end token a row takes none."""
+        return tuple(self._take(row, token) for row, token in enumerate(tokens))
 
-    def end(self) -> None:
-        """Flush what the streams still hold: the final text is that of all tokens decoded at once."""
+    def finish(self) -> tuple[str, ...]:
+        """What was held back: a row's final text is that of all its tokens decoded at once."""
         pieces = []
         for row, ids in enumerate(self.ids):
             whole = self.tokenizer.decode(ids, skip_special_tokens=True)
             rest = whole[len(self.texts[row]) :] if whole.startswith(self.texts[row]) else ""
             self.texts[row] += rest
             pieces.append(rest)
-        if self.sink is not None:
-            self.sink.put(pieces)
+        return tuple(pieces)
 
     def _take(self, row: int, token: int) -> str:
         if self.stopped[row]:

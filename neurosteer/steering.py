@@ -1,18 +1,17 @@
 """Recipes to text: batched, steered, streamed generation."""
 
-import copy
 import logging
-import queue
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from torch import Tensor
+from transformers import DynamicCache
 
 from neurosteer.artifacts import Artifact, check_model
-from neurosteer.decoding import RowTexts, Sampler, Sampling, Stop
+from neurosteer.decoding import RowTexts, Sampler, Sampling
 from neurosteer.errors import UsageError
 from neurosteer.hooks import Hook, InputHook, hooked
 from neurosteer.models import LanguageModel, Prompt
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 4096
 MAX_BATCH_ROWS = 4096
+_Stopped = Callable[[], bool]
 _BATCH_ROWS = 64
 
 
@@ -87,7 +87,8 @@ class Session:
     ) -> Generator[Step, None, list[Row]]:
         """Write all rows, `batch_rows` at a time decoding together; yields every step and returns the filled rows.
 
-        Closing the iterator, or setting `cancel`, stops the work; the texts so far are kept.
+        The work is done in the calling thread, a step for each item asked for. Setting `cancel` ends it after the step
+        under way; the texts so far are kept.
 
         Raises:
             UsageError: an option out of its range, or a prompt that is too long for the model.
@@ -98,11 +99,14 @@ class Session:
         options.check()
         self._check_artifacts(todo)
         prompts = [self._prompt_ids(row.prompt, options) for row in todo]
-        stop = Stop(cancel)
         finished: list[Row] = []
+
+        def stop() -> bool:
+            return cancel is not None and cancel.is_set()
+
         for first in range(0, len(todo), batch_rows):
             batch = slice(first, first + batch_rows)
-            if stop.is_set():
+            if stop():
                 finished += [replace(row, finish="cancelled") for row in todo[batch]]
                 continue
             finished += yield from self._stream_batch(first, todo[batch], prompts[batch], options, stop)
@@ -145,62 +149,61 @@ class Session:
         return ids
 
     def _stream_batch(
-        self,
-        first: int,
-        rows: Sequence[Row],
-        prompts: Sequence[list[int]],
-        options: "_Options",
-        stop: Stop,
+        self, first: int, rows: Sequence[Row], prompts: Sequence[list[int]], options: "_Options", stop: _Stopped
     ) -> Generator[Step, None, list[Row]]:
-        sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        texts = RowTexts(self.lm.tokenizer, len(rows), _stop_ids(self.lm), sink)
+        """Decode a batch in the consumer's own thread, one step for each time it asks.
 
-        def work() -> None:
-            try:
-                self._decode(rows, prompts, options, texts, stop)
-                sink.put(None)
-            except BaseException as error:  # handed to the consumer, whose thread raises it
-                sink.put(error)
-
-        thread = threading.Thread(target=work, name="neurosteer-decode", daemon=True)
-        thread.start()
-        try:
-            while (item := sink.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield Step(first, tuple(item))
-        except BaseException:  # a consumer that leaves early, or is interrupted, stops the thread that decodes
-            stop.set()
-            raise
-        finally:
-            thread.join()
+        Hooks are on the model only while a step runs: a consumer that pauses, leaves, or goes on in another thread
+        leaves nothing behind. (Decoding in a thread of its own costs half as much again on a CPU, where the maths
+        library's threads then sleep between two operations.)
+        """
+        plan = compile_plan(self.lm, [row.recipe for row in rows], options.positions)
+        lengths = [len(prompt) for prompt in prompts]
+        sampler = Sampler(options.sampling, _random_streams(rows), lengths)
+        texts = RowTexts(self.lm.tokenizer, len(rows), _stop_ids(self.lm))
+        batch = _Batch(self.lm, prompts, use_cache=options.use_cache)
+        for _ in range(options.max_new_tokens):
+            if stop() or all(texts.stopped):
+                break
+            with torch.inference_mode(), applied(self.lm, plan, prompt_width=max(lengths)):
+                tokens = sampler(batch.ids, batch.next_scores())
+                batch.append(tokens)
+            yield Step(first, texts.push(tokens.tolist()))
+        yield Step(first, texts.finish())
         return [_filled(row, texts, index, options) for index, row in enumerate(rows)]
 
-    def _decode(
-        self,
-        rows: Sequence[Row],
-        prompts: Sequence[list[int]],
-        options: "_Options",
-        texts: RowTexts,
-        stop: Stop,
-    ) -> None:
+
+class _Batch:
+    """Prompts padded on the left and what was written after them, `[batch, seq]`, with the keys and values so far."""
+
+    def __init__(self, lm: LanguageModel, prompts: Sequence[list[int]], *, use_cache: bool) -> None:
         width = max(map(len, prompts))
-        ids = torch.full((len(rows), width), self.lm.pad_id)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        ids, mask = torch.full((len(prompts), width), lm.pad_id), torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        sampler = Sampler(options.sampling, _random_streams(rows), [len(prompt) for prompt in prompts])
-        plan = compile_plan(self.lm, [row.recipe for row in rows], options.positions)
-        with torch.inference_mode(), hooked(_contiguous_head(self.lm)), applied(self.lm, plan, prompt_width=width):
-            _without_defaults(self.lm.model).generate(
-                ids.to(self.lm.device),
-                attention_mask=mask.to(self.lm.device),
-                generation_config=_generation_config(self.lm, options),
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([stop]),
-                streamer=texts,
+        self.lm = lm
+        self.ids, self.mask = ids.to(lm.device), mask.to(lm.device)
+        self.cache = DynamicCache(config=lm.model.config) if use_cache else None
+
+    def next_scores(self) -> Tensor:
+        """Logits of the next token, float32 `[batch, vocab]`."""
+        done = self.cache.get_seq_length() if self.cache is not None else 0
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        with hooked(_contiguous_head(self.lm)):
+            output = self.lm.model(
+                input_ids=self.ids[:, done:],
+                attention_mask=self.mask,
+                position_ids=positions[:, done:],
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                logits_to_keep=1,
             )
+        return output.logits[:, -1].float()
+
+    def append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.device)], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
 
 
 def sweep_rows(recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Prompt], *, samples: int = 1) -> list[Row]:
@@ -261,25 +264,6 @@ def _stop_ids(lm: LanguageModel) -> list[int]:
     found = config.eos_token_id if config is not None else None
     ids = found if isinstance(found, list) else [found]
     return sorted({int(token) for token in (*ids, lm.tokenizer.eos_token_id) if token is not None})
-
-
-def _without_defaults(model: Any) -> Any:
-    """The same model (weights, modules and hooks are shared) without its own generation defaults, which transformers
-    would mix into every call: penalties, suppressed tokens, beams."""
-    twin = copy.copy(model)
-    twin.generation_config = GenerationConfig()
-    return twin
-
-
-def _generation_config(lm: LanguageModel, options: _Options) -> GenerationConfig:
-    stop_ids = _stop_ids(lm)
-    return GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        do_sample=False,
-        use_cache=options.use_cache,
-        eos_token_id=stop_ids or None,
-        pad_token_id=lm.pad_id,
-    )
 
 
 def _filled(row: Row, texts: RowTexts, index: int, options: _Options) -> Row:

@@ -1,6 +1,5 @@
 """Choosing tokens and turning them into text, against transformers, numpy and frequencies."""
 
-import queue
 import random
 from typing import Any
 
@@ -54,7 +53,7 @@ def test_seeded_draws_follow_the_nucleus_within_chance() -> None:
     wanted = nucleus(scores.double().numpy(), 0.9)
     sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=5), [f"row/{row}" for row in range(n)], [1] * n)
     ids = torch.zeros(n, 1, dtype=torch.long)
-    found = np.bincount(sampler(ids, scores.expand(n, -1)).argmax(-1).numpy(), minlength=40)
+    found = np.bincount(sampler(ids, scores.expand(n, -1)).numpy(), minlength=40)
     chi_square = sum((found[token] - n * share) ** 2 / (n * share) for token, share in wanted.items())
     assert found.sum() == n == sum(found[token] for token in wanted)
     assert chi_square < len(wanted) - 1 + 5 * np.sqrt(2 * len(wanted))
@@ -115,17 +114,16 @@ def test_temperature_divides_the_scores() -> None:
     found = Sampler(Sampling(temperature=0.5, top_p=1.0), [str(row) for row in range(n)], [1] * n)(
         ids, scores.expand(n, -1)
     )
-    shares = np.bincount(found.argmax(-1).numpy(), minlength=30) / n
+    shares = np.bincount(found.numpy(), minlength=30) / n
     wanted = torch.softmax(scores.double() * 2, -1).numpy()
     assert np.abs(shares - wanted).max() < 5 * np.sqrt(0.25 / n)
 
 
-def test_greedy_leaves_the_scores_as_they_are() -> None:
-    scores = torch.randn(3, 30)
-    assert (
-        Sampler(Sampling(greedy=True), ["a", "b", "c"], [1, 1, 1])(torch.zeros(3, 1, dtype=torch.long), scores)
-        is scores
-    )
+def test_greedy_takes_the_likeliest_token() -> None:
+    scores = torch.zeros(3, 30)
+    scores[[0, 1, 2], [4, 29, 0]] = 1.0
+    found = Sampler(Sampling(greedy=True), ["a", "b", "c"], [1, 1, 1])(torch.zeros(3, 1, dtype=torch.long), scores)
+    assert found.tolist() == [4, 29, 0]
 
 
 def test_a_rows_draws_depend_on_its_own_stream_alone() -> None:
@@ -134,9 +132,7 @@ def test_a_rows_draws_depend_on_its_own_stream_alone() -> None:
 
     def tokens(streams: list[str], row: int) -> list[int]:
         sampler = Sampler(Sampling(seed=9), streams, [1] * len(streams))
-        return [
-            int(sampler(ids.repeat(len(streams), 1), scores.repeat(len(streams), 1))[row].argmax()) for _ in range(20)
-        ]
+        return [int(sampler(ids.repeat(len(streams), 1), scores.repeat(len(streams), 1))[row]) for _ in range(20)]
 
     assert tokens(["x"], 0) == tokens(["a", "b", "x"], 2) == tokens(["x", "a"], 0)
     assert tokens(["x"], 0) != tokens(["y"], 0)
@@ -155,7 +151,7 @@ def test_the_repetition_penalty_is_that_of_transformers_on_an_unpadded_row(penal
     kept = scores.clone()
     padded = torch.stack([torch.cat([torch.zeros(9 - len(prompt), dtype=torch.long), prompt]) for prompt in prompts])
     sampler = Sampler(Sampling(greedy=True, repetition_penalty=penalty), ["a", "b", "c"], [3, 9, 1])
-    found = sampler(torch.cat([padded, new], 1), scores)
+    found = sampler._penalised(torch.cat([padded, new], 1), scores)
     for row, prompt in enumerate(prompts):
         processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
         wanted = processor(torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone())
@@ -229,17 +225,11 @@ TOKENIZERS = {"byte-level": byte_tokenizer, "byte fallback": fallback_tokenizer}
 
 
 def stream_of(tokenizer: Any, rows: list[list[int]], stop: list[int]) -> tuple[RowTexts, list[list[str]]]:
-    """Feed rows of ids as `generate` does: the prompt first, then one token a step, padding where a row has ended."""
-    sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    texts = RowTexts(tokenizer, len(rows), stop, sink)
-    texts.put(torch.zeros(len(rows), 3, dtype=torch.long))
-    for step in range(max(map(len, rows))):
-        texts.put(torch.tensor([row[step] if step < len(row) else 0 for row in rows]))
-    texts.end()
-    pieces = []
-    while not sink.empty():
-        pieces.append(sink.get())
-    return texts, pieces
+    """Feed rows of ids as generation does: one token a step, padding where a row has ended."""
+    texts = RowTexts(tokenizer, len(rows), stop)
+    steps = range(max(map(len, rows)))
+    pieces = [list(texts.push([row[step] if step < len(row) else 0 for row in rows])) for step in steps]
+    return texts, [*pieces, list(texts.finish())]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -264,9 +254,8 @@ def test_a_character_appears_with_its_last_byte_and_not_later(name: str) -> None
     tokenizer: Any = TOKENIZERS[name]()
     ids = tokenizer("x😀y日", add_special_tokens=False)["input_ids"]
     texts = RowTexts(tokenizer, 1, [])
-    texts.put(torch.zeros(1, 1, dtype=torch.long))
     for count, token in enumerate(ids, start=1):
-        texts.put(torch.tensor([token]))
+        texts.push([token])
         whole = tokenizer.decode(ids[:count])
         if not whole.endswith("�"):
             assert texts.texts[0] == whole
