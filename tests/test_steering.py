@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -729,3 +730,25 @@ def test_a_model_in_half_precision_steers_in_its_own_type(dtype: torch.dtype) ->
     assert found.dtype == dtype and bool(found.isfinite().all())
     assert Session(this.lm).generate("we", Recipe(tuple(uses)), max_new_tokens=4)[0].tokens > 0
     assert this.lm.n_layers == N_LAYERS
+
+
+def test_a_stream_goes_on_in_another_thread_as_if_nothing_had_happened(llama: Tiny) -> None:
+    """Web servers ask for each item of an iterator in whatever thread is free."""
+    rows = [Row("one two"), Row("one two", Recipe.of((make_vector(), 4.0)))]
+    options: dict[str, Any] = {"max_new_tokens": 8, "sampling": Sampling(greedy=True)}
+    wanted = [row.text for row in Session(llama.lm).generate(rows, **options)]
+    assert wanted[0] != wanted[1]
+    stream, texts = Session(llama.lm).stream(rows, **options), ["", ""]
+
+    def take() -> None:
+        for row, piece in enumerate(next(stream).pieces):
+            texts[row] += piece
+        assert hook_count(llama.model) == 0
+
+    with ThreadPoolExecutor(max_workers=1) as other:
+        for turn in range(9):
+            try:
+                take() if turn % 2 else other.submit(take).result()
+            except StopIteration:
+                break
+    assert texts == wanted
