@@ -1,6 +1,6 @@
 """What a vector and a circuit built from reviews do to what the model writes, beside their controls.
 
-    python tests/benchmarks/sentiment_effect.py DATA [--samples 4] [--tokens 30]
+    python tests/benchmarks/sentiment_effect.py DATA [--samples 4] [--tokens 30] [--only cna]
 
 DATA is a folder with `train.csv` (artifacts are built from it), `judge.csv` (a judge is trained on it) and `dev.csv`
 (the judge's accuracy is measured on it): disjoint texts labelled positive or negative. Artifacts are built and sweeps
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--only", choices=ARTIFACTS, help="this artifact and its random control alone")
     arguments = parser.parse_args()
     size = (arguments.samples, arguments.tokens)
     judge = Judge(read_examples(arguments.data / "judge.csv"))
@@ -110,6 +111,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         for name, options in ARTIFACTS.items():
+            if arguments.only not in (None, name):
+                continue
             folder = work / name
             command("build", str(arguments.data / "train.csv"), *options, "--out", str(folder))
             show(name, sweep(folder, work / f"{name}-sweep", *size), judge, divergences_of(lm, folder))
@@ -122,7 +125,8 @@ def main() -> None:
                 judge,
                 divergences_of(lm, control),
             )
-        show("  instruction in words", instructed(work / "caa", work, *size), judge, None)
+        if arguments.only is None:
+            show("  instruction in words", instructed(work / "caa", work, *size), judge, None)
 
 
 if __name__ == "__main__":
