@@ -32,6 +32,7 @@ Prompt = str | Sequence[Message]
 _DOWN_PROJECTIONS = ("down_proj", "c_proj")
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm")
 _FINGERPRINT_SAMPLES = 64
+_TOKENIZE_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,15 @@ class LanguageModel:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def _batch_ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+        """A few hundred texts at a time, since what a tokenizer returns beside the ids is many times their size; and
+        one object per different id, or 20,000 texts would cost a number object for each of their tokens."""
+        found: list[list[int]] = []
+        known: dict[int, int] = {}
+        for first in range(0, len(texts), _TOKENIZE_AT_ONCE):
+            chunk = list(texts[first : first + _TOKENIZE_AT_ONCE])
+            rows = self.tokenizer(chunk, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+            found += [[known.setdefault(token, token) for token in ids] for ids in rows]
+        return found
 
 
 def load_model(
