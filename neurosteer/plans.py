@@ -62,11 +62,12 @@ def compile_plan(lm: LanguageModel, recipes: Sequence[Recipe], positions: Positi
     additions = _additions(vectors["add"], lm.shape.d_model)
     ablations = _ablations(vectors["ablate"], lm.shape.d_model)
     return Plan(
-        additions={layer: tensor.to(lm.dtype) for layer, tensor in additions.items()},
+        additions={layer: tensor.to(lm.device, lm.dtype) for layer, tensor in additions.items()},
         ablations={
-            layer: Ablation(found.basis.to(lm.dtype), found.shares.to(lm.dtype)) for layer, found in ablations.items()
+            layer: Ablation(found.basis.to(lm.device, lm.dtype), found.shares.to(lm.device, lm.dtype))
+            for layer, found in ablations.items()
         },
-        changes=_changes(circuits, lm.dtype),
+        changes=_changes(circuits, lm.device, lm.dtype),
         positions=positions,
     )
 
@@ -204,7 +205,7 @@ def _stacked_bases(rows: Sequence[Sequence[tuple[Tensor, float]]], width: int) -
     return Ablation(basis, shares)
 
 
-def _changes(rows: Sequence[Sequence[Use]], dtype: torch.dtype) -> dict[int, NeuronChange]:
+def _changes(rows: Sequence[Sequence[Use]], device: torch.device, dtype: torch.dtype) -> dict[int, NeuronChange]:
     """Per layer the union of the circuits' neurons; multipliers of circuits that share one multiply, shifts add up."""
     wanted: dict[int, set[int]] = defaultdict(set)
     for use in (use for uses in rows for use in uses):
@@ -218,7 +219,7 @@ def _changes(rows: Sequence[Sequence[Use]], dtype: torch.dtype) -> dict[int, Neu
         for row, uses in enumerate(rows):
             for use in uses:
                 _apply_circuit(use, layer, ordered, multipliers[row, 0], shifts[row, 0])
-        changes[layer] = NeuronChange(ordered, multipliers.to(dtype), shifts.to(dtype))
+        changes[layer] = NeuronChange(ordered.to(device), multipliers.to(device, dtype), shifts.to(device, dtype))
     return changes
 
 
