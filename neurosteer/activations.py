@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -130,19 +130,51 @@ def read_activations(
     progress("Splitting texts into tokens")
     framed = lm.frame([*positive, *negative], request.framing, max_tokens=request.max_tokens)
     groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)
-    total, done, n_cut = sum(len(item.ids) for item in framed), 0, sum(item.cut for item in framed)
-    with torch.inference_mode():
-        prefix, framed = _shared_prefix(lm, framed)
+    total, n_cut = sum(len(item.ids) for item in framed), sum(item.cut for item in framed)
     tally = _Tally(lm, request, groups, len(positive))
-    stop_after = max((*request.residual, *request.neurons))
-    to_do = sum(len(item.ids) for item in framed)
-    with torch.inference_mode(), hooked(_reading_hooks(lm, tally, stop_after)):
-        for indices in _batches(framed, request.batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
+    _read(lm, framed, tally, request.residual, request.neurons, request.batch_tokens, progress, cancel)
+    return tally.result(lm.reference, total, n_cut, paired)
+
+
+def read_tokens(
+    lm: LanguageModel,
+    framed: Sequence[FramedText],
+    layers: Sequence[int],
+    *,
+    batch_tokens: int | None = None,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> dict[int, Tensor]:
+    """The residual stream of every token after each of `layers`, `[n_tokens, d_model]` in the model's dtype.
+
+    Which tokens count is as in `read_activations`: a text's own, never padding or the sequence's first. They come
+    grouped by text, in the order in which batches of similar length are read. Raises `Cancelled`.
+    """
+    collected = _TokenRows(lm, layers)
+    _read(lm, framed, collected, layers, (), batch_tokens, progress, cancel)
+    return {layer: torch.cat(rows) for layer, rows in collected.rows.items()}
+
+
+def _read(
+    lm: LanguageModel,
+    framed: Sequence[FramedText],
+    sink: "_Sink",
+    residual: Sequence[int],
+    neurons: Sequence[int],
+    batch_tokens: int | None,
+    progress: Progress,
+    cancel: threading.Event | None,
+) -> None:
+    """One pass over the texts, every batch of which `sink` is shown."""
+    with torch.inference_mode():
+        prefix, framed = _shared_prefix(lm, list(framed))
+    done, to_do = 0, sum(len(item.ids) for item in framed)
+    with torch.inference_mode(), hooked(_reading_hooks(lm, sink, residual, neurons)):
+        for indices in _batches(framed, batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
             check_cancelled(cancel, "Reading activations")
-            _read_batch(lm, tally, framed, indices, prefix)
+            _read_batch(lm, sink, framed, indices, prefix)
             done += sum(len(framed[index].ids) for index in indices)
             progress(f"Reading {len(framed)} texts", done / to_do)
-    return tally.result(lm.reference, total, n_cut, paired)
 
 
 def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held_negative: Sequence[int]) -> Tensor:
@@ -187,7 +219,7 @@ class _Finished(Exception):
 
 def _read_batch(
     lm: LanguageModel,
-    tally: "_Tally",
+    sink: "_Sink",
     framed: Sequence[FramedText],
     indices: list[int],
     prefix: Cache | None,
@@ -197,7 +229,7 @@ def _read_batch(
     ids = torch.full((len(batch), longest), lm.pad_id)
     for row, item in enumerate(batch):
         ids[row, : len(item.ids)] = torch.tensor(item.ids, dtype=torch.long)
-    tally.begin(indices, batch, longest, skip_first=prefix is None)
+    sink.begin(indices, batch, longest, skip_first=prefix is None)
     named: dict[str, Any] = {"use_cache": False}
     if prefix is not None:
         cache = copy.deepcopy(prefix)  # the pass appends to its cache
@@ -205,23 +237,65 @@ def _read_batch(
         named = {"past_key_values": cache, "use_cache": True}
     with suppress(_Finished):
         lm.decoder(input_ids=ids.to(lm.device), **named)
-    tally.end()
+    sink.end()
 
 
-def _reading_hooks(lm: LanguageModel, tally: "_Tally", stop_after: int) -> list[Hook]:
+def _reading_hooks(lm: LanguageModel, sink: "_Sink", residual: Sequence[int], neurons: Sequence[int]) -> list[Hook]:
     hooks: list[Hook] = [
-        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: tally.add_neurons(layer, hidden))
-        for layer in tally.request.neurons
+        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: sink.add_neurons(layer, hidden))
+        for layer in neurons
     ]
     hooks += [
-        OutputHook(lm.blocks[layer], lambda hidden, layer=layer: tally.add_residual(layer, hidden))
-        for layer in tally.request.residual
+        OutputHook(lm.blocks[layer], lambda hidden, layer=layer: sink.add_residual(layer, hidden)) for layer in residual
     ]
 
     def stop(_hidden: Tensor) -> None:
         raise _Finished
 
-    return [*hooks, OutputHook(lm.blocks[stop_after], stop)]
+    return [*hooks, OutputHook(lm.blocks[max((*residual, *neurons))], stop)]
+
+
+class _Sink(Protocol):
+    """What a pass is made for: told of each batch, then of each layer's activations in it, then that it is over."""
+
+    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None: ...
+
+    def add_residual(self, layer: int, hidden: Tensor) -> None: ...
+
+    def add_neurons(self, layer: int, hidden: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _read_mask(items: Sequence[FramedText], longest: int, *, skip_first: bool) -> Tensor:
+    """Which positions of a batch are read, `[batch, longest]`: a text's own, the sequence's first only if it is all
+    there is, no padding."""
+    lengths = torch.tensor([len(item.ids) for item in items])
+    skipped = 1 if skip_first else 0
+    starts = torch.tensor([min(max(item.start, skipped), max(len(item.ids) - 1, 0)) for item in items])
+    positions = torch.arange(longest)
+    return (positions >= starts[:, None]) & (positions < lengths[:, None])
+
+
+class _TokenRows:
+    """Keeps the residual stream of every token read."""
+
+    def __init__(self, lm: LanguageModel, layers: Sequence[int]) -> None:
+        self.device = lm.device
+        self.rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.read = torch.empty(0)
+
+    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
+        self.read = _read_mask(items, longest, skip_first=skip_first).to(self.device)
+
+    def add_residual(self, layer: int, hidden: Tensor) -> None:
+        self.rows[layer].append(hidden[self.read.to(hidden.device)])
+
+    def add_neurons(self, layer: int, hidden: Tensor) -> None:
+        raise NotImplementedError("Single neurons are not kept token by token.")
+
+    def end(self) -> None:
+        pass
 
 
 @dataclass
@@ -256,11 +330,7 @@ class _Tally:
     def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
         device = self.lm.device
         lengths = torch.tensor([len(item.ids) for item in items])
-        # The sequence's first position is skipped unless it is all there is.
-        skipped = 1 if skip_first else 0
-        starts = torch.tensor([min(max(item.start, skipped), max(len(item.ids) - 1, 0)) for item in items])
-        positions = torch.arange(longest)
-        read = (positions >= starts[:, None]) & (positions < lengths[:, None])
+        read = _read_mask(items, longest, skip_first=skip_first)
         weights = read.float() / read.sum(1, keepdim=True).clamp(min=1)
         where = torch.tensor(indices)
         self.batch = _Batch(

@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+sae_app = typer.Typer(help="Sparse autoencoders: train one, list those for a model.", no_args_is_help=True)
+app.add_typer(sae_app, name="sae")
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -100,6 +102,63 @@ def models(as_json: JsonOption = False) -> None:
         default = " (default)" if model.name == default_model() else ""
         kind = "chat" if model.chat else "base"
         table.add_row(model.name + default, model.hub_id, kind, f"{model.memory_gb:g} GB", model.licence)
+    Console(width=_TABLE_WIDTH, highlight=False).print(table)
+
+
+@sae_app.command("train")
+def sae_train(
+    texts: Annotated[list[Path], typer.Argument(help="Text files: .jsonl or .csv (text, prompt), or one text a line.")],
+    layers: Annotated[str, typer.Option("--layers", help="14, 9,14,19 or 10-12: one SAE each.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write; training that was cut goes on from it.")],
+    model: ModelOption = None,
+    features: Annotated[int, typer.Option("--features")] = 4096,
+    active: Annotated[float, typer.Option("--active", help="Active features per token, on average.")] = 48,
+    tokens: Annotated[int, typer.Option("--tokens", help="How many tokens to train on.")] = 3_000_000,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens")] = 512,
+    learning_rate: Annotated[float, typer.Option("--learning-rate")] = 1e-3,
+    framings: Annotated[str | None, typer.Option("--framings", help="Taken in turns, like raw,answer.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens kept of each text.")] = 256,
+    held_out: Annotated[int, typer.Option("--held-out", help="Tokens kept for the figures.")] = 100_000,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    raw: RawOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train sparse autoencoders on a model's activations, several depths at once; a run that was cut goes on."""
+    from neurosteer.building import parse_layers
+    from neurosteer.sae_training import TrainingOptions, measures_of, read_training_texts, train_saes
+
+    found = read_training_texts(texts)
+    with _progress(logged=True) as progress:
+        lm = _load(model, revision, device, dtype, progress)
+        numbers = parse_layers(layers, lm.n_layers)
+        if numbers is None:
+            raise UsageError("Name the layers to train at, like 9,14,19.")
+        options = TrainingOptions(
+            features=features,
+            active=active,
+            tokens=tokens,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            framings=_framings(framings, chat=lm.chat and not raw),
+            max_tokens=max_tokens,
+            held_out_tokens=held_out,
+            seed=seed,
+        )
+        folders = train_saes(lm, found, numbers, folder, options, progress=progress)
+    measured = {layer: measures_of(path) for layer, path in folders.items()}
+    if as_json:
+        _print_json({"saes": {str(layer): {"folder": str(folders[layer]), **measured[layer]} for layer in folders}})
+        return
+    table = Table(box=None)
+    for heading in ("Layer", "Folder", "Explained variance", "L0", "Dead", "Cross-entropy recovered"):
+        table.add_column(heading, no_wrap=True)
+    for layer, path in folders.items():
+        figures = measured[layer]
+        shares = (figures["explained_variance"], figures["l0"], figures["dead"], figures["cross_entropy_recovered"])
+        table.add_row(str(layer), str(path), *(f"{value:.3f}" for value in shares))
     Console(width=_TABLE_WIDTH, highlight=False).print(table)
 
 
@@ -311,6 +370,11 @@ def _numbers(text: str, what: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _framings(text: str | None, *, chat: bool) -> Any:
+    """Framings to take in turns; the options say which are allowed."""
+    return tuple(text.split(",")) if text else ("raw", "answer") if chat else ("raw",)
+
+
 def _count_or_share(value: float | None) -> int | float | None:
     return int(value) if value is not None and value >= 1 and value == int(value) else value
 
@@ -414,10 +478,10 @@ def _write_generations(rows: "Sequence[Row]", folder: Path) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress line on stderr where that is a terminal, else silence."""
+def _progress(*, logged: bool = False) -> Iterator[Progress]:
+    """A progress line on stderr where that is a terminal; elsewhere silence, or a line each where `logged`."""
     if not err.is_terminal:
-        yield lambda message, fraction=None: None
+        yield (lambda message, fraction=None: err.print(message)) if logged else (lambda message, fraction=None: None)
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress

@@ -147,8 +147,13 @@ class LanguageModel:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         return self._ids(self._render(messages), special=False)
 
-    def frame(self, texts: Sequence[str], framing: Framing, *, max_tokens: int) -> list[FramedText]:
-        """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens."""
+    def frame(
+        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[str] | None = None
+    ) -> list[FramedText]:
+        """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens.
+
+        With `answer`, `prompts` are what the texts answer; without them, every text answers an empty turn.
+        """
         if framing not in FRAMINGS:
             raise UsageError(f"framing is {framing!r}; it must be one of {', '.join(FRAMINGS)}.")
         if framing != "raw" and not self.chat:
@@ -159,8 +164,12 @@ class LanguageModel:
         if framing == "raw":
             return [FramedText(ids, 0, was_cut) for ids, was_cut in zip(plain, cut, strict=True)]
         if framing == "answer":
-            prefix = self._ids(self._render([{"role": "user", "content": ""}]), special=False)
-            return [FramedText(prefix + ids, len(prefix), was_cut) for ids, was_cut in zip(plain, cut, strict=True)]
+            turns = {turn: self.prompt_ids(turn) for turn in dict.fromkeys(prompts or [""])}
+            starts = [turns[turn] for turn in (prompts or [""] * len(texts))]
+            return [
+                FramedText(start + ids, len(start), was_cut)
+                for start, ids, was_cut in zip(starts, plain, cut, strict=True)
+            ]
         kept = [
             self.tokenizer.decode(ids) if was_cut else text
             for text, ids, was_cut in zip(texts, plain, cut, strict=True)

@@ -1,0 +1,370 @@
+"""Sparse autoencoders: released (through sae-lens), from a folder, or shipped with NeuroSteer.
+
+An SAE reads the residual stream at one site and writes it as a sum of few features, each with a direction of its own
+(its decoder row). Those trained on a model with centred writing weights (TransformerLens's loading option of that name)
+expect the residual stream without its mean over `d_model`; what goes into `encode` is always the model's own.
+"""
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from neurosteer.catalog import find_model
+from neurosteer.errors import MismatchError, ModelError, UsageError
+from neurosteer.examples import assets_folder
+from neurosteer.models import LanguageModel
+from neurosteer.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+EMBEDDED = "embedded"
+MAX_ENCODED_VALUES = 1 << 26
+"""How many feature activations one chunk of tokens may make (256 MB in float32)."""
+
+_PRE = re.compile(r"blocks\.(\d+)\.hook_resid_pre")
+_POST = (
+    re.compile(r"blocks\.(\d+)\.hook_resid_post"),
+    re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:language_model\.)?(?:layers|h)\.(\d+)"),
+)
+_PLAIN_OPTIONS = {"normalize_activations": ("none", None), "reshape_activations": ("none", None)}
+
+
+@dataclass(frozen=True, eq=False)
+class SparseAutoencoder:
+    """One SAE. `layer` is the block whose output it reads; `decoder` float32 `[n_features, d_model]`.
+
+    `prepend_bos` says that it was trained on sequences that begin with BOS; `centred`, that its input has no mean over
+    `d_model`; `neuronpedia` is its id there, where it has one.
+    """
+
+    name: str
+    layer: int
+    model_name: str
+    decoder: Tensor
+    encode_rows: Callable[[Tensor], Tensor]
+    decode_rows: Callable[[Tensor], Tensor]
+    centred: bool = False
+    prepend_bos: bool = False
+    neuronpedia: str | None = None
+
+    @property
+    def n_features(self) -> int:
+        return self.decoder.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.decoder.shape[1]
+
+    def encode(self, residual: Tensor) -> Tensor:
+        """Feature activations, float32 `[..., n_features]`, of the model's own residual stream `[..., d_model]`."""
+        rows = residual.reshape(-1, residual.shape[-1]).float()
+        if self.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return self.encode_rows(rows).reshape(*residual.shape[:-1], self.n_features)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """What the SAE makes of feature activations, float32 `[..., d_model]`; centred where its input is."""
+        rows = features.reshape(-1, self.n_features)
+        return self.decode_rows(rows).reshape(*features.shape[:-1], self.d_model)
+
+    def chunk_rows(self) -> int:
+        """How many tokens may be encoded at once for memory to stay bounded."""
+        return max(1, MAX_ENCODED_VALUES // self.n_features)
+
+    def feature_link(self, index: int) -> str | None:
+        """The feature's page on Neuronpedia, where the SAE has one."""
+        return f"https://neuronpedia.org/{self.neuronpedia}/{index}" if self.neuronpedia else None
+
+
+def load_sae(
+    lm: LanguageModel, source: str | Path | None = None, sae_id: str | None = None, *, progress: Progress = silent
+) -> SparseAutoencoder:
+    """Load an SAE for `lm`.
+
+    Args:
+        source: a folder in sae-lens's format; a release of sae-lens's registry (or a Hub repo `user/repo`), with
+            `sae_id` or as `release/id`; `embedded/L` (or None, where there is one) for the one shipped for block L.
+        sae_id: the SAE's id within the release.
+
+    Raises:
+        UsageError: no such release, id or embedded SAE (the nearest names are given), or a site that is no residual
+            stream after a block.
+        MismatchError: the SAE was made for a model of another width or name.
+        ModelError: it cannot be fetched or read.
+    """
+    text = str(source) if source is not None else EMBEDDED
+    if text == EMBEDDED or text.startswith(f"{EMBEDDED}/"):
+        return _load_folder(lm, _embedded_folder(lm, text), text)
+    if isinstance(source, Path) or (sae_id is None and Path(text).is_dir()):
+        return _load_folder(lm, Path(text), text)
+    release, identifier = (text, sae_id) if sae_id is not None else split_reference(text)
+    return _load_released(lm, release, identifier, progress)
+
+
+def split_reference(text: str) -> tuple[str, str]:
+    """`release/id` or `user/repo/id` as two. Raises `UsageError` where no id follows."""
+    directory = _registry()
+    parts = text.split("/")
+    head = 1 if parts[0] in directory or len(parts) < 3 else 2
+    release, identifier = "/".join(parts[:head]), "/".join(parts[head:])
+    if release in directory and not identifier:
+        raise UsageError(f"{release!r} holds several SAEs; name one, like {release}/{next(iter(directory[release]))}.")
+    if not identifier or (head == 1 and release not in directory):
+        raise UsageError(f"There is no SAE {text!r}: no such folder, and no such release. {_nearest(text, directory)}")
+    return release, identifier
+
+
+def embedded_saes(lm: LanguageModel) -> dict[int, Path]:
+    """The SAEs shipped for this model: block to folder, ascending."""
+    root = assets_folder() / "saes"
+    return dict(sorted(_embedded_of(root, lm.name).items())) if root.is_dir() else {}
+
+
+def released_for(lm: LanguageModel) -> tuple[str, ...]:
+    """The releases that the catalog names for this model."""
+    known = find_model(lm.name)
+    return known.sae_releases if known is not None else ()
+
+
+# --- sites ---------------------------------------------------------------------------------------------------------
+
+
+def layer_of_hook(hook_name: str) -> int:
+    """The block whose output a hook name stands for: `resid_pre` of block L is what block L − 1 returned.
+
+    Raises `UsageError` for any other site.
+    """
+    before = _PRE.fullmatch(hook_name)
+    if before and int(before[1]) > 0:
+        return int(before[1]) - 1
+    if before:
+        raise UsageError(
+            f"The SAE reads {hook_name!r}, the embeddings before the first block; steering begins after it. "
+            "Use an SAE of a later block."
+        )
+    for pattern in _POST:
+        after = pattern.fullmatch(hook_name)
+        if after:
+            return int(after[1])
+    raise UsageError(
+        f"The SAE reads {hook_name!r}; only the residual stream between blocks can be steered "
+        "(blocks.L.hook_resid_pre or blocks.L.hook_resid_post)."
+    )
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _embedded_of(root: Path, model_name: str) -> dict[int, Path]:
+    found = {}
+    for config_file in root.glob(f"*/{CONFIG_FILE}"):
+        metadata = _read_config(config_file).get("metadata", {})
+        if metadata.get("model_name") == model_name:
+            found[layer_of_hook(str(metadata.get("hook_name")))] = config_file.parent
+    return found
+
+
+def _embedded_folder(lm: LanguageModel, text: str) -> Path:
+    available = embedded_saes(lm)
+    if not available:
+        releases = ", ".join(released_for(lm)) or "none is in the catalog"
+        raise UsageError(f"No SAE is shipped for {lm.name}; name a release ({releases}) or a folder with --sae.")
+    wanted = text.partition("/")[2]
+    if not wanted:
+        return list(available.values())[len(available) // 2]
+    if not wanted.isdecimal() or int(wanted) not in available:
+        names = ", ".join(f"{EMBEDDED}/{layer}" for layer in available)
+        raise UsageError(f"There is no SAE {text!r} for {lm.name}; there are {names}.")
+    return available[int(wanted)]
+
+
+def _load_folder(lm: LanguageModel, folder: Path, name: str) -> SparseAutoencoder:
+    config = _read_config(folder / CONFIG_FILE)
+    metadata = {**config, **config.get("metadata", {})}  # sae-lens kept these at the top until version 6
+    if _is_plain(config):
+        rows = _plain(config, _read_weights(folder / WEIGHTS_FILE), lm.device, folder)
+    else:
+        rows = _through_sae_lens(_open_with_sae_lens(folder, name), lm.device)
+    return _described(lm, name, metadata, rows)
+
+
+def _load_released(lm: LanguageModel, release: str, identifier: str, progress: Progress) -> SparseAutoencoder:
+    directory = _registry()
+    if release in directory and identifier not in directory[release]:
+        nearest = difflib.get_close_matches(identifier, directory[release], n=3, cutoff=0.0)
+        raise UsageError(f"The release {release!r} has no SAE {identifier!r}; the nearest are {', '.join(nearest)}.")
+    if release not in directory and "/" not in release:
+        raise UsageError(f"There is no SAE release {release!r}. {_nearest(release, directory)}")
+    progress(f"Fetching the SAE {release}/{identifier}")
+    from sae_lens import SAE
+
+    try:
+        sae = SAE.from_pretrained(release, identifier, device="cpu")
+    except Exception as error:  # the Hub's client and sae-lens's loaders raise many kinds
+        raise ModelError(f"The SAE {release}/{identifier} could not be fetched: {_first_line(error)}") from error
+    return _described(lm, f"{release}/{identifier}", sae.cfg.metadata.to_dict(), _through_sae_lens(sae, lm.device))
+
+
+def _registry() -> dict[str, list[str]]:
+    """Every release that sae-lens knows, with the ids in it."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return {name: list(entry.saes_map) for name, entry in get_pretrained_saes_directory().items()}
+
+
+def _nearest(text: str, directory: Mapping[str, Sequence[str]]) -> str:
+    nearest = difflib.get_close_matches(text, directory, n=3, cutoff=0.3)
+    return f"The nearest are {', '.join(nearest)}." if nearest else "See sae-lens's list of releases."
+
+
+def _described(lm: LanguageModel, name: str, metadata: Mapping[str, Any], rows: "_Rows") -> SparseAutoencoder:
+    options = metadata.get("model_from_pretrained_kwargs") or {}
+    model_name = str(metadata.get("model_name") or "")
+    width = rows.decoder.shape[1]
+    if width != lm.shape.d_model:
+        raise MismatchError(
+            f"The SAE {name!r} reads vectors of width {width}"
+            + (f" (of {model_name})" if model_name else "")
+            + f"; {lm.name} has width {lm.shape.d_model}. {_fitting(lm)}"
+        )
+    _check_model_name(lm, name, model_name)
+    layer = layer_of_hook(str(metadata.get("hook_name") or ""))
+    if layer >= lm.n_layers:
+        raise MismatchError(f"The SAE {name!r} reads block {layer}; {lm.name} has blocks 0 to {lm.n_layers - 1}.")
+    return SparseAutoencoder(
+        name=name,
+        layer=layer,
+        model_name=model_name,
+        decoder=rows.decoder,
+        encode_rows=rows.encode,
+        decode_rows=rows.decode,
+        centred=bool(options.get("center_writing_weights")) and _has_layer_norm(lm),
+        prepend_bos=bool(metadata.get("prepend_bos", False)),
+        neuronpedia=metadata.get("neuronpedia_id") or None,
+    )
+
+
+def _check_model_name(lm: LanguageModel, name: str, made_for: str) -> None:
+    ours, theirs = (_plain_name(text) for text in (lm.name, made_for))
+    known = find_model(lm.name)
+    names = {ours, *((_plain_name(known.name), _plain_name(known.hub_id)) if known else ())}
+    if not theirs or theirs in names or any(_is_variant(theirs, mine) for mine in names):
+        return
+    raise MismatchError(f"The SAE {name!r} was made for {made_for}, not for {lm.name}. {_fitting(lm)}")
+
+
+def _is_variant(one: str, other: str) -> bool:
+    """Whether one name only says more than the other, like an instruction-tuned model's."""
+    return one.startswith(other) or other.startswith(one)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower())
+
+
+def _fitting(lm: LanguageModel) -> str:
+    fitting = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *released_for(lm)]
+    return f"For {lm.name} there are {', '.join(fitting)}." if fitting else f"The catalog names none for {lm.name}."
+
+
+def _has_layer_norm(lm: LanguageModel) -> bool:
+    """TransformerLens centres only where a LayerNorm, which does not see the mean, reads the residual stream."""
+    return "LayerNorm" in type(lm.final_norm).__name__
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    decoder: Tensor
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether the SAE is one of the two simple kinds, which need no sae-lens (its import takes seconds)."""
+    plain = all(config.get(key) in allowed for key, allowed in _PLAIN_OPTIONS.items())
+    return plain and config.get("architecture") in ("standard", "jumprelu")
+
+
+def _plain(config: Mapping[str, Any], weights: Mapping[str, Tensor], device: torch.device, folder: Path) -> _Rows:
+    """ReLU (standard) and JumpReLU (arXiv 2407.14435) SAEs: features of `relu((x − b_dec) W_enc + b_enc)`, kept above
+    the threshold."""
+    needed = ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if config["architecture"] == "jumprelu" else [])]
+    missing = [key for key in needed if key not in weights]
+    if missing:
+        raise ModelError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing)}; it is no {config['architecture']} SAE.")
+    w_enc, w_dec, b_enc, b_dec = (weights[key].to(device, torch.float32) for key in needed[:4])
+    if w_enc.shape != w_dec.T.shape or b_enc.shape != w_enc.shape[1:] or b_dec.shape != w_dec.shape[1:]:
+        raise ModelError(f"{folder / WEIGHTS_FILE}: the shapes of its tensors do not belong together.")
+    threshold = weights["threshold"].to(device, torch.float32) if "threshold" in needed else b_enc.new_zeros(())
+    # The decoder's bias is taken off the input before encoding, here folded into the encoder's bias.
+    bias = b_enc - b_dec @ w_enc if config.get("apply_b_dec_to_input", True) else b_enc
+
+    def encode(rows: Tensor) -> Tensor:
+        before = torch.addmm(bias, rows.to(device), w_enc)
+        return before.masked_fill_(before <= threshold.clamp(min=0), 0.0)
+
+    return _Rows(encode, lambda features: torch.addmm(b_dec, features.to(device), w_dec), w_dec)
+
+
+def _through_sae_lens(sae: Any, device: torch.device) -> _Rows:
+    sae = sae.to(device=str(device), dtype=torch.float32)
+    decoder = sae.W_dec.detach()
+
+    @torch.no_grad()
+    def encode(rows: Tensor) -> Tensor:
+        features = sae.encode(rows.to(device))
+        return features.to_dense() if features.is_sparse else features
+
+    @torch.no_grad()
+    def decode(features: Tensor) -> Tensor:
+        return sae.decode(features.to(device))
+
+    return _Rows(encode, decode, decoder)
+
+
+def _open_with_sae_lens(folder: Path, name: str) -> Any:
+    from sae_lens import SAE
+
+    try:
+        return SAE.load_from_disk(folder, device="cpu", dtype="float32")
+    except Exception as error:  # sae-lens raises whatever its reading hits
+        raise ModelError(f"The SAE {name} in {folder} could not be loaded: {_first_line(error)}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} holds no {path.name}; it is no SAE in sae-lens's format.") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({_first_line(error)}); fetch the SAE again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}; an SAE's is an object.")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} holds no {path.name}; fetch the SAE again.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({_first_line(error)}); fetch the SAE again.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
