@@ -11,6 +11,7 @@ from neurosteer.version import VERSION as __version__
 if TYPE_CHECKING:
     from neurosteer.artifacts import NeuronCircuit, SteeringVector
     from neurosteer.building import build
+    from neurosteer.combining import cosines, orthogonalise
     from neurosteer.decoding import Sampling
     from neurosteer.errors import NeuroSteerError
     from neurosteer.examples import ContrastSet, paste_examples, read_examples
@@ -31,8 +32,10 @@ _HOMES = {
     "SteeringVector": "artifacts",
     "Use": "recipes",
     "build": "building",
+    "cosines": "combining",
     "load": "storage",
     "load_model": "models",
+    "orthogonalise": "combining",
     "paste_examples": "examples",
     "read_examples": "examples",
     "save": "storage",
@@ -51,8 +54,10 @@ __all__ = [
     "Use",
     "__version__",
     "build",
+    "cosines",
     "load",
     "load_model",
+    "orthogonalise",
     "paste_examples",
     "read_examples",
     "save",

@@ -28,15 +28,37 @@ Tokens = Literal["mean", "last"]
 TOKENS: tuple[Tokens, ...] = ("mean", "last")
 MAX_TOKENS = 512
 
+STRONGEST_TEXTS = 3
+"""In how many texts the places where a feature fires strongest are kept."""
+
 _POSITIVE, _NEGATIVE, _HELD_OUT = 0, 1, 2  # group of a text: its class, plus 2 when held out
 _MIN_PREFIX = 4  # shorter ones are not worth a cache
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _HISTOGRAM_BINS, _HISTOGRAM_LOW, _HISTOGRAM_HIGH = 1 << 14, -24.0, 40.0  # of log2(norm): bins of 0.3%
 
 
+class Encoder(Protocol):
+    """Features of the residual stream: what a sparse autoencoder is to the reading loop."""
+
+    @property
+    def n_features(self) -> int: ...
+
+    def encode(self, residual: Tensor) -> Tensor:
+        """`[..., d_model]` to float32 `[..., n_features]`, 0 where a feature does not fire."""
+        ...
+
+    def chunk_rows(self) -> int:
+        """How many tokens may be encoded at once."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to read. Layers are block numbers; `rows` are layers of the residual stream at which every text is kept."""
+    """What to read. Layers are block numbers; `rows` are layers of the residual stream at which every text is kept.
+
+    `encoders` are SAEs by the layer whose residual stream they read; `feature_rows` keeps every text's mean features.
+    `prepend_bos` puts a BOS before raw texts where the tokenizer does not.
+    """
 
     residual: tuple[int, ...] = ()
     neurons: tuple[int, ...] = ()
@@ -45,14 +67,17 @@ class Request:
     tokens: Tokens = "mean"
     max_tokens: int = MAX_TOKENS
     batch_tokens: int | None = None
+    encoders: Mapping[int, Encoder] = field(default_factory=dict)
+    feature_rows: bool = False
+    prepend_bos: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
             raise UsageError(f"tokens is {self.tokens!r}; it must be one of {', '.join(TOKENS)}.")
         if not self.residual and not self.neurons:
             raise UsageError("Nothing to read: name at least one layer.")
-        if not set(self.rows) <= set(self.residual):
-            raise UsageError("Rows can only be kept at layers of the residual stream that are read.")
+        if not {*self.rows, *self.encoders} <= set(self.residual):
+            raise UsageError("Rows and features can only be had at layers of the residual stream that are read.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,58 @@ class ClassRows:
 
 
 @dataclass(frozen=True)
+class SparseRows:
+    """Mean features of every text in the order given: a CSR matrix `[n_texts, n_features]`."""
+
+    starts: Tensor
+    features: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """How an SAE's features fire in the tokens read of each class (row 0 positive, row 1 negative).
+
+    `fired` counts tokens, `sums` and `squares` add up activations and their squares, float64 `[2, n_features]`.
+    `strongest` float32 `[n_features, STRONGEST_TEXTS]` are each feature's strongest activations, one per text at most,
+    `text_of` and `token_of` (from the text's first token) int64 of the same shape say where; 0 where there is none.
+    """
+
+    n_tokens: tuple[int, int]
+    fired: Tensor
+    sums: Tensor
+    squares: Tensor
+    strongest: Tensor
+    text_of: Tensor
+    token_of: Tensor
+    rows: SparseRows | None = None
+
+    @property
+    def rates(self) -> Tensor:
+        """Share of each class's tokens at which a feature fires, float64 `[2, n_features]`."""
+        return self.fired / self._counts
+
+    @property
+    def means(self) -> Tensor:
+        """Mean activation over each class's tokens."""
+        return self.sums / self._counts
+
+    @property
+    def means_active(self) -> Tensor:
+        """Mean activation over the tokens at which a feature fires; 0 where it never does."""
+        return self.sums / self.fired.clamp(min=1)
+
+    @property
+    def variances(self) -> Tensor:
+        """Variance of the activation over each class's tokens."""
+        return (self.squares / self._counts - self.means.square()).clamp(min=0)
+
+    @property
+    def _counts(self) -> Tensor:
+        return torch.tensor(self.n_tokens, dtype=torch.float64).clamp(min=1)[:, None]
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """The class difference of the other texts, `[d]`, and the rows of the held-out ones."""
 
@@ -105,6 +182,8 @@ class Activations:
     n_tokens: int
     n_cut: int
     paired: bool = False
+    n_positive: int = 0
+    features: Mapping[int, FeatureStatistics] = field(default_factory=dict)
 
 
 def read_activations(
@@ -128,12 +207,23 @@ def read_activations(
     Raises `Cancelled` between two batches when `cancel` is set.
     """
     progress("Splitting texts into tokens")
-    framed = lm.frame([*positive, *negative], request.framing, max_tokens=request.max_tokens)
+    framed = frame_texts(lm, [*positive, *negative], request)
     groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)
     total, n_cut = sum(len(item.ids) for item in framed), sum(item.cut for item in framed)
     tally = _Tally(lm, request, groups, len(positive))
     _read(lm, framed, tally, request.residual, request.neurons, request.batch_tokens, progress, cancel)
     return tally.result(lm.reference, total, n_cut, paired)
+
+
+def frame_texts(lm: LanguageModel, texts: Sequence[str], request: Request) -> list[FramedText]:
+    """The texts as they are read: framed, cut, and with a BOS before them where that is asked for and lacking."""
+    framed = lm.frame(texts, request.framing, max_tokens=request.max_tokens)
+    bos = lm.tokenizer.bos_token_id
+    if not request.prepend_bos or request.framing != "raw" or bos is None:
+        return framed
+    return [
+        item if item.ids[:1] == [bos] else FramedText([bos, *item.ids], item.start + 1, item.cut) for item in framed
+    ]
 
 
 def read_tokens(
@@ -307,6 +397,7 @@ class _Batch:
     read: Tensor
     weights: Tensor
     last: Tensor
+    starts: Tensor
     norms: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -325,6 +416,7 @@ class _Tally:
         self.held = torch.nonzero(groups >= _HELD_OUT).flatten()
         self.held_rows = {layer: torch.empty(len(self.held), shape.d_model) for layer in request.residual}
         self.rows = {layer: torch.empty(len(groups), shape.d_model) for layer in request.rows}
+        self.features = {layer: _FeatureTally(encoder, request) for layer, encoder in request.encoders.items()}
         self.batch: _Batch | None = None
 
     def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
@@ -339,6 +431,7 @@ class _Tally:
             read=read.to(device),
             weights=weights[:, None].to(device),
             last=(lengths - 1).clamp(min=0).to(device),
+            starts=torch.tensor([item.start for item in items]).to(device),
         )
 
     def add_residual(self, layer: int, hidden: Tensor) -> None:
@@ -349,6 +442,8 @@ class _Tally:
         batch.norms[layer] = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
         if layer in self.rows:
             self.rows[layer][batch.indices] = pooled.cpu()
+        if layer in self.features:
+            self.features[layer].add(hidden, batch)
         held = self.groups[batch.indices] >= _HELD_OUT
         if held.any():
             places = torch.searchsorted(self.held, batch.indices[held])
@@ -399,6 +494,8 @@ class _Tally:
             n_tokens=n_tokens,
             n_cut=n_cut,
             paired=paired,
+            n_positive=self.n_positive,
+            features={layer: tally.result() for layer, tally in self.features.items()},
         )
 
     def _means(self, sums: Tensor, classes: Tensor) -> ClassMeans:
@@ -415,6 +512,83 @@ class _Tally:
     def _class_rows(self, rows: Tensor, indices: Tensor) -> ClassRows:
         positive = indices < self.n_positive
         return ClassRows(rows[positive], rows[~positive])
+
+
+class _FeatureTally:
+    """Running sums of one SAE's features, encoded a few texts at a time so that memory stays bounded."""
+
+    def __init__(self, encoder: Encoder, request: Request) -> None:
+        self.encoder, self.last_only, self.keep_rows = encoder, request.tokens == "last", request.feature_rows
+        width = encoder.n_features
+        self.n_tokens = torch.zeros(2, dtype=torch.int64)
+        self.sums = torch.zeros(3, 2, width, dtype=torch.float64)  # fired, activations, their squares
+        self.strongest = torch.zeros(STRONGEST_TEXTS, width)
+        self.places = torch.zeros(2, STRONGEST_TEXTS, width, dtype=torch.int64)  # text, token
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, hidden: Tensor, batch: _Batch) -> None:
+        read = batch.read.to(hidden.device)
+        if self.last_only:
+            read = torch.arange(read.shape[1], device=hidden.device) == batch.last.to(hidden.device)[:, None]
+        at_once = max(1, self.encoder.chunk_rows() // read.shape[1])
+        for first in range(0, len(read), at_once):
+            part = slice(first, first + at_once)
+            self._add_texts(hidden[part], read[part], batch, part)
+
+    def _add_texts(self, hidden: Tensor, read: Tensor, batch: _Batch, part: slice) -> None:
+        features = self.encoder.encode(hidden[read])
+        lengths = read.sum(1)
+        of_class = (batch.groups[part] % _HELD_OUT).to(hidden.device).repeat_interleave(lengths)
+        chosen = torch.nn.functional.one_hot(of_class, 2).T.to(features.dtype)
+        self.n_tokens += torch.bincount(of_class, minlength=2).cpu()
+        self.sums = self.sums.to(features.device)
+        self.sums[0] += chosen @ (features > 0).to(features.dtype)
+        self.sums[1] += chosen @ features
+        self.sums[2] += chosen @ features.square()
+        own = read.int().argmax(1) - batch.starts[part].to(
+            hidden.device
+        )  # where a text's first token read stands in it
+        texts = features.split(lengths.tolist())
+        self._keep_strongest(texts, own, batch.indices[part])
+        if self.keep_rows:
+            for index, text in zip(batch.indices[part].tolist(), texts, strict=True):
+                mean = text.mean(0).cpu()
+                places = mean.nonzero().flatten()
+                self.rows[index] = (places, mean[places])
+
+    def _keep_strongest(self, texts: Sequence[Tensor], own: Tensor, indices: Tensor) -> None:
+        best = [text.max(0) for text in texts]
+        values = torch.stack([found.values for found in best])
+        tokens = torch.stack([found.indices for found in best]) + own[:, None]
+        device = values.device
+        of_text = indices.to(device)[:, None].expand_as(tokens)
+        values = torch.cat([self.strongest.to(device), values])
+        places = torch.cat([self.places.to(device), torch.stack([of_text, tokens])], dim=1)
+        top = values.topk(STRONGEST_TEXTS, dim=0)
+        self.strongest = top.values
+        self.places = places.gather(1, top.indices[None].expand(2, -1, -1))
+
+    def result(self) -> FeatureStatistics:
+        fired, sums, squares = self.sums.cpu()
+        return FeatureStatistics(
+            n_tokens=(int(self.n_tokens[0]), int(self.n_tokens[1])),
+            fired=fired,
+            sums=sums,
+            squares=squares,
+            strongest=self.strongest.T.cpu(),
+            text_of=self.places[0].T.cpu(),
+            token_of=self.places[1].T.cpu(),
+            rows=self._sparse_rows() if self.keep_rows else None,
+        )
+
+    def _sparse_rows(self) -> SparseRows:
+        rows = [self.rows[index] for index in range(len(self.rows))]
+        counts = torch.tensor([len(places) for places, _ in rows])
+        return SparseRows(
+            torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            torch.cat([places for places, _ in rows]),
+            torch.cat([values for _, values in rows]),
+        )
 
 
 def _moments(sums: Tensor, classes: Tensor) -> ClassMoments:

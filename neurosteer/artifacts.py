@@ -16,15 +16,22 @@ DEFAULT_DOSE = 0.3
 DEFAULT_MULTIPLIER = 2.0
 DEFAULT_SHIFT = 6.0
 
-VectorOperation = Literal["add", "ablate"]
+VectorOperation = Literal["add", "ablate", "clamp"]
 CircuitOperation = Literal["scale", "shift"]
-VECTOR_OPERATIONS = ("add", "ablate")
+VECTOR_OPERATIONS = ("add", "ablate", "clamp")
 CIRCUIT_OPERATIONS = ("scale", "shift")
-_DEFAULT_AMOUNTS = {"add": DEFAULT_DOSE, "ablate": 1.0, "scale": DEFAULT_MULTIPLIER, "shift": DEFAULT_SHIFT}
+_DEFAULT_AMOUNTS = {
+    "add": DEFAULT_DOSE,
+    "ablate": 1.0,
+    "clamp": 0.0,
+    "scale": DEFAULT_MULTIPLIER,
+    "shift": DEFAULT_SHIFT,
+}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _MAX_DIMENSION = 1 << 20
 _MAX_LAYERS = 4096
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What strength 1 means. `amount` is a dose (add), a share (ablate), a multiplier (scale) or a number of class
-    differences (shift); `measured` says whether it was found by measurement or is the default."""
+    """What strength 1 means. `amount` is a dose (add), a share (ablate), the activation a feature is held at (clamp), a
+    multiplier (scale) or a number of class differences (shift); `measured` says whether it was found by measurement
+    or is the default."""
 
     amount: float
     measured: bool = False
@@ -96,6 +104,79 @@ class Calibration:
             raise ArtifactError(f"The calibrated amount is {_shown(self.amount)}; it must be a finite number.")
         if not isinstance(self.measured, bool):
             raise ArtifactError(f"The calibration's 'measured' is {_shown(self.measured)}; it must be true or false.")
+
+
+@dataclass(frozen=True)
+class FeatureContext:
+    """A place where a feature fires: the token with what stands before and after it, and the activation there."""
+
+    before: str
+    token: str
+    after: str
+    activation: float
+
+    def __post_init__(self) -> None:
+        for key in ("before", "token", "after"):
+            _check_text(f"feature context's {key}", getattr(self, key), 2000, empty=True)
+        if not _is_finite(self.activation):
+            raise ArtifactError(f"A feature context's activation is {_shown(self.activation)}; it must be a number.")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One SAE feature that a vector is made of.
+
+    `rates` are the shares of the positive and the negative texts' tokens at which it fires, `means_active` its mean
+    activation where it does; `score` is what the method ranked by, `weight` what its decoder row counts. `promoted` and
+    `suppressed` are the tokens its decoder row raises and lowers most through the unembedding.
+    """
+
+    layer: int
+    index: int
+    weight: float
+    score: float
+    rates: tuple[float, float]
+    means_active: tuple[float, float]
+    output_score: float | None = None
+    promoted: tuple[str, ...] = ()
+    suppressed: tuple[str, ...] = ()
+    contexts: tuple[FeatureContext, ...] = ()
+    link: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.layer) or not _is_int(self.index) or self.layer < 0 or self.index < 0:
+            raise ArtifactError(f"A feature is {_shown(self.index)} of layer {_shown(self.layer)}; both are counts.")
+        numbers = (self.weight, self.score, *self.rates, *self.means_active)
+        if len(self.rates) != 2 or len(self.means_active) != 2 or not all(map(_is_finite, numbers)):
+            raise ArtifactError(f"Feature {self.index} of layer {self.layer} has figures that are no numbers.")
+        if self.output_score is not None and not _is_finite(self.output_score):
+            raise ArtifactError(f"Feature {self.index} of layer {self.layer} has an output score that is no number.")
+        for token in (*self.promoted, *self.suppressed):
+            _check_text("feature's token", token, 500, empty=True)
+        if self.link is not None and not re.fullmatch(r"https://[\w.-]*neuronpedia\.org/[\w./-]{1,300}", self.link):
+            raise ArtifactError(f"The link of a feature is {_shown(self.link)}; it must lead to Neuronpedia.")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureEncoder:
+    """How active one SAE feature is on a residual stream x: p = x · `weights` + `bias` where p is above `threshold` and
+    above 0, else 0. `weights` is float32 `[d_model]`; `centred` says that x comes without its mean over `d_model`.
+    """
+
+    weights: Tensor
+    bias: float
+    threshold: float = 0.0
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        size = tuple(self.weights.shape[:1]) if isinstance(self.weights, Tensor) else (0,)
+        _check_tensor("encoder's weights", self.weights, torch.float32, size)
+        for key in ("bias", "threshold"):
+            value = getattr(self, key)
+            if not _is_finite(value) or abs(value) > _MAX_FLOAT32:
+                raise ArtifactError(f"An encoder's {key} is {_shown(value)}; it must be a finite number.")
+        if not isinstance(self.centred, bool):
+            raise ArtifactError(f"An encoder's 'centred' is {_shown(self.centred)}; it must be true or false.")
 
 
 @dataclass(frozen=True)
@@ -115,6 +196,9 @@ class SteeringVector:
     `directions[L]` is float32 `[d_model]` as the method computed it. Its length weighs it when vectors are added; the
     size of the push is `strength × dose × norms[L]` along its unit direction, shared equally by the layers.
     `norms[L]` is the median norm of the residual stream after block L over the texts' tokens.
+
+    A vector that clamps holds an SAE feature at a value: the direction is the feature's decoder row, whose length
+    counts, and `encoders[L]` (there for no other operation) tells how active the feature is.
     """
 
     name: str
@@ -128,6 +212,8 @@ class SteeringVector:
     calibration: Calibration = field(default_factory=lambda: Calibration(DEFAULT_DOSE))
     provenance: Provenance = field(default_factory=Provenance)
     receipts: tuple[Receipt, ...] = ()
+    features: tuple[Feature, ...] = ()
+    encoders: Mapping[int, FeatureEncoder] = field(default_factory=dict)
 
     kind = "steering-vector"
     site = "resid_post"
@@ -149,6 +235,7 @@ class SteeringVector:
                 raise ArtifactError(f"The vector {self.name!r} is zero at layer {layer}; it has no direction there.")
             if not _is_finite(self.norms[layer]) or self.norms[layer] <= 0:
                 raise ArtifactError(f"The norm of layer {layer} is {_shown(self.norms[layer])}; it must be above 0.")
+        _check_encoders(self)
 
     @property
     def layers(self) -> list[int]:
@@ -158,6 +245,8 @@ class SteeringVector:
         """The sum of two vectors of one model, over the layers of either; strength 1 is the default dose again."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
+        _check_is_push(self, "added")
+        _check_is_push(other, "added")
         if not _same_shape(self.model, other.model):
             raise MismatchError(
                 f"{self.name!r} ({_shape_text(self.model)}) and {other.name!r} ({_shape_text(other.model)}) "
@@ -171,6 +260,7 @@ class SteeringVector:
             name=_joined_name(self.name, other.name),
             method="sum",
             parameters={"terms": [self.name, other.name]},
+            features=(),
             directions=directions,
             norms={**other.norms, **self.norms},
             calibration=Calibration(DEFAULT_DOSE),
@@ -182,8 +272,10 @@ class SteeringVector:
         """A vector `factor` times as long: it weighs more in a sum; a negative factor turns it round."""
         if not _is_finite(factor) or factor == 0:
             raise ArtifactError(f"A vector cannot be scaled by {_shown(factor)}; use a finite number other than 0.")
+        _check_is_push(self, "scaled")
         scaled = {layer: tensor * factor for layer, tensor in self.directions.items()}
-        return replace(self, directions=scaled, receipts=())
+        features = tuple(replace(feature, weight=feature.weight * factor) for feature in self.features)
+        return replace(self, directions=scaled, features=features, receipts=())
 
     __rmul__ = __mul__
 
@@ -195,6 +287,7 @@ class SteeringVector:
 
     def normalised(self) -> "SteeringVector":
         """The same directions with length 1 at every layer, so that vectors added weigh the same."""
+        _check_is_push(self, "normalised")
         return replace(self, directions={layer: unit(tensor) for layer, tensor in self.directions.items()})
 
 
@@ -262,7 +355,7 @@ def unit(direction: Tensor) -> Tensor:
 
 
 def default_calibration(operation: str) -> Calibration:
-    """What strength 1 means as long as nothing was measured (dose 0.3, multiplier 2, 6 differences, ablate all)."""
+    """What strength 1 means as long as nothing was measured (dose 0.3, multiplier 2, 6 differences, ablate all, clamp to 0)."""
     return Calibration(_DEFAULT_AMOUNTS[operation])
 
 
@@ -343,6 +436,28 @@ def _check_layer(artifact: SteeringVector, layer: object) -> None:
         raise ArtifactError(
             f"The vector {artifact.name!r} names layer {_shown(layer)}; {_shown(artifact.model.name)} has layers 0 to "
             f"{artifact.model.n_layers - 1}."
+        )
+
+
+def _check_encoders(vector: SteeringVector) -> None:
+    wanted = vector.layers if vector.operation == "clamp" else []
+    if not all(map(_is_int, vector.encoders)) or sorted(vector.encoders) != wanted:
+        named = [_shown(layer) for layer in list(vector.encoders)[:8]]
+        raise ArtifactError(
+            f"The vector {vector.name!r} has encoders for layers [{', '.join(named)}]; with operation "
+            f"{vector.operation} they must be those of layers {wanted}."
+        )
+    for layer, encoder in vector.encoders.items():
+        if not isinstance(encoder, FeatureEncoder):
+            raise ArtifactError(f"The encoder of layer {layer} is {_shown(encoder)}; it must be a FeatureEncoder.")
+        _check_tensor(f"encoder of layer {layer}", encoder.weights, torch.float32, (vector.model.d_model,))
+
+
+def _check_is_push(vector: SteeringVector, done: str) -> None:
+    """A clamp depends on where the stream is, and on its decoder row's length: no arithmetic of directions fits it."""
+    if vector.operation == "clamp":
+        raise ArtifactError(
+            f"{vector.name!r} clamps a feature, so it cannot be {done}; use it with others in one recipe, at a strength."
         )
 
 

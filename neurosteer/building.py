@@ -1,22 +1,25 @@
 """Examples to activations to method to artifact: the one composition."""
 
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurosteer.activations import Activations, HeldOut, Request, Tokens, read_activations
-from neurosteer.artifacts import Artifact, Provenance, safe_name
+from neurosteer.artifacts import Artifact, Provenance, SteeringVector, safe_name
 from neurosteer.errors import UsageError
 from neurosteer.examples import ContrastSet, Split
 from neurosteer.methods import find_method
-from neurosteer.methods.base import Method
+from neurosteer.methods.base import Method, Tensors
 from neurosteer.models import Framing, LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.readable import describe_features, output_scores
+from neurosteer.saes import EMBEDDED, SparseAutoencoder, embedded_saes, load_sae
 from neurosteer.version import VERSION
 
 LayerChoice = str | int | Iterable[int]
@@ -39,6 +42,7 @@ class _Plan:
     layers: tuple[int, ...] | None  # None: chosen after reading
     candidates: tuple[int, ...]
     reason: str = "layers as given"
+    saes: Mapping[int, SparseAutoencoder] = field(default_factory=dict)
 
 
 def build(
@@ -58,19 +62,21 @@ def build(
     """Build an artifact from a contrast set.
 
     Args:
-        method: `caa`, `pca`, `probe` or `cna`.
+        method: `caa`, `pca`, `probe`, `sae` or `cna`.
         layers: `auto` (the layer of the middle 20 to 80% that separates held-out examples best), `all`, a number,
             a range (`"10-18"` or `range(10, 19)`) or a list. For `cna`, the layers searched for neurons; with
-            `rank="write"` the last of them is the reference layer, and `auto` searches up to the best layer.
+            `rank="write"` the last of them is the reference layer, and `auto` searches up to the best layer. For
+            `sae`, those of its SAEs.
         framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models.
         tokens: `mean` over a text's tokens, or the `last`.
-        parameters: the method's own, such as `rank`, `operation`, `top_k`, `skip_layers` for `cna`.
+        parameters: the method's own, such as `rank`, `operation`, `top_k`, `skip_layers` for `cna`; `sae` (a
+            reference as for `load_sae`, or several), `rank`, `top_k`, `weight`, … for `sae`.
 
     Raises:
         UsageError: a parameter is not one of the allowed values.
         Cancelled: `cancel` was set.
     """
-    plan = _plan(lm, method, layers, framing, tokens, parameters)
+    plan = _plan(lm, method, layers, framing, tokens, parameters, progress)
     split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
     activations = _read(lm, examples, split, plan, progress, cancel)
     separation = {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
@@ -79,15 +85,80 @@ def build(
         activations = _read(lm, examples, split, replace(plan, layers=chosen), progress, cancel)
     check_cancelled(cancel, "Building")
     progress(f"Computing {method}")
-    artifact = plan.method.function(
-        activations,
-        chosen,
-        name=safe_name(name or f"{examples.name}-{method}"),
-        columns=lm.write_columns,
-        parameters=plan.parameters,
-    )
+    artifact = _compute(lm, examples, plan, activations, chosen, safe_name(name or f"{examples.name}-{method}"))
     provenance = _provenance(examples, activations, plan, separation, reason)
     return replace(artifact, description=description, provenance=provenance)
+
+
+def build_each(
+    lm: LanguageModel,
+    examples: ContrastSet,
+    *,
+    method: str = "caa",
+    layers: LayerChoice = "all",
+    framing: Framing | None = None,
+    tokens: Tokens | None = None,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+    **parameters: Any,
+) -> dict[int, Artifact]:
+    """An artifact for every one of `layers` by itself, from one reading; arguments and errors as for `build`.
+
+    For `sae`, `all` means every layer that has an SAE. For `cna`, the neurons of that layer alone (with
+    `rank="write"`, those that write its own class difference).
+    """
+    if find_method(method).needs_features and layers == "all":
+        layers = "auto"
+    plan = _plan(lm, method, layers, framing, tokens, parameters, progress)
+    plan = replace(plan, layers=plan.candidates, reason="every layer by itself")
+    split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
+    activations = _read(lm, examples, split, plan, progress, cancel, every_residual=True)
+    separation = {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
+    provenance = _provenance(examples, activations, plan, separation, plan.reason)
+    skipped = set(plan.parameters.get("skip_layers", ()))
+    artifacts = {}
+    for layer in (layer for layer in plan.candidates if layer not in skipped):
+        check_cancelled(cancel, "Building")
+        progress(f"Computing {method} at layer {layer}")
+        name = safe_name(f"{examples.name}-{method}-{layer}")
+        artifact = _compute(lm, examples, plan, activations, (layer,), name)
+        artifacts[layer] = replace(artifact, provenance=provenance)
+    return artifacts
+
+
+def _compute(
+    lm: LanguageModel,
+    examples: ContrastSet,
+    plan: _Plan,
+    activations: Activations,
+    layers: tuple[int, ...],
+    name: str,
+) -> Artifact:
+    artifact = plan.method.function(
+        activations,
+        layers,
+        name=name,
+        tensors=Tensors(
+            columns=lm.write_columns,
+            decoders={layer: sae.decoder for layer, sae in plan.saes.items()},
+            output_scores=lambda layer, rows: output_scores(lm, layer, rows, activations.norms[layer]),
+        ),
+        parameters=plan.parameters,
+    )
+    if not isinstance(artifact, SteeringVector) or not artifact.features:
+        return artifact
+    texts = [*examples.positive, *examples.negative]
+    features = describe_features(
+        lm,
+        artifact.features,
+        plan.saes,
+        activations,
+        texts,
+        _request(plan, len(texts), lm.shape.d_model),
+        contexts=plan.parameters["contexts"],
+    )
+    names = {str(layer): plan.saes[layer].name for layer in layers}
+    return replace(artifact, features=features, parameters={**artifact.parameters, "sae": names})
 
 
 def separation_of(held_out: HeldOut) -> float:
@@ -144,10 +215,12 @@ def _plan(
     framing: Framing | None,
     tokens: Tokens | None,
     given: Mapping[str, Any],
+    progress: Progress,
 ) -> _Plan:
     method = find_method(method_name)
     parameters = method.parameters(given)
     parsed = parse_layers(layers, lm.n_layers)
+    saes = _saes(lm, parameters["sae"], parsed, progress) if method.needs_features else {}
     if parsed is not None and set(parsed) <= set(parameters.get("skip_layers", ())):
         raise UsageError(f"skip_layers leaves no layer of {_shown(parsed)} to search.")
     as_in_paper = method.needs_neurons and parameters.get("rank") != "write"
@@ -162,13 +235,48 @@ def _plan(
         framing=framing or default_framing,
         tokens=tokens or ("last" if as_in_paper or framing == "prompt" else "mean"),
         layers=parsed,
-        candidates=parsed or tuple(range(low, high + 1)),
+        candidates=tuple(saes) or parsed or tuple(range(low, high + 1)),
         reason=reason,
+        saes=saes,
     )
+
+
+def _saes(
+    lm: LanguageModel,
+    named: str | Path | Sequence[str | Path] | None,
+    layers: tuple[int, ...] | None,
+    progress: Progress,
+) -> dict[int, SparseAutoencoder]:
+    """The SAEs named, or those shipped for the model, at `layers` (None: all of them), by layer."""
+    if named is None and layers is None:
+        named = [f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)] or EMBEDDED  # the latter says what is lacking
+    elif named is None:
+        named = [f"{EMBEDDED}/{layer}" for layer in layers or ()]
+    names = [named] if isinstance(named, str | Path) else list(named)
+    saes: dict[int, SparseAutoencoder] = {}
+    for name in names:
+        sae = load_sae(lm, name, progress=progress)
+        if sae.layer in saes:
+            raise UsageError(
+                f"The SAEs {saes[sae.layer].name} and {name} both read layer {sae.layer}; name one a layer."
+            )
+        saes[sae.layer] = sae
+    if layers is not None and set(layers) != set(saes):
+        raise UsageError(f"layers is {_shown(layers)}, but the SAEs named read {_shown(tuple(sorted(saes)))}.")
+    return dict(sorted(saes.items()))
 
 
 def _request(plan: _Plan, n_texts: int, d_model: int) -> Request:
     last = plan.candidates[-1]
+    if plan.method.needs_features:
+        return Request(
+            residual=plan.candidates,
+            framing=plan.framing,
+            tokens=plan.tokens,
+            encoders=plan.saes,
+            feature_rows=plan.parameters["rank"] == "probe",
+            prepend_bos=all(sae.prepend_bos for sae in plan.saes.values()),
+        )
     if plan.method.needs_neurons:
         # Only the last layer's class difference serves ranking by write; with `auto` it is chosen among all.
         residual = plan.candidates if plan.layers is None else (last,)
@@ -188,15 +296,18 @@ def _read(
     plan: _Plan,
     progress: Progress,
     cancel: threading.Event | None,
+    *,
+    every_residual: bool = False,
 ) -> Activations:
     n_texts = len(examples.positive) + len(examples.negative)
     if plan.layers is not None:
         plan = replace(plan, candidates=plan.layers)
+    request = _request(plan, n_texts, lm.shape.d_model)
     return read_activations(
         lm,
         examples.positive,
         examples.negative,
-        _request(plan, n_texts, lm.shape.d_model),
+        replace(request, residual=plan.candidates) if every_residual else request,
         held_out_positive=split.held_out_positive,
         held_out_negative=split.held_out_negative,
         paired=examples.paired,

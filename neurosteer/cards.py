@@ -1,10 +1,11 @@
 """The card of an artifact: what it is, how to use it, where it comes from."""
 
-from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
+from neurosteer.artifacts import Artifact, NeuronCircuit, Provenance, SteeringVector
 
 _MEANING = {
     "add": "strength 1 adds a push of {amount:g} × the median norm of the residual stream",
     "ablate": "strength 1 projects the direction out",
+    "clamp": "strength 1 holds the feature's activation at {amount:g}",
     "scale": "strength 1 multiplies the neurons by {amount:g}; strength −1 by {opposite:g}",
     "shift": "strength 1 adds {amount:g} class differences to each neuron",
 }
@@ -14,7 +15,8 @@ def strength_meaning(artifact: Artifact) -> str:
     """What strength 1 of `artifact` does, as a phrase."""
     amount = artifact.calibration.amount
     phrase = _MEANING[artifact.operation].format(amount=amount, opposite=2 - amount)
-    return phrase + ("" if artifact.calibration.measured else " (the default; not calibrated)")
+    chosen = artifact.calibration.measured or artifact.operation == "clamp"  # whose value belongs to the feature
+    return phrase + ("" if chosen else " (the default; not calibrated)")
 
 
 def layers_text(artifact: Artifact) -> str:
@@ -40,12 +42,17 @@ def render_card(artifact: Artifact) -> str:
         f'neurosteer steer --use ./{artifact.name}:1 --prompt "Tell me about your day." --compare',
         "```",
         "",
-        f"Made from {source.n_positive} positive and {source.n_negative} negative texts"
-        + (f" (SHA-256 `{source.examples_sha256[:16]}…`)" if source.examples_sha256 else "")
-        + ". Not yet measured: no receipt.",
+        f"{_made_from(source)}Not yet measured: no receipt.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _made_from(source: Provenance) -> str:
+    if not source.n_positive and not source.n_negative:  # a sum, or a single feature
+        return ""
+    digest = f" (SHA-256 `{source.examples_sha256[:16]}…`)" if source.examples_sha256 else ""
+    return f"Made from {source.n_positive} positive and {source.n_negative} negative texts{digest}. "
 
 
 def _what(artifact: Artifact) -> str:

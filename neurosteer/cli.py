@@ -21,6 +21,7 @@ from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
     from neurosteer.artifacts import Artifact
+    from neurosteer.combining import Overlap
     from neurosteer.models import LanguageModel
     from neurosteer.recipes import Recipe
     from neurosteer.steering import Row
@@ -55,6 +56,9 @@ TemperatureOption = Annotated[float, typer.Option("--temperature")]
 TopPOption = Annotated[float, typer.Option("--top-p")]
 PenaltyOption = Annotated[float, typer.Option("--repetition-penalty")]
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, prompt or generated.")]
+OrthogonaliseOption = Annotated[
+    bool, typer.Option("--orthogonalise", help="Remove the overlap between the vectors used.")
+]
 
 
 def main() -> None:
@@ -229,6 +233,7 @@ def steer(
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = 0,
     positions: PositionsOption = "all",
+    orthogonalise: OrthogonaliseOption = False,
     model: ModelOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -242,6 +247,7 @@ def steer(
     from neurosteer.steering import Row, Session
 
     recipe, strength = _recipe(use)
+    recipe, overlaps = _combined(recipe, orthogonalise)
     texts = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
     if not texts:
         raise UsageError("There is no prompt; give --prompt TEXT or --prompts FILE.")
@@ -251,13 +257,14 @@ def steer(
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "positions": positions, "raw": raw}
     with _progress() as progress:
         lm = _load(model or recipe.uses[0].artifact.model.name, revision, device, dtype, progress)
+    _print_overlaps(overlaps)
     started = time.perf_counter()
     if len(rows) == 1 and not as_json:
         _print_stream(Session(lm), rows, options)
         return
     with _progress() as progress:
         written = Session(lm).generate(rows, progress=progress, **options)
-    _print_rows(lm, written, time.perf_counter() - started, as_json)
+    _print_rows(lm, written, time.perf_counter() - started, as_json, overlaps)
 
 
 @app.command()
@@ -276,6 +283,7 @@ def sweep(
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = 0,
     positions: PositionsOption = "all",
+    orthogonalise: OrthogonaliseOption = False,
     model: ModelOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -290,6 +298,7 @@ def sweep(
 
     values = _floats(strengths, "--strengths")
     recipe, _ = _recipe(use)
+    recipe, overlaps = _combined(recipe, orthogonalise)
     texts = _read_prompts(prompts) if prompts else list(sweep_prompts())
     sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
     with _progress() as progress:
@@ -300,28 +309,40 @@ def sweep(
             positions=positions, raw=raw, progress=progress,
         )  # fmt: skip
     seconds = time.perf_counter() - started
+    _print_overlaps(overlaps)
     if folder is not None:
         _write_generations(rows, folder)
     if as_json or folder is None:
-        _print_rows(lm, rows, seconds, as_json)
+        _print_rows(lm, rows, seconds, as_json, overlaps)
     else:
         out.print(f"Wrote {len(rows)} texts to {folder / 'generations.csv'} in {seconds:.1f} s.")
 
 
 @app.command()
 def inspect(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="A folder or a name in vectors/.")],
+    references: Annotated[list[str], typer.Argument(metavar="REF...", help="A folder or a name in vectors/.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show what an artifact is, where it comes from and what strength 1 means."""
+    """Show what an artifact is, where it comes from and what strength 1 means; of several, how much they overlap."""
     from neurosteer.references import resolve
     from neurosteer.storage import artifact_data
 
-    artifact = resolve(reference)
+    artifacts = [resolve(reference) for reference in references]
+    if len(artifacts) == 1:
+        if as_json:
+            _print_json(artifact_data(artifacts[0]))
+        else:
+            out.print(_inspect_text(artifacts[0]))
+        return
+    overlaps = _comparable_overlaps(artifacts)
     if as_json:
-        _print_json(artifact_data(artifact))
-    else:
-        out.print(_inspect_text(artifact))
+        _print_json(
+            {"artifacts": [artifact_data(artifact) for artifact in artifacts], "cosines": list(map(asdict, overlaps))}
+        )
+        return
+    for artifact in artifacts:
+        out.print(_inspect_text(artifact) + "\n")
+    _print_cosine_table(overlaps)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -343,6 +364,27 @@ def _recipe(uses: Sequence[str]) -> "tuple[Recipe, float]":
 
     parsed = [parse_use(text) for text in uses]
     return Recipe.of(*parsed), parsed[0].strength if len(parsed) == 1 else 1.0
+
+
+def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Overlap] | None]":
+    """The recipe to steer with, and how much its vectors overlap as they were given; None where there are not two."""
+    from neurosteer.artifacts import SteeringVector
+    from neurosteer.combining import cosines, orthogonalised
+
+    several = sum(isinstance(use.artifact, SteeringVector) for use in recipe.uses) > 1
+    overlaps = cosines(recipe) if several else None
+    return (orthogonalised(recipe) if orthogonalise else recipe), overlaps
+
+
+def _comparable_overlaps(artifacts: "Sequence[Artifact]") -> "list[Overlap]":
+    """Directions can be compared within models of one shape; artifacts of others are shown all the same."""
+    from neurosteer.combining import cosines
+
+    alike: dict[tuple[int, int, int], list[Artifact]] = {}
+    for artifact in artifacts:
+        model = artifact.model
+        alike.setdefault((model.n_layers, model.d_model, model.d_mlp), []).append(artifact)
+    return [overlap for group in alike.values() for overlap in cosines(group)]
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -449,14 +491,47 @@ def _row_data(row: "Row") -> dict[str, Any]:
     }
 
 
-def _print_rows(lm: "LanguageModel", rows: "Sequence[Row]", seconds: float, as_json: bool) -> None:
+def _print_rows(
+    lm: "LanguageModel",
+    rows: "Sequence[Row]",
+    seconds: float,
+    as_json: bool,
+    overlaps: "Sequence[Overlap] | None" = None,
+) -> None:
     if as_json:
         data = [_row_data(row) for row in rows]
-        _print_json({"model": lm.name, "rows": data, "seconds": round(seconds, 3)})
+        cosines = {} if overlaps is None else {"cosines": list(map(asdict, overlaps))}
+        _print_json({"model": lm.name, "rows": data, "seconds": round(seconds, 3), **cosines})
         return
     for row in rows:
         label = f"strength {row.strength:+g}" if row.recipe.uses else "unsteered"
         out.print(f"[{label}, sample {row.sample}] {row.prompt}\n{row.text}\n")
+
+
+def _print_overlaps(overlaps: "Sequence[Overlap] | None") -> None:
+    """A line on stderr for each two of the vectors used; nothing where there are not two."""
+    if overlaps is None:
+        return
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for overlap in overlaps:
+        layers = pairs.setdefault((overlap.first, overlap.second), [])
+        layers.append(f"{overlap.cosine:+.2f} at layer {overlap.layer}")
+    for (one, other), layers in pairs.items():
+        err.print(f"Cosine of {one} and {other}: {', '.join(layers)}.")
+    if not pairs:
+        err.print("The vectors share no layer, so none overlap.")
+
+
+def _print_cosine_table(overlaps: "Sequence[Overlap]") -> None:
+    if not overlaps:
+        out.print("No two of them are vectors that share a layer.")
+        return
+    table = Table(box=None)
+    for heading in ("First", "Second", "Layer", "Cosine"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("Layer", "Cosine") else "left")
+    for overlap in overlaps:
+        table.add_row(overlap.first, overlap.second, str(overlap.layer), f"{overlap.cosine:+.3f}")
+    Console(width=2 * _TABLE_WIDTH, highlight=False, markup=False).print(table)
 
 
 def _print_stream(session: Any, rows: "Sequence[Row]", options: dict[str, Any]) -> None:

@@ -1,19 +1,23 @@
 """A plan: one recipe per row of a batch, compiled into what each hooked layer adds, projects out and multiplies.
 
-However many artifacts are mixed, a hooked block costs one add (and one projection where something is ablated), a
-hooked MLP one multiply-add on the neurons named. Nothing is left on the model after the `with` block.
+However many artifacts are mixed, a hooked block costs one add (and one projection where something is ablated, one
+small product where features are clamped), a hooked MLP one multiply-add on the neurons named. Nothing is left on the
+model after the `with` block.
+
+At one block, what is ablated goes first; then features are clamped, all of which read the stream that ablation left,
+whatever the others do to it; then pushes are added, which a clamp at that block therefore does not undo.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts import NeuronCircuit, SteeringVector, unit
+from neurosteer.artifacts import VECTOR_OPERATIONS, NeuronCircuit, SteeringVector, unit
 from neurosteer.hooks import CallHook, Hook, InputHook, OutputHook, hooked
 from neurosteer.models import LanguageModel
 from neurosteer.recipes import Positions, Recipe, Use
@@ -25,6 +29,34 @@ class Ablation:
 
     basis: Tensor
     shares: Tensor
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Per row k SAE features to hold at a value: `encoders` and `directions` `[batch, k, d_model]`; their `biases`,
+    `thresholds`, `values` and the `shares` of the way to go, `[batch, 1, k]`. Share 0 where a row has fewer.
+
+    All are float32 whatever the model computes in: an activation is a small difference of large numbers.
+    """
+
+    encoders: Tensor
+    directions: Tensor
+    biases: Tensor
+    thresholds: Tensor
+    values: Tensor
+    shares: Tensor
+
+    def to(self, device: torch.device) -> "Clamp":
+        if self.encoders.device == device:
+            return self
+        return Clamp(*(getattr(self, entry.name).to(device) for entry in fields(self)))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """x + share × (value − activation) × direction, `[batch, seq, d_model]` in the dtype of `hidden`."""
+        before = torch.bmm(hidden.float(), self.encoders.transpose(1, 2)) + self.biases
+        active = before.masked_fill(before <= self.thresholds, 0.0)
+        steps = (self.values - active) * self.shares
+        return hidden + torch.bmm(steps, self.directions).to(hidden.dtype)
 
 
 @dataclass(frozen=True)
@@ -42,31 +74,34 @@ class Plan:
 
     additions: dict[int, Tensor]
     ablations: dict[int, Ablation]
+    clamps: dict[int, Clamp]
     changes: dict[int, NeuronChange]
     positions: Positions
 
     @property
     def is_empty(self) -> bool:
-        return not (self.additions or self.ablations or self.changes)
+        return not (self.additions or self.ablations or self.clamps or self.changes)
 
 
 def compile_plan(lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions = "all") -> Plan:
     """One plan for a batch whose row i follows `recipes[i]`."""
-    vectors: dict[str, list[list[Use]]] = {"add": [], "ablate": []}
+    vectors: dict[str, list[list[Use]]] = {operation: [] for operation in VECTOR_OPERATIONS}
     circuits: list[list[Use]] = []
     for recipe in recipes:
-        uses = [use for use in recipe.uses if _has_effect(use)]
+        uses = [use for use in recipe.uses if use.has_effect]
         for operation, rows in vectors.items():
             rows.append([use for use in uses if use.artifact.operation == operation])
         circuits.append([use for use in uses if isinstance(use.artifact, NeuronCircuit)])
     additions = _additions(vectors["add"], lm.shape.d_model)
     ablations = _ablations(vectors["ablate"], lm.shape.d_model)
+    clamps = _clamps(vectors["clamp"], lm.shape.d_model)
     return Plan(
         additions={layer: tensor.to(lm.device, lm.dtype) for layer, tensor in additions.items()},
         ablations={
             layer: Ablation(found.basis.to(lm.device, lm.dtype), found.shares.to(lm.device, lm.dtype))
             for layer, found in ablations.items()
         },
+        clamps={layer: clamp.to(lm.device) for layer, clamp in clamps.items()},
         changes=_changes(circuits, lm.device, lm.dtype),
         positions=positions,
     )
@@ -84,7 +119,7 @@ def applied(lm: LanguageModel, plan: Plan, *, prompt_width: int) -> Iterator[Non
         return
     window = _Window(plan.positions, prompt_width)
     hooks: list[Hook] = [CallHook(lm.decoder, window.begin)]
-    for layer in sorted({*plan.additions, *plan.ablations}):
+    for layer in sorted({*plan.additions, *plan.ablations, *plan.clamps}):
         hooks.append(OutputHook(lm.blocks[layer], _residual_writer(plan, layer, window)))
     for layer, change in plan.changes.items():
         hooks.append(InputHook(lm.down_projections[layer], _neuron_writer(change, window)))
@@ -128,9 +163,10 @@ class _Window:
 def _residual_writer(plan: Plan, layer: int, window: _Window) -> Callable[[Tensor], Tensor | None]:
     addition = plan.additions.get(layer)
     ablation = plan.ablations.get(layer)
+    clamp = plan.clamps.get(layer)
 
     def write(hidden: Tensor) -> Tensor | None:
-        nonlocal addition, ablation
+        nonlocal addition, ablation, clamp
         if not window.steers_any:
             return None
         changed = hidden
@@ -138,6 +174,9 @@ def _residual_writer(plan: Plan, layer: int, window: _Window) -> Callable[[Tenso
             ablation = Ablation(ablation.basis.to(hidden.device), ablation.shares.to(hidden.device))
             along = torch.bmm(changed, ablation.basis.transpose(1, 2)) * ablation.shares
             changed = changed - torch.bmm(along, ablation.basis)
+        if clamp is not None:
+            clamp = clamp.to(hidden.device)
+            changed = clamp(changed)
         if addition is not None:
             addition = addition.to(hidden.device)
             changed = changed + addition
@@ -162,10 +201,6 @@ def _neuron_writer(change: NeuronChange, window: _Window) -> Callable[[Tensor], 
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
-
-
-def _has_effect(use: Use) -> bool:
-    return use.amount != (1.0 if use.artifact.operation == "scale" else 0.0)
 
 
 def _additions(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Tensor]:
@@ -203,6 +238,33 @@ def _stacked_bases(rows: Sequence[Sequence[tuple[Tensor, float]]], width: int) -
                 basis[row, place] = rest / rest.norm()
                 shares[row, 0, place] = share
     return Ablation(basis, shares)
+
+
+def _clamps(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Clamp]:
+    by_layer: dict[int, list[list[Use]]] = defaultdict(lambda: [[] for _ in rows])
+    for row, uses in enumerate(rows):
+        for use in uses:
+            for layer in use.artifact.layers:
+                by_layer[layer][row].append(use)
+    return {layer: _stacked_clamps(layer, found, width) for layer, found in by_layer.items()}
+
+
+def _stacked_clamps(layer: int, rows: Sequence[Sequence[Use]], width: int) -> Clamp:
+    most = max(map(len, rows))
+    encoders, directions = torch.zeros(2, len(rows), most, width)
+    biases, thresholds, values, shares = torch.zeros(4, len(rows), 1, most)
+    for row, uses in enumerate(rows):
+        for place, use in enumerate(uses):
+            assert isinstance(use.artifact, SteeringVector)
+            encoder = use.artifact.encoders[layer]
+            # Reading x without its mean is the same as reading x with weights without theirs.
+            encoders[row, place] = encoder.weights - encoder.weights.mean() if encoder.centred else encoder.weights
+            directions[row, place] = use.artifact.directions[layer]
+            biases[row, 0, place] = encoder.bias
+            thresholds[row, 0, place] = max(encoder.threshold, 0.0)
+            values[row, 0, place] = torch.tensor(use.amount)  # beyond what float32 holds it is infinite
+            shares[row, 0, place] = use.share
+    return Clamp(encoders, directions, biases, thresholds, values, shares)
 
 
 def _changes(rows: Sequence[Sequence[Use]], device: torch.device, dtype: torch.dtype) -> dict[int, NeuronChange]:

@@ -29,11 +29,30 @@ class Use:
 
     @property
     def amount(self) -> float:
-        """What the strength comes to: a dose, a share to project out, a multiplier or a number of differences."""
+        """What the strength comes to: a dose, a share to project out, the activation a feature is held at, a multiplier
+        or a number of differences.
+
+        A clamp's strengths within ±1 say how much of the way to the calibrated value a feature goes (`share`), those
+        beyond multiply the value: so 0 is off and nothing jumps in between, whatever the value.
+        """
         calibrated = self.artifact.calibration.amount
         if self.artifact.operation == "scale":
             return self.multiplier if self.multiplier is not None else 1.0 + self.strength * (calibrated - 1.0)
+        if self.artifact.operation == "clamp":
+            return math.copysign(max(abs(self.strength), 1.0), self.strength) * calibrated
         return self.strength * calibrated
+
+    @property
+    def share(self) -> float:
+        """How much of the way to its value a clamped feature goes, from 0 to 1."""
+        return min(abs(self.strength), 1.0)
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether the use changes anything at all."""
+        if self.artifact.operation == "clamp":
+            return self.strength != 0
+        return self.amount != (1.0 if self.artifact.operation == "scale" else 0.0)
 
 
 @dataclass(frozen=True)

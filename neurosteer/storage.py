@@ -22,6 +22,9 @@ from torch import Tensor
 from neurosteer.artifacts import (
     Artifact,
     Calibration,
+    Feature,
+    FeatureContext,
+    FeatureEncoder,
     ModelReference,
     NeuronCircuit,
     Provenance,
@@ -55,6 +58,7 @@ _ZIP_ERRORS = (
     struct.error,
 )
 _CIRCUIT_TENSORS = ("layers", "neurons", "scores", "differences")
+_DIRECTION, _ENCODER = "layer.", "encoder."
 
 
 def save(artifact: Artifact, folder: str | Path) -> Path:
@@ -247,6 +251,13 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
     }
     if isinstance(artifact, SteeringVector):
         config["norms"] = {str(layer): artifact.norms[layer] for layer in artifact.layers}
+        if artifact.features:
+            config["features"] = [asdict(feature) for feature in artifact.features]
+        if artifact.encoders:
+            config["encoders"] = {
+                str(layer): {"bias": found.bias, "threshold": found.threshold, "centred": found.centred}
+                for layer, found in sorted(artifact.encoders.items())
+            }
     else:
         config["n_neurons"] = artifact.size
     return config
@@ -254,7 +265,9 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
 
 def _tensors(artifact: Artifact) -> dict[str, Tensor]:
     if isinstance(artifact, SteeringVector):
-        return {f"layer.{layer}": artifact.directions[layer].contiguous().clone() for layer in artifact.layers}
+        directions = {f"{_DIRECTION}{layer}": artifact.directions[layer] for layer in artifact.layers}
+        encoders = {f"{_ENCODER}{layer}": encoder.weights for layer, encoder in artifact.encoders.items()}
+        return {name: tensor.contiguous().clone() for name, tensor in (directions | encoders).items()}
     values = (artifact.neuron_layers, artifact.neurons, artifact.scores, artifact.differences)
     return {name: value.contiguous().clone() for name, value in zip(_CIRCUIT_TENSORS, values, strict=True)}
 
@@ -289,7 +302,8 @@ def _expected_shapes(config: Mapping[str, Any], path: Path) -> dict[str, tuple[t
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers) or type(d_model) is not int:
         raise ArtifactError(f"{path} names no layers or no model; fetch the artifact again.")
     if config["kind"] == SteeringVector.kind:
-        return {f"layer.{layer}": (torch.float32, [d_model]) for layer in layers}
+        kinds = (_DIRECTION, _ENCODER) if config.get("operation") == "clamp" else (_DIRECTION,)
+        return {f"{kind}{layer}": (torch.float32, [d_model]) for kind in kinds for layer in layers}
     count = config.get("n_neurons")
     if type(count) is not int:
         raise ArtifactError(f"{path} has n_neurons {count!r:.40}; it must be a count.")
@@ -336,8 +350,14 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path)
         if config["kind"] == SteeringVector.kind:
             return SteeringVector(
                 **common,
-                directions={int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()},
+                directions={
+                    int(name.removeprefix(_DIRECTION)): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(_DIRECTION)
+                },
                 norms={int(layer): value for layer, value in config["norms"].items()},
+                features=tuple(map(_feature, config.get("features", []))),
+                encoders=_encoders(config, tensors) if config["operation"] == "clamp" else {},
             )
         values = (tensors[name] for name in _CIRCUIT_TENSORS)
         names = ("neuron_layers", "neurons", "scores", "differences")
@@ -347,6 +367,26 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else _one_line(error)
         raise ArtifactError(f"{path} is not a valid artifact ({what}); fetch it again.") from error
+
+
+def _encoders(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[int, FeatureEncoder]:
+    return {
+        int(layer): FeatureEncoder(
+            weights=tensors[f"{_ENCODER}{int(layer)}"],
+            bias=data["bias"],
+            threshold=data["threshold"],
+            centred=data["centred"],
+        )
+        for layer, data in config["encoders"].items()
+    }
+
+
+def _feature(data: Mapping[str, Any]) -> Feature:
+    known = _known(Feature, data)
+    known["contexts"] = tuple(FeatureContext(**_known(FeatureContext, one)) for one in known.get("contexts", ()))
+    for key in ("rates", "means_active", "promoted", "suppressed"):
+        known[key] = tuple(known.get(key, ()))
+    return Feature(**known)
 
 
 def _known(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from neurosteer.activations import Activations, ClassMeans, ClassMoments, ClassR
 from neurosteer.artifacts import ModelReference, NeuronCircuit, SteeringVector
 from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.methods import METHODS, find_method
+from neurosteer.methods.base import Tensors
 
 N_LAYERS, D_MODEL, D_MLP, N = 4, 12, 10, 40
 REFERENCE = ModelReference("made/up", None, N_LAYERS, D_MODEL, D_MLP, "ffff")
@@ -64,7 +65,7 @@ def run(method: str, layers: tuple[int, ...], read: Activations | None = None, *
         read if read is not None else activations(RESIDUAL, NEURONS),
         layers,
         name="made",
-        columns=lambda layer: tensor(COLUMNS[layer]),
+        tensors=Tensors(columns=lambda layer: tensor(COLUMNS[layer])),
         parameters=entry.parameters(given),
     )
 
@@ -241,7 +242,7 @@ def test_planted_neurons_are_found(rank: str) -> None:
         activations(RESIDUAL, neurons),
         (0, 1, 2, 3),
         name="made",
-        columns=lambda layer: tensor(columns[layer]),
+        tensors=Tensors(columns=lambda layer: tensor(columns[layer])),
         parameters=entry.parameters({"rank": rank, "top_k": 3, "skip_layers": ()}),
     )
     assert isinstance(circuit, NeuronCircuit)

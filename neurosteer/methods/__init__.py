@@ -1,10 +1,12 @@
 """The methods by name. Adding one is one file and one line here."""
 
 from neurosteer.errors import UsageError
-from neurosteer.methods import caa, cna, pca, probe
+from neurosteer.methods import caa, cna, pca, probe, sae
 from neurosteer.methods.base import Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (caa.METHOD, pca.METHOD, probe.METHOD, cna.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (caa.METHOD, pca.METHOD, probe.METHOD, sae.METHOD, cna.METHOD)
+}
 
 
 def find_method(name: str) -> Method:

@@ -14,6 +14,19 @@ Columns = Callable[[int], Tensor]
 """Layer to what its neurons write to the residual stream per unit of activation, float32 `[d_mlp, d_model]`."""
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """What of a model and its SAEs a method may use beside activations.
+
+    `decoders[L]` are the directions of the SAE that reads layer L, float32 `[n_features, d_model]`. `output_scores`
+    takes a layer and directions `[n, d_model]` and tells how much each moves the model's output, float32 `[n]`.
+    """
+
+    columns: Columns
+    decoders: Mapping[int, Tensor] = field(default_factory=dict)
+    output_scores: Callable[[int, Tensor], Tensor] | None = None
+
+
 class MethodFunction(Protocol):
     """Computes an artifact named `name` at `layers`, in ascending order."""
 
@@ -23,7 +36,7 @@ class MethodFunction(Protocol):
         layers: tuple[int, ...],
         *,
         name: str,
-        columns: Columns,
+        tensors: Tensors,
         parameters: Mapping[str, Any],
     ) -> Artifact: ...
 
@@ -39,6 +52,7 @@ class Method:
     kind: str
     needs_rows: bool = False
     needs_neurons: bool = False
+    needs_features: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
 

@@ -5,11 +5,16 @@ from typing import Any
 
 from neurosteer.activations import Activations
 from neurosteer.artifacts import SteeringVector
-from neurosteer.methods.base import Columns, Method
+from neurosteer.methods.base import Method, Tensors
 
 
 def mean_difference(
-    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+    activations: Activations,
+    layers: tuple[int, ...],
+    *,
+    name: str,
+    tensors: Tensors,
+    parameters: Mapping[str, Any],
 ) -> SteeringVector:
     """Directions `[d_model]`: mean over positive texts minus mean over negative texts."""
     return SteeringVector(

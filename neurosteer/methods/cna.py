@@ -9,14 +9,19 @@ from torch import Tensor
 from neurosteer.activations import Activations
 from neurosteer.artifacts import CIRCUIT_OPERATIONS, NeuronCircuit, default_calibration
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Columns, Method
+from neurosteer.methods.base import Columns, Method, Tensors
 
 RANKS = ("difference", "dprime", "write")
 SKIPPED_LAYERS = (0, 1)
 
 
 def contrastive_neurons(
-    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+    activations: Activations,
+    layers: tuple[int, ...],
+    *,
+    name: str,
+    tensors: Tensors,
+    parameters: Mapping[str, Any],
 ) -> NeuronCircuit:
     """The `top_k` neurons (a count, or a share below 1 of all the model's neurons) of `layers` by `rank`.
 
@@ -28,7 +33,9 @@ def contrastive_neurons(
     searched = tuple(layer for layer in layers if layer not in skipped)
     if not searched:
         raise UsageError(f"skip_layers leaves no layer of {list(layers)} to search.")
-    scores = torch.cat([_scores(activations, layer, layers[-1], columns, parameters["rank"]) for layer in searched])
+    scores = torch.cat(
+        [_scores(activations, layer, layers[-1], tensors.columns, parameters["rank"]) for layer in searched]
+    )
     differences = torch.cat([activations.neurons[layer].difference for layer in searched])
     chosen = _strongest(scores, _count(parameters["top_k"], activations), positive_only=parameters["rank"] == "write")
     width = activations.model.d_mlp

@@ -8,11 +8,16 @@ from torch import Tensor
 
 from neurosteer.activations import Activations, ClassRows
 from neurosteer.artifacts import SteeringVector
-from neurosteer.methods.base import Columns, Method
+from neurosteer.methods.base import Method, Tensors
 
 
 def principal_component(
-    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+    activations: Activations,
+    layers: tuple[int, ...],
+    *,
+    name: str,
+    tensors: Tensors,
+    parameters: Mapping[str, Any],
 ) -> SteeringVector:
     """Unit directions `[d_model]`, pointing from the negative to the positive class mean.
 

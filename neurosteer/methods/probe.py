@@ -10,11 +10,16 @@ from torch import Tensor
 from neurosteer.activations import Activations, ClassRows
 from neurosteer.artifacts import SteeringVector
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Columns, Method
+from neurosteer.methods.base import Method, Tensors
 
 
 def probe_direction(
-    activations: Activations, layers: tuple[int, ...], *, name: str, columns: Columns, parameters: Mapping[str, Any]
+    activations: Activations,
+    layers: tuple[int, ...],
+    *,
+    name: str,
+    tensors: Tensors,
+    parameters: Mapping[str, Any],
 ) -> SteeringVector:
     """Directions `[d_model]`: the regression's weights, in units of the residual stream."""
     penalty = float(parameters["penalty"])

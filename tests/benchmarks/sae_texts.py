@@ -43,17 +43,19 @@ REQUESTS = (
     "How would a friend talk about {}?",
     "Ask me a question about {}.",
 )
-TOPICS = (
-    "a long train journey; learning to cook; the weather in spring; a broken phone; dogs; the first day at a new job; "
-    "renting a flat; public libraries; mathematics; a football match; space travel; coffee; climate; an old film; "
-    "grandparents; video games; the stock market; gardening; school uniforms; a noisy neighbour; online shopping; "
-    "medicine; electric cars; museums; a family dinner; swimming; taxes; a lost wallet; jazz; the sea; robots; "
-    "volunteering; sleep; a delayed flight; painting; winter; history lessons; a hospital visit; bicycles; bread; "
-    "social media; moving house; photography; elections; a birthday party; fashion; recycling; a difficult exam; "
-    "mountains; customer service; theatre; homework; a small town; bees; a software bug; weddings; running; tea; "
-    "privacy; a surprising gift; working at night; zoos; an argument; poetry; vaccines; camping; a restaurant; "
-    "chess; rain; city traffic; an apology; pocket money; a new haircut; rivers; music lessons; insurance; cats"
-).split("; ")
+_TOPICS = (
+    "a long train journey; learning to cook; the weather in spring; a broken phone; dogs; "
+    "the first day at a new job; renting a flat; public libraries; mathematics; a football match; space travel; "
+    "coffee; climate; an old film; grandparents; video games; the stock market; gardening; school uniforms; "
+    "a noisy neighbour; online shopping; medicine; electric cars; museums; a family dinner; swimming; taxes; "
+    "a lost wallet; jazz; the sea; robots; volunteering; sleep; a delayed flight; painting; winter; "
+    "history lessons; a hospital visit; bicycles; bread; social media; moving house; photography; elections; "
+    "a birthday party; fashion; recycling; a difficult exam; mountains; customer service; theatre; homework; "
+    "a small town; bees; a software bug; weddings; running; tea; privacy; a surprising gift; working at night; "
+    "zoos; an argument; poetry; vaccines; camping; a restaurant; chess; rain; city traffic; an apology; "
+    "pocket money; a new haircut; rivers; music lessons; insurance; cats"
+)
+TOPICS = _TOPICS.split("; ")
 
 
 def reviews(folder: Path) -> list[str]:

@@ -1,0 +1,189 @@
+"""`sae`: features of a sparse autoencoder that fire more often on one class (NeuroSteer, OpenReview 2Jhf3xjaok)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neurosteer.activations import Activations, FeatureStatistics
+from neurosteer.artifacts import Feature, SteeringVector
+from neurosteer.errors import UsageError
+from neurosteer.methods.base import Method, Tensors
+
+RANKS = ("rate", "dprime", "probe")
+WEIGHTS = ("difference", "target")
+SIDES = ("positive", "both")
+CANDIDATES_PER_FEATURE = 4  # of which the output score keeps those that move the output
+_PROBE_SHARES = tuple(2.0**power for power in range(-6, 9))
+
+
+def feature_direction(
+    activations: Activations,
+    layers: tuple[int, ...],
+    *,
+    name: str,
+    tensors: Tensors,
+    parameters: Mapping[str, Any],
+) -> SteeringVector:
+    """Directions `[d_model]`: Σ weight × decoder row over the `top_k` features of each layer's SAE.
+
+    Features are ranked by `rank`: `rate`, the share of tokens at which they fire on positives minus the same on
+    negatives (the paper's); `dprime`, the difference of mean activations over the pooled standard deviation; `probe`,
+    the weights of an L1 logistic regression on every text's mean features. `sides` says whether those on the
+    negatives' side count too. The weight is the `difference` of the class means, or the mean activation on the
+    `target`: positives, and with a minus sign negatives for features on their side.
+    """
+    directions: dict[int, Tensor] = {}
+    features: list[Feature] = []
+    for layer in layers:
+        found = _features_of(activations, layer, tensors, parameters)
+        decoder = tensors.decoders[layer].cpu()
+        weights = torch.tensor([feature.weight for feature in found])
+        direction = weights @ decoder[[feature.index for feature in found]]
+        directions[layer] = direction / direction.norm() if parameters["unit_norm"] else direction
+        features += found
+    return SteeringVector(
+        name=name,
+        model=activations.model,
+        method="sae",
+        parameters=dict(parameters),
+        directions=directions,
+        norms={layer: activations.norms[layer] for layer in layers},
+        features=tuple(features),
+    )
+
+
+def _features_of(
+    activations: Activations, layer: int, tensors: Tensors, parameters: Mapping[str, Any]
+) -> list[Feature]:
+    statistics = activations.features[layer]
+    scores = _scores(statistics, parameters["rank"], activations.n_positive)
+    chosen = _strongest(scores, parameters)
+    output: list[float | None] = [None] * len(chosen)
+    least = parameters["min_output_score"]
+    if least is not None:
+        assert tensors.output_scores is not None
+        signs = scores[chosen].sign().float()[:, None]
+        moved = tensors.output_scores(layer, tensors.decoders[layer].cpu()[chosen] * signs)
+        kept = (moved >= least).nonzero().flatten()[: parameters["top_k"]]
+        if not len(kept):
+            raise UsageError(
+                f"No feature at layer {layer} has an output score of {least:g} or more (the highest is "
+                f"{float(moved.max()):.3g}); lower min_output_score."
+            )
+        chosen, output = chosen[kept], moved[kept].tolist()
+    weights = _weights(statistics, scores, parameters["weight"])
+    return [
+        Feature(
+            layer=layer,
+            index=index,
+            weight=float(weights[index]),
+            score=float(scores[index]),
+            rates=_pair(statistics.rates, index),
+            means_active=_pair(statistics.means_active, index),
+            output_score=moves,
+        )
+        for index, moves in zip(chosen.tolist(), output, strict=True)
+        if weights[index] != 0
+    ]
+
+
+def _scores(statistics: FeatureStatistics, rank: str, n_positive: int) -> Tensor:
+    """One number per feature, positive where it belongs to the positives, float64 `[n_features]`."""
+    if rank == "rate":
+        return statistics.rates[0] - statistics.rates[1]
+    if rank == "dprime":
+        spread = (statistics.variances.sum(0) / 2).sqrt()
+        difference = statistics.means[0] - statistics.means[1]
+        return difference / spread.clamp(min=float(spread.mean()) * 1e-3 + 1e-30)
+    return _probe_weights(statistics, n_positive)
+
+
+def _probe_weights(statistics: FeatureStatistics, n_positive: int) -> Tensor:
+    """Weights of the L1 logistic regression whose penalty cross-validates best on texts' mean features, each scaled
+    by its standard deviation (so that a weight is an effect)."""
+    from scipy.sparse import csr_matrix
+    from sklearn.linear_model import LogisticRegression
+
+    rows = statistics.rows
+    assert rows is not None
+    width = statistics.sums.shape[1]
+    matrix = csr_matrix(
+        (rows.values.numpy(), rows.features.numpy(), rows.starts.numpy()), shape=(len(rows.starts) - 1, width)
+    )
+    labels = np.arange(matrix.shape[0]) < n_positive
+    spread = np.sqrt(np.maximum(matrix.power(2).mean(0).A1 - matrix.mean(0).A1 ** 2, 0.0))
+    scaled = matrix.multiply(1 / np.maximum(spread, spread.mean() * 1e-3 + 1e-12)).tocsr()
+    held_out = np.arange(len(labels)) % 5 == 0
+    best, weights = -math.inf, np.zeros(width)
+    for share in _PROBE_SHARES:
+        probe = LogisticRegression(l1_ratio=1.0, solver="liblinear", C=share / 100, random_state=0)
+        right = probe.fit(scaled[~held_out], labels[~held_out]).score(scaled[held_out], labels[held_out])
+        if right > best:
+            best, weights = right, probe.fit(scaled, labels).coef_[0]
+    return torch.from_numpy(weights.astype(np.float64))
+
+
+def _strongest(scores: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+    """Features by score, strongest first."""
+    ranked = scores.clamp(min=0) if parameters["sides"] == "positive" else scores.abs()
+    count = parameters["top_k"] * (1 if parameters["min_output_score"] is None else CANDIDATES_PER_FEATURE)
+    values, places = ranked.topk(min(count, len(ranked)))
+    places = places[values > 0]
+    if not len(places):
+        raise UsageError(
+            "No feature fires more on one class than on the other; are the two sets of examples different?"
+        )
+    return places
+
+
+def _weights(statistics: FeatureStatistics, scores: Tensor, weight: str) -> Tensor:
+    means = statistics.means
+    if weight == "difference":
+        return means[0] - means[1]
+    return torch.where(scores > 0, means[0], -means[1])
+
+
+def _pair(values: Tensor, index: int) -> tuple[float, float]:
+    return float(values[0, index]), float(values[1, index])
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    for key, allowed in (("rank", RANKS), ("weight", WEIGHTS), ("sides", SIDES)):
+        if parameters[key] not in allowed:
+            raise UsageError(f"{key} is {parameters[key]!r}; with sae it must be one of {', '.join(allowed)}.")
+    top_k = parameters["top_k"]
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= 10_000:
+        raise UsageError(f"top_k is {top_k!r}; with sae it must be a count of features from 1 to 10,000.")
+    least = parameters["min_output_score"]
+    if least is not None and (not isinstance(least, (int, float)) or not math.isfinite(least)):
+        raise UsageError(f"min_output_score is {least!r}; give a number, or leave it out.")
+    if not isinstance(parameters["unit_norm"], bool):
+        raise UsageError(f"unit_norm is {parameters['unit_norm']!r}; it must be true or false.")
+    contexts = parameters["contexts"]
+    if isinstance(contexts, bool) or not isinstance(contexts, int) or not 0 <= contexts <= 3:
+        raise UsageError(f"contexts is {contexts!r}; it must be a number from 0 (keep no text) to 3.")
+
+
+METHOD = Method(
+    name="sae",
+    function=feature_direction,
+    explanation="Readable features of a sparse autoencoder that fire more on one kind of text, added up.",
+    source="NeuroSteer, OpenReview 2Jhf3xjaok",
+    kind=SteeringVector.kind,
+    needs_features=True,
+    defaults={
+        "sae": None,
+        "rank": "rate",
+        "top_k": 64,
+        "weight": "difference",
+        "sides": "both",
+        "unit_norm": False,
+        "min_output_score": None,
+        "contexts": 3,
+    },
+    check=_check,
+)
