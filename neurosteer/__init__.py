@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from neurosteer.decoding import Sampling
     from neurosteer.errors import NeuroSteerError
     from neurosteer.examples import ContrastSet, paste_examples, read_examples
+    from neurosteer.features import feature_vector
     from neurosteer.models import LanguageModel, load_model
     from neurosteer.recipes import Recipe, Use
+    from neurosteer.saes import SparseAutoencoder, load_sae
     from neurosteer.steering import Row, Session
     from neurosteer.storage import load, save
 
@@ -29,12 +31,15 @@ _HOMES = {
     "Row": "steering",
     "Sampling": "decoding",
     "Session": "steering",
+    "SparseAutoencoder": "saes",
     "SteeringVector": "artifacts",
     "Use": "recipes",
     "build": "building",
     "cosines": "combining",
+    "feature_vector": "features",
     "load": "storage",
     "load_model": "models",
+    "load_sae": "saes",
     "orthogonalise": "combining",
     "paste_examples": "examples",
     "read_examples": "examples",
@@ -50,13 +55,16 @@ __all__ = [
     "Row",
     "Sampling",
     "Session",
+    "SparseAutoencoder",
     "SteeringVector",
     "Use",
     "__version__",
     "build",
     "cosines",
+    "feature_vector",
     "load",
     "load_model",
+    "load_sae",
     "orthogonalise",
     "paste_examples",
     "read_examples",

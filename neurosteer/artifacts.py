@@ -29,6 +29,7 @@ _DEFAULT_AMOUNTS = {
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_NEURONPEDIA = re.compile(r"https://(?:www\.)?neuronpedia\.org/[\w./-]{1,300}")
 _MAX_DIMENSION = 1 << 20
 _MAX_LAYERS = 4096
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
@@ -153,7 +154,7 @@ class Feature:
             raise ArtifactError(f"Feature {self.index} of layer {self.layer} has an output score that is no number.")
         for token in (*self.promoted, *self.suppressed):
             _check_text("feature's token", token, 500, empty=True)
-        if self.link is not None and not re.fullmatch(r"https://[\w.-]*neuronpedia\.org/[\w./-]{1,300}", self.link):
+        if self.link is not None and not _NEURONPEDIA.fullmatch(self.link):
             raise ArtifactError(f"The link of a feature is {_shown(self.link)}; it must lead to Neuronpedia.")
 
 
@@ -355,7 +356,8 @@ def unit(direction: Tensor) -> Tensor:
 
 
 def default_calibration(operation: str) -> Calibration:
-    """What strength 1 means as long as nothing was measured (dose 0.3, multiplier 2, 6 differences, ablate all, clamp to 0)."""
+    """What strength 1 means as long as nothing was measured (dose 0.3, multiplier 2, 6 differences, ablate all, clamp
+    to 0)."""
     return Calibration(_DEFAULT_AMOUNTS[operation])
 
 
@@ -457,7 +459,7 @@ def _check_is_push(vector: SteeringVector, done: str) -> None:
     """A clamp depends on where the stream is, and on its decoder row's length: no arithmetic of directions fits it."""
     if vector.operation == "clamp":
         raise ArtifactError(
-            f"{vector.name!r} clamps a feature, so it cannot be {done}; use it with others in one recipe, at a strength."
+            f"{vector.name!r} clamps a feature, so it cannot be {done}; put it into a recipe beside others instead."
         )
 
 

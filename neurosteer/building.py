@@ -107,8 +107,6 @@ def build_each(
     For `sae`, `all` means every layer that has an SAE. For `cna`, the neurons of that layer alone (with
     `rank="write"`, those that write its own class difference).
     """
-    if find_method(method).needs_features and layers == "all":
-        layers = "auto"
     plan = _plan(lm, method, layers, framing, tokens, parameters, progress)
     plan = replace(plan, layers=plan.candidates, reason="every layer by itself")
     split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
@@ -220,7 +218,11 @@ def _plan(
     method = find_method(method_name)
     parameters = method.parameters(given)
     parsed = parse_layers(layers, lm.n_layers)
-    saes = _saes(lm, parameters["sae"], parsed, progress) if method.needs_features else {}
+    saes: dict[int, SparseAutoencoder] = {}
+    if method.needs_features:
+        saes = _saes(lm, parameters["sae"], None if layers == "all" else parsed, progress)
+        parameters["sae"] = [sae.name for sae in saes.values()]
+        parsed = tuple(saes) if layers == "all" else parsed
     if parsed is not None and set(parsed) <= set(parameters.get("skip_layers", ())):
         raise UsageError(f"skip_layers leaves no layer of {_shown(parsed)} to search.")
     as_in_paper = method.needs_neurons and parameters.get("rank") != "write"
@@ -252,7 +254,7 @@ def _saes(
         named = [f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)] or EMBEDDED  # the latter says what is lacking
     elif named is None:
         named = [f"{EMBEDDED}/{layer}" for layer in layers or ()]
-    names = [named] if isinstance(named, str | Path) else list(named)
+    names = [str(name) for name in ([named] if isinstance(named, str | Path) else named)]
     saes: dict[int, SparseAutoencoder] = {}
     for name in names:
         sae = load_sae(lm, name, progress=progress)

@@ -1,6 +1,10 @@
 """The card of an artifact: what it is, how to use it, where it comes from."""
 
-from neurosteer.artifacts import Artifact, NeuronCircuit, Provenance, SteeringVector
+from collections.abc import Sequence
+
+from neurosteer.artifacts import Artifact, Feature, NeuronCircuit, Provenance, SteeringVector
+
+LISTED_FEATURES = 20
 
 _MEANING = {
     "add": "strength 1 adds a push of {amount:g} × the median norm of the residual stream",
@@ -53,6 +57,61 @@ def _made_from(source: Provenance) -> str:
         return ""
     digest = f" (SHA-256 `{source.examples_sha256[:16]}…`)" if source.examples_sha256 else ""
     return f"Made from {source.n_positive} positive and {source.n_negative} negative texts{digest}. "
+
+
+def _feature_table(features: Sequence[Feature]) -> list[str]:
+    """As Markdown. The texts where features fire are the builder's own and stay out of the card."""
+    shown = strongest_features(features)
+    return [
+        f"## Features\n\nThe {len(shown)} of {len(features)} SAE features that weigh most:\n",
+        "| Layer | Feature | Weight | Fires on positive / negative tokens | Promotes |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {one.layer} | {f'[{one.index}]({one.link})' if one.link else one.index} | {one.weight:+.3g} "
+            f"| {one.rates[0]:.2%} / {one.rates[1]:.2%} | {' '.join(map(_code, one.promoted))} |"
+            for one in shown
+        ),
+        "",
+    ]
+
+
+def _code(token: str) -> str:
+    """A token as a Markdown code span inside a table."""
+    return f"`{_plain(token).replace('`', 'ˋ').replace('|', '¦').strip() or '␣'}`"
+
+
+def strongest_features(features: Sequence[Feature], count: int = LISTED_FEATURES) -> list[Feature]:
+    """The `count` features with the largest |weight|, strongest first."""
+    return sorted(features, key=lambda feature: -abs(feature.weight))[:count]
+
+
+def feature_lines(features: Sequence[Feature]) -> list[str]:
+    """Features as plain text: a line of figures, their tokens, the places where they fire, and the link."""
+    shown = strongest_features(features)
+    lines = [f"features: {len(features)}; the {len(shown)} that weigh most (fires on positive / negative tokens):"]
+    for feature in shown:
+        fires = " / ".join(f"{rate:.2%}" for rate in feature.rates)
+        scored = "" if feature.output_score is None else f", output score {feature.output_score:.3g}"
+        lines.append(f"  {feature.layer}#{feature.index}: weight {feature.weight:+.3g}, fires {fires}{scored}")
+        for what, tokens in (("promotes", feature.promoted), ("suppresses", feature.suppressed)):
+            if tokens:
+                lines.append(f"    {what} {' '.join(map(_quoted, tokens))}")
+        lines += [
+            f"    {place.activation:.1f}: {_plain(place.before)}>>{_plain(place.token)}<<{_plain(place.after)}"
+            for place in feature.contexts
+        ]
+        if feature.link:
+            lines.append(f"    {feature.link}")
+    return lines
+
+
+def _quoted(token: str) -> str:
+    return repr(token) if token.isprintable() else ascii(token)
+
+
+def _plain(text: str) -> str:
+    """On one line, without what a terminal would act on."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _what(artifact: Artifact) -> str:

@@ -22,8 +22,10 @@ from neurosteer.progress import Progress
 if TYPE_CHECKING:
     from neurosteer.artifacts import Artifact
     from neurosteer.combining import Overlap
+    from neurosteer.layer_profile import LayerProfile
     from neurosteer.models import LanguageModel
-    from neurosteer.recipes import Recipe
+    from neurosteer.recipes import Recipe, Use
+    from neurosteer.references import FeatureUse
     from neurosteer.steering import Row
 
 app = typer.Typer(
@@ -39,6 +41,12 @@ app.add_typer(sae_app, name="sae")
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
+_SAE_FIGURES = {
+    "explained_variance": "Explained variance",
+    "l0": "L0",
+    "dead": "Dead",
+    "cross_entropy_recovered": "Cross-entropy recovered",
+}
 _TABLE_WIDTH = 120  # also where the terminal is narrower: a cut model name is of no use
 
 ModelOption = Annotated[
@@ -49,7 +57,15 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda or
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="No chat template.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-UseOption = Annotated[list[str], typer.Option("--use", help="REF[:STRENGTH]; may be given more than once.")]
+UseOption = Annotated[
+    list[str],
+    typer.Option(
+        "--use",
+        metavar="REF[:STRENGTH]",
+        help="A folder, a name in vectors/, or one SAE feature: SAE#INDEX adds it, SAE#INDEX=VALUE clamps it (SAE: "
+        "embedded/LAYER, RELEASE/ID or a folder). May be given more than once.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same text.")]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature")]
@@ -157,13 +173,35 @@ def sae_train(
         _print_json({"saes": {str(layer): {"folder": str(folders[layer]), **measured[layer]} for layer in folders}})
         return
     table = Table(box=None)
-    for heading in ("Layer", "Folder", "Explained variance", "L0", "Dead", "Cross-entropy recovered"):
+    for heading in ("Layer", "Folder", *_SAE_FIGURES.values()):
         table.add_column(heading, no_wrap=True)
     for layer, path in folders.items():
         figures = measured[layer]
-        shares = (figures["explained_variance"], figures["l0"], figures["dead"], figures["cross_entropy_recovered"])
-        table.add_row(str(layer), str(path), *(f"{value:.3f}" for value in shares))
+        table.add_row(str(layer), str(path), *(f"{figures[key]:.3f}" for key in _SAE_FIGURES))
     Console(width=_TABLE_WIDTH, highlight=False).print(table)
+
+
+@sae_app.command("list")
+def sae_list(model: ModelOption = None, as_json: JsonOption = False) -> None:
+    """List the SAEs for a model: those that come with NeuroSteer, and the catalog's releases."""
+    from neurosteer.catalog import default_model
+    from neurosteer.saes import offered_saes
+
+    offer = offered_saes(model or default_model())
+    if as_json:
+        _print_json({"model": offer.model, "embedded": list(map(asdict, offer.shipped)), "releases": offer.releases})
+        return
+    if offer.shipped:
+        table = Table(box=None)
+        for heading in ("SAE", "Layer", "Features", *_SAE_FIGURES.values()):
+            table.add_column(heading, no_wrap=True)
+        for sae in offer.shipped:
+            figures = (f"{sae.measured[key]:.3f}" if key in sae.measured else "–" for key in _SAE_FIGURES)
+            table.add_row(sae.name, str(sae.layer), str(sae.n_features), *figures)
+        Console(width=_TABLE_WIDTH, highlight=False).print(table)
+    else:
+        out.print(f"None comes with NeuroSteer for {offer.model}.")
+    out.print(f"Releases in the catalog (RELEASE/ID): {', '.join(offer.releases) or 'none'}.")
 
 
 @app.command()
@@ -172,7 +210,7 @@ def build(
     negative: Annotated[
         str | None, typer.Option("--negative", help="With two plain text files: the negative one.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="caa, pca, probe or cna.")] = "caa",
+    method: Annotated[str, typer.Option("--method", help="caa, pca, probe, sae or cna.")] = "caa",
     model: ModelOption = None,
     layers: Annotated[str, typer.Option("--layers", help="auto, all, 14, 10-18 or 3,7,9.")] = "auto",
     name: Annotated[str | None, typer.Option("--name", help="The artifact's name.")] = None,
@@ -180,11 +218,28 @@ def build(
     folder: Annotated[Path | None, typer.Option("--out", help="Folder to write; ./NAME when left out.")] = None,
     framing: Annotated[str | None, typer.Option("--framing", help="raw, prompt or answer.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="mean or last.")] = None,
-    rank: Annotated[str | None, typer.Option("--rank", help="cna: difference, dprime or write.")] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", help="cna: difference, dprime, write. sae: rate, dprime, probe.")
+    ] = None,
     operation: Annotated[str | None, typer.Option("--operation", help="cna: scale or shift.")] = None,
-    top_k: Annotated[float | None, typer.Option("--top-k", help="cna: a count, or a share below 1.")] = None,
+    top_k: Annotated[
+        float | None, typer.Option("--top-k", help="cna: a count, or a share below 1. sae: a count.")
+    ] = None,
     skip_layers: Annotated[str | None, typer.Option("--skip-layers", help="cna: layers left out, like 0,1.")] = None,
     penalty: Annotated[float | None, typer.Option("--penalty", help="probe: strength of its L2 penalty.")] = None,
+    sae: Annotated[
+        list[str] | None,
+        typer.Option("--sae", help="sae: RELEASE/ID, a folder or embedded/L; else the model's."),
+    ] = None,
+    weight: Annotated[str | None, typer.Option("--weight", help="sae: difference or target.")] = None,
+    sides: Annotated[str | None, typer.Option("--sides", help="sae: positive or both.")] = None,
+    unit_norm: Annotated[bool, typer.Option("--unit-norm", help="sae: directions of length 1.")] = False,
+    min_output_score: Annotated[
+        float | None, typer.Option("--min-output-score", help="sae: only features that move the output this much.")
+    ] = None,
+    contexts: Annotated[
+        int | None, typer.Option("--contexts", help="sae: places kept per feature from your texts (0: none; 3).")
+    ] = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -199,7 +254,9 @@ def build(
     contrast = read_examples(examples, negative)
     for warning in contrast.warnings:
         err.print(f"Warning: {warning}")
-    given = {"rank": rank, "operation": operation, "top_k": _count_or_share(top_k), "penalty": penalty}
+    given = {"rank": rank, "operation": operation, "top_k": _count_or_share(top_k), "penalty": penalty, "sae": sae}
+    given |= {"weight": weight, "sides": sides, "min_output_score": min_output_score, "contexts": contexts}
+    given |= {"unit_norm": unit_norm or None}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if skip_layers is not None:
         parameters["skip_layers"] = _numbers(skip_layers, "--skip-layers")
@@ -217,6 +274,57 @@ def build(
         return
     out.print(_build_text(artifact, seconds))
     out.print(f"Written to {written}. Try: neurosteer steer --use {written}:1 --prompt 'Tell me a story.' --compare")
+
+
+@app.command("layers")
+def layers_command(
+    examples: Annotated[str, typer.Argument(help="A file of examples, or the name of a bundled set.")],
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="With two plain text files: the negative one.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="caa, pca, probe, sae or cna.")] = "caa",
+    model: ModelOption = None,
+    layers: Annotated[str, typer.Option("--layers", help="all, 14, 10-18 or 3,7,9; sae: those of its SAEs.")] = "all",
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for layers.csv and layers.html.")] = None,
+    framing: Annotated[str | None, typer.Option("--framing", help="raw, prompt or answer.")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="mean or last.")] = None,
+    rank: Annotated[str | None, typer.Option("--rank", help="As for build.")] = None,
+    top_k: Annotated[float | None, typer.Option("--top-k", help="As for build.")] = None,
+    sae: Annotated[
+        list[str] | None,
+        typer.Option("--sae", help="sae: RELEASE/ID, a folder or embedded/L; else the model's."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the random directions for comparison.")] = 0,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    raw: RawOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build at every layer and show, layer by layer, how well examples separate and what steering does and costs."""
+    from neurosteer.examples import read_examples
+    from neurosteer.layer_profile import profile_data, profile_layers, write_profile
+
+    contrast = read_examples(examples, negative)
+    for warning in contrast.warnings:
+        err.print(f"Warning: {warning}")
+    given = {"rank": rank, "top_k": _count_or_share(top_k), "sae": sae}
+    with _progress() as progress:
+        lm = _load(model, revision, device, dtype, progress)
+        started = time.perf_counter()
+        profile = profile_layers(
+            lm, contrast, method=method, layers=layers, framing=framing or ("raw" if raw else None),  # type: ignore[arg-type]
+            tokens=tokens, seed=seed, progress=progress,  # type: ignore[arg-type]
+            **{key: value for key, value in given.items() if value is not None},
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    files = write_profile(profile, folder) if folder is not None else ()
+    if as_json:
+        _print_json({**profile_data(profile), "files": list(map(str, files)), "seconds": round(seconds, 3)})
+        return
+    _print_profile(profile)
+    if files:
+        out.print(f"Written to {' and '.join(map(str, files))} in {seconds:.1f} s.")
 
 
 @app.command()
@@ -246,17 +354,18 @@ def steer(
     from neurosteer.recipes import UNSTEERED
     from neurosteer.steering import Row, Session
 
-    recipe, strength = _recipe(use)
-    recipe, overlaps = _combined(recipe, orthogonalise)
+    uses = _uses(use)
     texts = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
     if not texts:
         raise UsageError("There is no prompt; give --prompt TEXT or --prompts FILE.")
-    steered = [Row(text, recipe, sample, strength) for text in texts for sample in range(samples)]
-    rows = [*(Row(row.prompt, UNSTEERED, row.sample) for row in steered if compare), *steered]
     sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "positions": positions, "raw": raw}
     with _progress() as progress:
-        lm = _load(model or recipe.uses[0].artifact.model.name, revision, device, dtype, progress)
+        lm = _load(model or _model_of(uses), revision, device, dtype, progress)
+        recipe, strength = _recipe(uses, lm, progress)
+    recipe, overlaps = _combined(recipe, orthogonalise)
+    steered = [Row(text, recipe, sample, strength) for text in texts for sample in range(samples)]
+    rows = [*(Row(row.prompt, UNSTEERED, row.sample) for row in steered if compare), *steered]
     _print_overlaps(overlaps)
     started = time.perf_counter()
     if len(rows) == 1 and not as_json:
@@ -297,12 +406,12 @@ def sweep(
     from neurosteer.steering import Session
 
     values = _floats(strengths, "--strengths")
-    recipe, _ = _recipe(use)
-    recipe, overlaps = _combined(recipe, orthogonalise)
+    uses = _uses(use)
     texts = _read_prompts(prompts) if prompts else list(sweep_prompts())
     sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
     with _progress() as progress:
-        lm = _load(model or recipe.uses[0].artifact.model.name, revision, device, dtype, progress)
+        lm = _load(model or _model_of(uses), revision, device, dtype, progress)
+        recipe, overlaps = _combined(_recipe(uses, lm, progress)[0], orthogonalise)
         started = time.perf_counter()
         rows = Session(lm).sweep(
             recipe, values, texts, samples=samples, max_new_tokens=max_new_tokens, sampling=sampling,
@@ -357,13 +466,26 @@ def _load(
     return load_model(model, revision=revision, device=device, dtype=dtype, progress=progress)
 
 
-def _recipe(uses: Sequence[str]) -> "tuple[Recipe, float]":
-    """The recipe, and the strength to show beside its texts: its own when it is one artifact, else 1 (as given)."""
-    from neurosteer.recipes import Recipe
+def _uses(texts: Sequence[str]) -> "list[Use | FeatureUse]":
+    """What --use names: mistakes show before the model is loaded; features of SAEs are looked up after."""
     from neurosteer.references import parse_use
 
-    parsed = [parse_use(text) for text in uses]
-    return Recipe.of(*parsed), parsed[0].strength if len(parsed) == 1 else 1.0
+    return [parse_use(text) for text in texts]
+
+
+def _model_of(uses: "Sequence[Use | FeatureUse]") -> str | None:
+    """The model that the first artifact was made on; None (the default) where there are features of SAEs only."""
+    from neurosteer.recipes import Use
+
+    return next((use.artifact.model.name for use in uses if isinstance(use, Use)), None)
+
+
+def _recipe(uses: "Sequence[Use | FeatureUse]", lm: "LanguageModel", progress: Progress) -> "tuple[Recipe, float]":
+    """The recipe, and the strength to show beside its texts: its own when it is one artifact, else 1 (as given)."""
+    from neurosteer.recipes import Recipe
+    from neurosteer.references import resolve_uses
+
+    return Recipe.of(*resolve_uses(uses, lm, progress=progress)), uses[0].strength if len(uses) == 1 else 1.0
 
 
 def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Overlap] | None]":
@@ -457,7 +579,7 @@ def _build_text(artifact: "Artifact", seconds: float) -> str:
 
 def _inspect_text(artifact: "Artifact") -> str:
     from neurosteer.artifacts import NeuronCircuit
-    from neurosteer.cards import layers_text, strength_meaning
+    from neurosteer.cards import feature_lines, layers_text, strength_meaning
 
     source = artifact.provenance
     lines = [
@@ -478,6 +600,8 @@ def _inspect_text(artifact: "Artifact") -> str:
         )
         lines.append(f"neurons: {artifact.size} ({artifact.share:.2%} of all); strongest (layer, neuron, score):")
         lines += [f"  {layer:3d} {neuron:6d} {score:+.4f}" for layer, neuron, score in top]
+    elif artifact.features:
+        lines += feature_lines(artifact.features)
     return "\n".join(lines)
 
 
@@ -532,6 +656,27 @@ def _print_cosine_table(overlaps: "Sequence[Overlap]") -> None:
     for overlap in overlaps:
         table.add_row(overlap.first, overlap.second, str(overlap.layer), f"{overlap.cosine:+.3f}")
     Console(width=2 * _TABLE_WIDTH, highlight=False, markup=False).print(table)
+
+
+def _print_profile(profile: "LayerProfile") -> None:
+    from neurosteer.layer_profile import control_name
+
+    table = Table(box=None)
+    control = control_name(profile)
+    for heading in ("Layer", "Separation", "Effect", "Damage", f"Effect of {control}", f"Damage of {control}"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    for one in profile.layers:
+        separation = f"{one.separation:.3f}" + ("*" if one.layer == profile.best_separation else " ")
+        effect = f"{one.effect:+.3f}" + ("*" if one.layer == profile.best_effect else " ")
+        others = (one.damage, one.random_effect, one.random_damage)
+        table.add_row(str(one.layer), separation, effect, *(f"{value:+.3f}" for value in others))
+    Console(width=_TABLE_WIDTH, highlight=False).print(table)
+    positive, negative = profile.n_held_out
+    out.print(
+        "* best. Separation: ROC AUC. Effect: half of how much more strength +1 than −1 makes the model prefer "
+        "positive texts. Damage: how much less likely steering makes any text. Both in nats per token, on "
+        f"{positive} positive and {negative} negative texts kept out of building."
+    )
 
 
 def _print_stream(session: Any, rows: "Sequence[Row]", options: dict[str, Any]) -> None:

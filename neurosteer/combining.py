@@ -51,8 +51,8 @@ def orthogonalise(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
     orthonormal sets the one nearest to them, in which no vector comes first (Löwdin, J. Chem. Phys. 18, 365 (1950)).
     Each direction keeps its length, and each vector its other layers, norms and calibration. Whose direction changed
     says so in its parameters (`orthogonalised_against`), and has no receipts and no features there any more: those were
-    of the old direction. Vectors that are projected out (`ablate`) are returned as they are: projecting several out
-    takes nothing out twice.
+    of the old direction. Only vectors that are added change; what is projected out or clamped is returned as it is
+    (projecting several directions out takes nothing out twice, and a clamp reads one particular feature).
 
     Raises:
         UsageError: directions lie in nearly one line, or in the space of fewer directions than they are.

@@ -36,7 +36,8 @@ class Clamp:
     """Per row k SAE features to hold at a value: `encoders` and `directions` `[batch, k, d_model]`; their `biases`,
     `thresholds`, `values` and the `shares` of the way to go, `[batch, 1, k]`. Share 0 where a row has fewer.
 
-    All are float32 whatever the model computes in: an activation is a small difference of large numbers.
+    All are float32 whatever the model computes in, and so is the sum: an activation, and what is left of a stream
+    when a feature is taken out, are small differences of large numbers.
     """
 
     encoders: Tensor
@@ -56,7 +57,7 @@ class Clamp:
         before = torch.bmm(hidden.float(), self.encoders.transpose(1, 2)) + self.biases
         active = before.masked_fill(before <= self.thresholds, 0.0)
         steps = (self.values - active) * self.shares
-        return hidden + torch.bmm(steps, self.directions).to(hidden.dtype)
+        return (hidden + torch.bmm(steps, self.directions)).to(hidden.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,137 @@
-"""What people write for an artifact: a folder or a name in `vectors/`, with `:strength` behind it where one applies."""
+"""What people write for an artifact: a folder, a name in `vectors/` or a feature of an SAE, with `:strength` behind it
+where one applies."""
 
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neurosteer.artifacts import Artifact
 from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.examples import assets_folder
+from neurosteer.progress import Progress, silent
 from neurosteer.recipes import Use
 from neurosteer.storage import load
 
+if TYPE_CHECKING:
+    from neurosteer.models import LanguageModel
+
 VECTORS_FOLDER = "vectors"
+
+_FEATURE = re.compile(r"(?P<sae>.+)#(?P<index>[0-9]{1,12})(?:=(?P<value>[^#/\\]*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FeatureUse:
+    """One feature of the SAE named `sae` at a strength: added, or clamped to `value`. It becomes a `Use` once the
+    model is there (`resolve_uses`)."""
+
+    sae: str
+    index: int
+    value: float | None = None
+    strength: float = 1.0
 
 
 def resolve(reference: str) -> Artifact:
     """The artifact that `reference` names. Raises `ArtifactError` saying where it was looked for."""
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    folder = _artifact_folder(reference)
+    if folder is not None:
         return load(folder)
-    for released in (Path(VECTORS_FOLDER), assets_folder().parent / VECTORS_FOLDER):
-        if _is_plain(reference) and (released / reference).is_dir():
-            return load(released / reference)
+    if _FEATURE.fullmatch(reference):
+        raise UsageError(f"{reference[:200]!r} is a feature of an SAE, no artifact; steer with it (--use).")
     raise ArtifactError(f"There is no artifact {reference[:200]!r}: neither a folder nor a name in {VECTORS_FOLDER}/.")
 
 
-def parse_use(text: str) -> Use:
-    """`REF` or `REF:STRENGTH` (strength 1 when left out). Raises `UsageError` for a strength that is no number."""
+def parse_use(text: str) -> Use | FeatureUse:
+    """`REF` or `REF:STRENGTH` (strength 1 when left out). REF names an artifact, or is `SAE#INDEX` (one feature, added)
+    or `SAE#INDEX=VALUE` (the feature clamped to a value).
+
+    Raises `UsageError` for a strength or a value that is no number.
+    """
     reference, colon, strength = text.rpartition(":")
-    if not colon or Path(text).expanduser().is_dir() or "/" in strength or "\\" in strength:
-        return Use(resolve(text))
+    if not colon or _folder(text) is not None or any(mark in strength for mark in "/\\#"):
+        return _use(text, 1.0)
     try:
         value = float(strength)
     except ValueError as error:
         raise UsageError(
             f"The strength in {text[:200]!r} is {strength[:40]!r}; write REF:STRENGTH, like mood:1.5."
         ) from error
-    return Use(resolve(reference), value)
+    return _use(reference, value)
+
+
+def resolve_uses(uses: Sequence[Use | FeatureUse], lm: "LanguageModel", *, progress: Progress = silent) -> list[Use]:
+    """The uses with features of SAEs made into artifacts for `lm`; each SAE is loaded once.
+
+    Raises as `load_sae` and `feature_vector` do.
+    """
+    from neurosteer.features import feature_vector
+    from neurosteer.saes import load_sae
+
+    names = dict.fromkeys(use.sae for use in uses if isinstance(use, FeatureUse))
+    saes = {name: load_sae(lm, name, progress=progress) for name in names}
+    return [
+        use
+        if isinstance(use, Use)
+        else Use(
+            feature_vector(
+                lm,
+                saes[use.sae],
+                use.index,
+                operation="add" if use.value is None else "clamp",
+                value=use.value,
+                progress=progress,
+            ),
+            use.strength,
+        )
+        for use in uses
+    ]
+
+
+def _use(reference: str, strength: float) -> Use | FeatureUse:
+    in_name = re.split(r"[/\\]", reference)[-1]
+    if "#" not in in_name or _artifact_folder(reference) is not None:
+        return Use(resolve(reference), strength)
+    found = _FEATURE.fullmatch(reference)
+    value = _number(found["value"]) if found and found["value"] is not None else None
+    if not found or (found["value"] is not None and value is None):
+        raise UsageError(
+            f"{reference[:200]!r} is no feature of an SAE; write SAE#INDEX, or SAE#INDEX=VALUE with a number, like "
+            "embedded/14#1234 or embedded/14#1234=8."
+        )
+    if not math.isfinite(strength):
+        raise UsageError(f"The strength of {reference[:200]!r} is {strength!r}; it must be a finite number.")
+    return FeatureUse(found["sae"], int(found["index"]), value, strength)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _artifact_folder(reference: str) -> Path | None:
+    """The folder that `reference` is or names, if there is one."""
+    folder = _folder(reference)
+    if folder is not None:
+        return folder
+    for released in (Path(VECTORS_FOLDER), assets_folder().parent / VECTORS_FOLDER):
+        if _is_plain(reference) and _folder(str(released / reference)) is not None:
+            return released / reference
+    return None
+
+
+def _folder(text: str) -> Path | None:
+    """The folder of that path, if there is one."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, NUL in it
+        return None
 
 
 def _is_plain(name: str) -> bool:

@@ -9,7 +9,9 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from neurosteer.errors import MismatchError, ModelError, UsageError
 from neurosteer.examples import assets_folder
 from neurosteer.models import LanguageModel
 from neurosteer.progress import Progress, silent
+from neurosteer.sources import recorded_name
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,25 @@ _POST = (
     re.compile(r"blocks\.(\d+)\.hook_resid_post"),
     re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:language_model\.)?(?:layers|h)\.(\d+)"),
 )
-_PLAIN_OPTIONS = {"normalize_activations": ("none", None), "reshape_activations": ("none", None)}
+_PLAIN_OPTIONS = {
+    "normalize_activations": ("none", None),
+    "reshape_activations": ("none", None),
+    "activation_fn": ("relu", None),  # this and the next until sae-lens 6, where TopK could be one
+    "activation_fn_str": ("relu", None),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderColumns:
+    """The encoder of an SAE whose features do not look at one another: on an input x, feature f is
+    p = x · `weights[:, f]` + `biases[f]` where p is above `thresholds[f]` and above 0, else 0.
+
+    `weights` `[d_model, n_features]`, the others `[n_features]`.
+    """
+
+    weights: Tensor
+    biases: Tensor
+    thresholds: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +66,8 @@ class SparseAutoencoder:
     """One SAE. `layer` is the block whose output it reads; `decoder` float32 `[n_features, d_model]`.
 
     `prepend_bos` says that it was trained on sequences that begin with BOS; `centred`, that its input has no mean over
-    `d_model`; `neuronpedia` is its id there, where it has one.
+    `d_model`; `neuronpedia` is its id there, where it has one. `kind` is its architecture in sae-lens's words;
+    `columns` its encoder, where each feature can be computed alone.
     """
 
     name: str
@@ -57,6 +79,8 @@ class SparseAutoencoder:
     centred: bool = False
     prepend_bos: bool = False
     neuronpedia: str | None = None
+    kind: str = "unknown"
+    columns: EncoderColumns | None = None
 
     @property
     def n_features(self) -> int:
@@ -77,6 +101,26 @@ class SparseAutoencoder:
         """What the SAE makes of feature activations, float32 `[..., d_model]`; centred where its input is."""
         rows = features.reshape(-1, self.n_features)
         return self.decode_rows(rows).reshape(*features.shape[:-1], self.d_model)
+
+    def check_index(self, index: int) -> None:
+        """Raises `UsageError` unless the SAE has a feature of this number."""
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.n_features:
+            raise UsageError(f"There is no feature {index!r:.40} in {self.name}; it has 0 to {self.n_features - 1}.")
+
+    def feature_encoder(self, index: int) -> tuple[Tensor, float, float]:
+        """Weights (float32 `[d_model]`), bias and threshold of one feature, as in `EncoderColumns`.
+
+        They stand for the SAE's own input, which is without its mean over `d_model` where the SAE is `centred`.
+        Raises `UsageError` where there is no such feature, or a feature cannot be computed without the others.
+        """
+        self.check_index(index)
+        if self.columns is None:
+            raise UsageError(
+                f"A feature of {self.name} ({self.kind}) cannot be clamped: how active it is depends on more than its "
+                "own encoder column; add it instead (operation 'add', or SAE#INDEX without a value)."
+            )
+        weights = self.columns.weights[:, index].to("cpu", torch.float32, copy=True).contiguous()
+        return weights, float(self.columns.biases[index]), float(self.columns.thresholds[index])
 
     def chunk_rows(self) -> int:
         """How many tokens may be encoded at once for memory to stay bounded."""
@@ -106,10 +150,14 @@ def load_sae(
     text = str(source) if source is not None else EMBEDDED
     if text == EMBEDDED or text.startswith(f"{EMBEDDED}/"):
         return _load_folder(lm, _embedded_folder(lm, text), text)
-    if isinstance(source, Path) or (sae_id is None and Path(text).is_dir()):
-        return _load_folder(lm, Path(text), text)
+    if isinstance(source, Path) or (sae_id is None and _is_path(text)):
+        return _load_folder(lm, Path(text).expanduser(), text)
     release, identifier = (text, sae_id) if sae_id is not None else split_reference(text)
     return _load_released(lm, release, identifier, progress)
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith((".", "~")) or Path(text).is_absolute() or Path(text).is_dir()
 
 
 def split_reference(text: str) -> tuple[str, str]:
@@ -121,19 +169,61 @@ def split_reference(text: str) -> tuple[str, str]:
     if release in directory and not identifier:
         raise UsageError(f"{release!r} holds several SAEs; name one, like {release}/{next(iter(directory[release]))}.")
     if not identifier or (head == 1 and release not in directory):
-        raise UsageError(f"There is no SAE {text!r}: no such folder, and no such release. {_nearest(text, directory)}")
+        raise UsageError(
+            f"There is no SAE {text!r}: no such folder, and no such release. {_nearest(parts[0], directory)}"
+        )
     return release, identifier
 
 
 def embedded_saes(lm: LanguageModel) -> dict[int, Path]:
     """The SAEs shipped for this model: block to folder, ascending."""
-    root = assets_folder() / "saes"
-    return dict(sorted(_embedded_of(root, lm.name).items())) if root.is_dir() else {}
+    return _embedded_folders(lm.name)
 
 
 def released_for(lm: LanguageModel) -> tuple[str, ...]:
     """The releases that the catalog names for this model."""
-    known = find_model(lm.name)
+    return _releases(lm.name)
+
+
+@dataclass(frozen=True)
+class ShippedSae:
+    """An SAE that comes with NeuroSteer, from its description alone. `measured` are its figures on held-out text."""
+
+    name: str
+    layer: int
+    n_features: int
+    measured: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The SAEs there are for the model that artifacts record as `model`: those shipped, and the catalog's releases."""
+
+    model: str
+    shipped: tuple[ShippedSae, ...]
+    releases: tuple[str, ...]
+
+
+def offered_saes(model: str | Path) -> Offer:
+    """The SAEs for a model by name, which is neither fetched nor loaded. Raises `ModelError` for an unknown name."""
+    name = recorded_name(model)
+    shipped = tuple(_shipped(layer, folder) for layer, folder in _embedded_folders(name).items())
+    return Offer(name, shipped, _releases(name))
+
+
+def _shipped(layer: int, folder: Path) -> ShippedSae:
+    config = _read_config(folder / CONFIG_FILE)
+    measured = config.get("metadata", {}).get("measured", {})
+    return ShippedSae(f"{EMBEDDED}/{layer}", layer, int(config.get("d_sae", 0)), dict(measured))
+
+
+def _embedded_folders(model_name: str) -> dict[int, Path]:
+    root = assets_folder() / "saes"
+    return dict(sorted(_embedded_of(root, model_name).items())) if root.is_dir() else {}
+
+
+def _releases(model_name: str) -> tuple[str, ...]:
+    known = find_model(model_name)
     return known.sae_releases if known is not None else ()
 
 
@@ -168,7 +258,7 @@ def layer_of_hook(hook_name: str) -> int:
 
 def _embedded_of(root: Path, model_name: str) -> dict[int, Path]:
     found = {}
-    for config_file in root.glob(f"*/{CONFIG_FILE}"):
+    for config_file in root.rglob(CONFIG_FILE):
         metadata = _read_config(config_file).get("metadata", {})
         if metadata.get("model_name") == model_name:
             found[layer_of_hook(str(metadata.get("hook_name")))] = config_file.parent
@@ -179,7 +269,7 @@ def _embedded_folder(lm: LanguageModel, text: str) -> Path:
     available = embedded_saes(lm)
     if not available:
         releases = ", ".join(released_for(lm)) or "none is in the catalog"
-        raise UsageError(f"No SAE is shipped for {lm.name}; name a release ({releases}) or a folder with --sae.")
+        raise UsageError(f"No SAE is shipped for {lm.name}; name one of a release ({releases}), or a folder.")
     wanted = text.partition("/")[2]
     if not wanted:
         return list(available.values())[len(available) // 2]
@@ -190,12 +280,15 @@ def _embedded_folder(lm: LanguageModel, text: str) -> Path:
 
 
 def _load_folder(lm: LanguageModel, folder: Path, name: str) -> SparseAutoencoder:
+    if not folder.is_dir():
+        raise UsageError(f"There is no SAE {name!r}: no such folder.")
     config = _read_config(folder / CONFIG_FILE)
-    metadata = {**config, **config.get("metadata", {})}  # sae-lens kept these at the top until version 6
+    # Until version 6, sae-lens kept at the top what it now keeps under "metadata".
+    metadata = config.get("metadata") or {"hook_name": config.get("hook_point"), "prepend_bos": True, **config}
     if _is_plain(config):
         rows = _plain(config, _read_weights(folder / WEIGHTS_FILE), lm.device, folder)
     else:
-        rows = _through_sae_lens(_open_with_sae_lens(folder, name), lm.device)
+        rows = _through_sae_lens(_open_with_sae_lens(folder), lm.device)
     return _described(lm, name, metadata, rows)
 
 
@@ -210,9 +303,14 @@ def _load_released(lm: LanguageModel, release: str, identifier: str, progress: P
     from sae_lens import SAE
 
     try:
-        sae = SAE.from_pretrained(release, identifier, device="cpu")
+        with _without_loading_advice():
+            sae = SAE.from_pretrained(release, identifier, device="cpu")
     except Exception as error:  # the Hub's client and sae-lens's loaders raise many kinds
-        raise ModelError(f"The SAE {release}/{identifier} could not be fetched: {_first_line(error)}") from error
+        unknown = f" There is no such folder or release. {_nearest(release.split('/')[0], directory, 0.7)}"
+        raise ModelError(
+            f"The SAE {release}/{identifier} could not be fetched ({_one_line(error)})."
+            + (unknown if release not in directory else "")
+        ) from error
     return _described(lm, f"{release}/{identifier}", sae.cfg.metadata.to_dict(), _through_sae_lens(sae, lm.device))
 
 
@@ -223,8 +321,8 @@ def _registry() -> dict[str, list[str]]:
     return {name: list(entry.saes_map) for name, entry in get_pretrained_saes_directory().items()}
 
 
-def _nearest(text: str, directory: Mapping[str, Sequence[str]]) -> str:
-    nearest = difflib.get_close_matches(text, directory, n=3, cutoff=0.3)
+def _nearest(text: str, directory: Mapping[str, Sequence[str]], cutoff: float = 0.3) -> str:
+    nearest = difflib.get_close_matches(text, directory, n=3, cutoff=cutoff)
     return f"The nearest are {', '.join(nearest)}." if nearest else "See sae-lens's list of releases."
 
 
@@ -252,6 +350,8 @@ def _described(lm: LanguageModel, name: str, metadata: Mapping[str, Any], rows: 
         centred=bool(options.get("center_writing_weights")) and _has_layer_norm(lm),
         prepend_bos=bool(metadata.get("prepend_bos", False)),
         neuronpedia=metadata.get("neuronpedia_id") or None,
+        kind=rows.kind,
+        columns=rows.columns,
     )
 
 
@@ -291,6 +391,8 @@ class _Rows:
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     decoder: Tensor
+    kind: str
+    columns: EncoderColumns | None
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
@@ -307,9 +409,10 @@ def _plain(config: Mapping[str, Any], weights: Mapping[str, Tensor], device: tor
     if missing:
         raise ModelError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing)}; it is no {config['architecture']} SAE.")
     w_enc, w_dec, b_enc, b_dec = (weights[key].to(device, torch.float32) for key in needed[:4])
-    if w_enc.shape != w_dec.T.shape or b_enc.shape != w_enc.shape[1:] or b_dec.shape != w_dec.shape[1:]:
+    threshold = weights["threshold"].to(device, torch.float32) if "threshold" in needed else torch.zeros_like(b_enc)
+    widths = (b_enc.shape, threshold.shape) != (w_enc.shape[1:], w_enc.shape[1:]) or b_dec.shape != w_dec.shape[1:]
+    if w_enc.shape != w_dec.T.shape or widths:
         raise ModelError(f"{folder / WEIGHTS_FILE}: the shapes of its tensors do not belong together.")
-    threshold = weights["threshold"].to(device, torch.float32) if "threshold" in needed else b_enc.new_zeros(())
     # The decoder's bias is taken off the input before encoding, here folded into the encoder's bias.
     bias = b_enc - b_dec @ w_enc if config.get("apply_b_dec_to_input", True) else b_enc
 
@@ -317,11 +420,18 @@ def _plain(config: Mapping[str, Any], weights: Mapping[str, Tensor], device: tor
         before = torch.addmm(bias, rows.to(device), w_enc)
         return before.masked_fill_(before <= threshold.clamp(min=0), 0.0)
 
-    return _Rows(encode, lambda features: torch.addmm(b_dec, features.to(device), w_dec), w_dec)
+    columns = EncoderColumns(w_enc, bias, threshold)
+    return _Rows(
+        encode, lambda features: torch.addmm(b_dec, features.to(device), w_dec), w_dec, config["architecture"], columns
+    )
 
 
 def _through_sae_lens(sae: Any, device: torch.device) -> _Rows:
+    if sae.cfg.architecture() == "temporal":
+        raise UsageError("The SAE is a temporal one, which reads whole sequences; use one that reads one at a time.")
     sae = sae.to(device=str(device), dtype=torch.float32)
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        sae.fold_W_dec_norm()  # so that a feature's activation times its decoder row is what it writes
     decoder = sae.W_dec.detach()
 
     @torch.no_grad()
@@ -333,16 +443,38 @@ def _through_sae_lens(sae: Any, device: torch.device) -> _Rows:
     def decode(features: Tensor) -> Tensor:
         return sae.decode(features.to(device))
 
-    return _Rows(encode, decode, decoder)
+    return _Rows(encode, decode, decoder, sae.cfg.architecture(), _columns_of(sae))
 
 
-def _open_with_sae_lens(folder: Path, name: str) -> Any:
+@torch.no_grad()
+def _columns_of(sae: Any) -> EncoderColumns | None:
+    """None where a feature's activation depends on the others, or on what the input is divided by."""
+    config = sae.cfg
+    if not _is_plain(
+        {**{key: getattr(config, key, None) for key in _PLAIN_OPTIONS}, "architecture": config.architecture()}
+    ):
+        return None
+    bias = sae.b_enc - sae.b_dec @ sae.W_enc if config.apply_b_dec_to_input else sae.b_enc
+    threshold = sae.threshold if config.architecture() == "jumprelu" else torch.zeros_like(bias)
+    return EncoderColumns(sae.W_enc.detach(), bias.detach(), threshold.detach())
+
+
+def _open_with_sae_lens(folder: Path) -> Any:
     from sae_lens import SAE
 
     try:
-        return SAE.load_from_disk(folder, device="cpu", dtype="float32")
+        with _without_loading_advice():
+            return SAE.load_from_disk(folder, device="cpu", dtype="float32")
     except Exception as error:  # sae-lens raises whatever its reading hits
-        raise ModelError(f"The SAE {name} in {folder} could not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"The SAE in {folder} could not be loaded ({_one_line(error)}).") from error
+
+
+@contextmanager
+def _without_loading_advice() -> Iterator[None]:
+    """sae-lens warns that the model must be loaded with centred weights; here its activations are centred instead."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+        yield
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -351,9 +483,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"{path.parent} holds no {path.name}; it is no SAE in sae-lens's format.") from None
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({_first_line(error)}); fetch the SAE again.") from error
+        raise ModelError(f"{path} cannot be read ({_one_line(error)}); fetch the SAE again.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}; an SAE's is an object.")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise ModelError(f"{path} has metadata {config['metadata']!r:.40}; an SAE's is an object.")
     return config
 
 
@@ -363,8 +497,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ModelError(f"{path.parent} holds no {path.name}; fetch the SAE again.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged ({_first_line(error)}); fetch the SAE again.") from error
+        raise ModelError(f"{path} is damaged ({_one_line(error)}); fetch the SAE again.") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")

@@ -55,11 +55,7 @@ def locate(name: str | Path, *, revision: str | None = None, progress: Progress 
 
     Raises `ModelError` when there is no such model or it cannot be fetched.
     """
-    try:
-        path = Path(name).expanduser()
-        is_folder = path.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, NUL in it, an unknown ~user
-        raise ModelError(f"{str(name)[:100]!r} is no model: neither a name nor a path ({error!s:.100}).") from error
+    path, is_folder = _as_path(name)
     if path.suffix.lower() == ".gguf":
         return _gguf(path)
     if is_folder:
@@ -76,6 +72,28 @@ def locate(name: str | Path, *, revision: str | None = None, progress: Progress 
     if _HUB_ID.fullmatch(str(name)):
         return _from_hub(str(name), revision, progress)
     raise ModelError(_unknown(str(name)))
+
+
+def recorded_name(name: str | Path) -> str:
+    """What `locate` would call the model, with nothing fetched. Raises `ModelError` for what cannot be a model."""
+    path, is_folder = _as_path(name)
+    if path.suffix.lower() == ".gguf":
+        return path.stem
+    if is_folder:
+        return path.resolve().name
+    entry = find_model(str(name))
+    if entry is None and not _HUB_ID.fullmatch(str(name)):
+        raise ModelError(_unknown(str(name)))
+    return entry.hub_id if entry is not None else str(name)
+
+
+def _as_path(name: str | Path) -> tuple[Path, bool]:
+    """`name` as a path, and whether a folder lies there."""
+    try:
+        path = Path(name).expanduser()
+        return path, path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, NUL in it, an unknown ~user
+        raise ModelError(f"{str(name)[:100]!r} is no model: neither a name nor a path ({error!s:.100}).") from error
 
 
 def _unknown(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import D_MLP, D_MODEL, N_LAYERS, REFERENCE, make_circuit, make_vector
+from tiny import D_MLP, D_MODEL, N_LAYERS, REFERENCE, clamping, make_circuit, make_vector
 
 from neurosteer import storage
 from neurosteer.artifacts import (
@@ -359,12 +359,19 @@ def same(one: Artifact, other: Artifact) -> bool:
         return False
     if isinstance(one, SteeringVector) and isinstance(other, SteeringVector):
         tensors = [(one.directions[layer], other.directions[layer]) for layer in one.layers]
+        if encoder_figures(one) != encoder_figures(other):
+            return False
+        tensors += [(one.encoders[layer].weights, other.encoders[layer].weights) for layer in one.encoders]
         return one.norms == other.norms and all(map(identical, *zip(*tensors, strict=True)))
     assert isinstance(one, NeuronCircuit) and isinstance(other, NeuronCircuit)
     return all(
         identical(getattr(one, key), getattr(other, key))
         for key in ("neuron_layers", "neurons", "scores", "differences")
     )
+
+
+def encoder_figures(vector: SteeringVector) -> dict[int, tuple[float, float, bool]]:
+    return {layer: (one.bias, one.threshold, one.centred) for layer, one in vector.encoders.items()}
 
 
 def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -374,6 +381,7 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
 MAKERS = {
     "vector": lambda: make_vector((0, 3), **RICH),
     "ablation": lambda: make_vector((2,), operation="ablate"),
+    "clamp": lambda: clamping((0, 3), seed=1, centred=True, **{**RICH, "calibration": Calibration(0.0)}),
     "circuit": lambda: make_circuit(**RICH),
     "shift": lambda: make_circuit(operation="shift", model=replace(REFERENCE, revision=None)),
 }

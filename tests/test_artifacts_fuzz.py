@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 from test_artifacts import RICH, same
-from tiny import D_MODEL, make_circuit, make_vector
+from tiny import D_MODEL, clamping, make_circuit, make_vector
 
 from neurosteer import storage
 from neurosteer.artifacts import Artifact, SteeringVector
@@ -43,7 +43,11 @@ def files_of(artifact: Artifact) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-ARTIFACTS = {"vector": make_vector((0, 3), **RICH), "circuit": make_circuit(**RICH)}
+ARTIFACTS = {
+    "vector": make_vector((0, 3), **RICH),
+    "clamp": clamping((0, 3), seed=1, **RICH),
+    "circuit": make_circuit(**RICH),
+}
 FILES = {kind: files_of(artifact) for kind, artifact in ARTIFACTS.items()}
 CONFIGS = {kind: json.loads(files[CONFIG]) for kind, files in FILES.items()}
 KINDS = pytest.mark.parametrize("kind", FILES)
@@ -95,7 +99,9 @@ def with_weights(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, bytes
 def tensors_of(kind: str) -> dict[str, torch.Tensor]:
     artifact = ARTIFACTS[kind]
     if isinstance(artifact, SteeringVector):
-        return {f"layer.{layer}": tensor.clone() for layer, tensor in artifact.directions.items()}
+        directions = {f"layer.{layer}": tensor.clone() for layer, tensor in artifact.directions.items()}
+        encoders = {f"encoder.{layer}": found.weights.clone() for layer, found in artifact.encoders.items()}
+        return directions | encoders
     values = (artifact.neuron_layers, artifact.neurons, artifact.scores, artifact.differences)
     return dict(zip(("layers", "neurons", "scores", "differences"), (value.clone() for value in values), strict=True))
 
@@ -255,7 +261,8 @@ def test_keys_of_a_later_version_are_passed_over(kind: str) -> None:
             inner = inner[step]
         if isinstance(inner, dict):
             loaded = load_files(with_config(kind, replaced(config, path, {**inner, "new_in_2030": [1]})))
-            assert loaded is not None or path in (("norms",), ("provenance", "separation"), ("provenance", "dropped"))
+            by_layer = (("norms",), ("encoders",), ("provenance", "separation"), ("provenance", "dropped"))
+            assert loaded is not None or path in by_layer
 
 
 @KINDS
@@ -274,7 +281,8 @@ ODD_KEYS = ["x", "", "1.5", "-1", "4", "9" * 12, "01", "1\n", "½", "0x1", "\ud8
 @pytest.mark.parametrize("key", ODD_KEYS, ids=lambda key: ascii(key)[:20])
 def test_layer_numbers_as_odd_texts_never_surprise(kind: str, key: str) -> None:
     config = copy.deepcopy(CONFIGS[kind])
-    for outer in (config.get("norms", {}), config["provenance"]["separation"], config["provenance"]["dropped"]):
+    layered = [config.get("norms", {}), config.get("encoders", {})]
+    for outer in (*layered, config["provenance"]["separation"], config["provenance"]["dropped"]):
         outer[key] = 1
         load_files(with_config(kind, config))
         del outer[key]

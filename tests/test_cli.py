@@ -178,6 +178,120 @@ def test_inspect_shows_what_the_artifact_is(run: Run, vector: Path) -> None:
     assert data == json.loads((vector / "config.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture
+def other_vector(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> Path:
+    """Of the same texts by another method, at layers 2 and 3."""
+    folder = tmp_path / "other"
+    options = ("--method", "probe", "--layers", "2-3", "--name", "other", "--out", folder)
+    ran = run("build", examples, "--model", model_folder, "--dtype", "float32", *options)
+    assert ran.code == 0, ran.err
+    return folder
+
+
+def cosine_at(layer: int, *folders: Path) -> float:
+    one, other = (load(folder).directions[layer].double() for folder in folders)  # type: ignore[union-attr]
+    return float(one @ other / one.norm() / other.norm())
+
+
+@pytest.mark.parametrize("verb", [("steer", "--prompt", "hello there"), ("sweep", "--strengths=0,1", "--prompts")])
+def test_using_two_vectors_tells_their_cosines_and_orthogonalise_removes_their_overlap(
+    run: Run, model_folder: Path, vector: Path, other_vector: Path, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("hello there\n", encoding="utf-8")
+    verb = (*verb, str(tmp_path / "prompts.txt")) if verb[-1] == "--prompts" else verb
+    options = ("--model", model_folder, "--dtype", "float32", "--max-new-tokens", "12", "--greedy")
+    uses = ("--use", f"{vector}:4", "--use", f"{other_vector}:4")
+    plain = run(*verb, *uses, *options, "--json")
+    apart = run(*verb, *uses, *options, "--json", "--orthogonalise")
+    assert plain.code == 0 and apart.code == 0, plain.err + apart.err
+    expected = cosine_at(2, vector, other_vector)
+    line = f"Cosine of mood-caa and other: {expected:+.2f} at layer 2."
+    for ran in (plain, apart):
+        data = json.loads(ran.out)
+        assert set(data) == {"model", "rows", "seconds", "cosines"}
+        assert data["cosines"] == [
+            {"first": "mood-caa", "second": "other", "layer": 2, "cosine": pytest.approx(expected, abs=1e-6)}
+        ]
+        assert line in ran.err.splitlines()
+    assert json.loads(plain.out)["rows"][-1]["text"] != json.loads(apart.out)["rows"][-1]["text"]
+    text = run(*verb, *uses, *options)
+    assert line in text.err.splitlines() and "Cosine" not in text.out
+
+
+def test_one_vector_has_no_cosines_and_the_same_text_orthogonalised(run: Run, model_folder: Path, vector: Path) -> None:
+    options = ("--model", model_folder, "--prompt", "x", "--max-new-tokens", "4", "--greedy", "--json")
+    plain, apart = (run("steer", "--use", vector, *options, *extra) for extra in ((), ("--orthogonalise",)))
+    first, second = json.loads(plain.out), json.loads(apart.out)
+    assert "cosines" not in first and first["rows"] == second["rows"]
+    assert "Cosine" not in plain.err
+
+
+def test_the_same_vector_twice_cannot_be_orthogonalised(run: Run, model_folder: Path, vector: Path) -> None:
+    options = ("--model", model_folder, "--prompt", "x", "--orthogonalise")
+    ran = run("steer", "--use", vector, "--use", f"{vector}:2", *options)
+    assert_one_clear_line(ran, "mood-caa", "layer 1", "cosine +1.0000")
+
+
+def test_inspect_of_several_shows_each_and_their_cosines(
+    run: Run, model_folder: Path, examples: Path, vector: Path, other_vector: Path, tmp_path: Path
+) -> None:
+    built = run(
+        "build", examples, "--model", model_folder, "--method", "cna", "--layers", "2-3", "--out", tmp_path / "circuit"
+    )
+    assert built.code == 0, built.err
+    expected = cosine_at(2, vector, other_vector)
+    ran = run("inspect", vector, tmp_path / "circuit", other_vector)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("strength: ") == 3
+    table = [line.split() for line in ran.out.splitlines()[-2:]]
+    assert table == [["First", "Second", "Layer", "Cosine"], ["mood-caa", "other", "2", f"{expected:+.3f}"]]
+    data = json.loads(run("inspect", vector, tmp_path / "circuit", other_vector, "--json").out)
+    folders = (vector, tmp_path / "circuit", other_vector)
+    assert set(data) == {"artifacts", "cosines"}
+    assert data["artifacts"] == [json.loads((one / "config.json").read_text(encoding="utf-8")) for one in folders]
+    assert data["cosines"] == [
+        {"first": "mood-caa", "second": "other", "layer": 2, "cosine": pytest.approx(expected, abs=1e-6)}
+    ]
+    assert "share a layer" in run("inspect", vector, tmp_path / "circuit").out
+    assert_one_clear_line(run("inspect", vector, tmp_path / "none"), "none")
+
+
+def test_layers_shows_figures_for_every_layer_as_a_table_as_json_and_in_files(
+    run: Run, model_folder: Path, examples: Path, tmp_path: Path
+) -> None:
+    options = ("--model", model_folder, "--dtype", "float32", "--framing", "raw")
+    ran = run("layers", examples, *options, "--out", tmp_path / "view", "--json")
+    assert ran.code == 0, ran.err
+    data = json.loads(ran.out)
+    figures = ["layer", "separation", "effect", "damage", "random_effect", "random_damage"]
+    assert [list(row) for row in data["layers"]] == [figures] * 4
+    assert [row["layer"] for row in data["layers"]] == [0, 1, 2, 3]
+    assert (data["method"], data["framing"], data["n_held_out"]) == ("caa", "raw", [1, 1])
+    assert data["best"]["effect"] == max(data["layers"], key=lambda row: row["effect"])["layer"]
+    assert data["files"] == [str(tmp_path / "view" / name) for name in ("layers.csv", "layers.html")]
+    with (tmp_path / "view" / "layers.csv").open(newline="", encoding="utf-8") as file:
+        assert [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)] == data["layers"]
+    table = run("layers", examples, *options, "--layers", "1-2")
+    assert table.code == 0, table.err
+    lines = [line.replace("*", "").split() for line in table.out.splitlines()]
+    assert lines[0][:4] == ["Layer", "Separation", "Effect", "Damage"]
+    for line, row in zip(lines[1:3], data["layers"][1:3], strict=True):
+        assert line == [str(row["layer"]), f"{row['separation']:.3f}", *(f"{row[key]:+.3f}" for key in figures[2:])]
+    assert "nats per token" in table.out
+
+
+def test_layers_names_what_it_cannot_do(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for options, word in (
+        (("--layers", "77"), "77"),
+        (("--layers", "auto"), "auto"),
+        (("--method", "magic"), "magic"),
+        (("--framing", "odd"), "odd"),
+        (("--layers", "1", "--framing", "raw", "--out", tmp_path / "file"), "file"),
+    ):
+        assert_one_clear_line(run("layers", examples, "--model", model_folder, *options), word)
+
+
 def test_models_lists_the_default_first_and_as_json(run: Run) -> None:
     data = json.loads(run("models", "--json").out)
     assert data["models"][0]["name"] == data["default"] == "SmolLM2-135M-Instruct"

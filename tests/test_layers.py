@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("methods.base", "plans", "decoding", "combining"),
     ("methods.caa", "methods.pca", "methods.probe", "methods.cna", "methods.sae", "methods.relp", "readable"),
     ("methods",),
-    ("building", "steering"),
+    ("building", "steering", "features"),
     ("calibration", "evaluation", "circuits", "sae_training", "layer_profile"),
     ("hub", "export"),
     ("references",),

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import logging
 import pickle
 import re
@@ -17,18 +18,20 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from tiny import Tiny
+import torch
+from safetensors.torch import save_file
+from tiny import D_MODEL, Tiny, make_circuit, make_vector
 
-from neurosteer.artifacts import Provenance
+from neurosteer.artifacts import Feature, FeatureContext, Provenance, SteeringVector
 from neurosteer.building import build
 from neurosteer.decoding import Sampling
-from neurosteer.errors import Cancelled, ModelError, UsageError
+from neurosteer.errors import ArtifactError, Cancelled, ModelError, UsageError
 from neurosteer.examples import ContrastSet, bundled_sets, paste_examples
 from neurosteer.methods import METHODS
 from neurosteer.steering import Row, Session
 from neurosteer.storage import pack, unpack
 from neurosteer.ui import render
-from neurosteer.ui.build_tab import BuildHandlers, Settings, Source, build_options, read_source
+from neurosteer.ui.build_tab import BuildHandlers, Settings, Source, build_options, check_sae, read_source
 from neurosteer.ui.jobs import Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder, Status
 from neurosteer.ui.mixer import MOST, Mix
@@ -93,12 +96,50 @@ def source(kind: str, **given: Any) -> Source:
     return empty._replace(**given)
 
 
-def mix_values(shelf: Any, chosen: list[str], *strengths: float) -> list[Any]:
-    """As the page hands them over: shelf, what the sliders stand for, the choice, all sliders."""
-    return [shelf, chosen, chosen, *[*strengths, *[1.0] * MOST][:MOST]]
+def mix_values(shelf: Any, chosen: list[str], *strengths: float, apart: bool = False) -> list[Any]:
+    """As the page hands them over: shelf, what the sliders stand for, the choice, all sliders, the checkbox."""
+    return [shelf, chosen, chosen, *[*strengths, *[1.0] * MOST][:MOST], apart]
 
 
 told = gr.Progress()  # outside of an event it tells nobody
+
+
+def feature(index: int = 7, **given: Any) -> Feature:
+    plain: dict[str, Any] = {
+        "layer": 1,
+        "weight": 1.5,
+        "score": 0.1,
+        "rates": (0.123, 0.021),
+        "means_active": (2.0, 1.0),
+        "promoted": (" glad", " happy"),
+        "suppressed": (" sad",),
+        "contexts": (FeatureContext("what a ", "lovely", " day", 3.0),),
+    }
+    return Feature(index=index, **{**plain, **given})
+
+
+def along(layers: dict[int, list[float]], name: str = "v", **given: Any) -> SteeringVector:
+    """A vector whose first coordinates are given at each layer, the others 0."""
+    directions = {layer: torch.tensor([*values, *[0.0] * (D_MODEL - len(values))]) for layer, values in layers.items()}
+    return make_vector(list(layers), name=name, directions=directions, **given)
+
+
+@pytest.fixture(scope="module")
+def sae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SAE for the tiny Llama's block 1, in sae-lens's format."""
+    folder, generator = tmp_path_factory.mktemp("sae"), torch.Generator().manual_seed(0)
+    weights = torch.randn(D_MODEL, 64, generator=generator) / D_MODEL**0.5
+    tensors = {
+        "W_enc": weights,
+        "W_dec": weights.T.contiguous(),
+        "b_enc": torch.zeros(64),
+        "b_dec": torch.zeros(D_MODEL),
+    }
+    save_file({**tensors, "threshold": torch.full((64,), 0.5)}, folder / "sae_weights.safetensors")
+    metadata = {"model_name": "tiny/llama", "hook_name": "blocks.1.hook_resid_post"}
+    config = {"architecture": "jumprelu", "d_in": D_MODEL, "d_sae": 64, "metadata": metadata}
+    (folder / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
@@ -213,6 +254,118 @@ def test_the_note_after_a_run_tells_speed_and_stopping() -> None:
 )
 def test_the_status_line_says_where_loading_is(status: Status, words: str) -> None:
     assert words in render.status_line(status)
+
+
+# --- features and overlaps -------------------------------------------------------------------------------------------
+
+
+def test_the_strongest_features_are_a_table_with_rates_words_places_and_a_link() -> None:
+    link = "https://neuronpedia.org/gpt2-small/8-res-jb/8"
+    features = (feature(7), feature(8, weight=-2.0, rates=(0.01, 0.2), link=link))
+    html = render.made_of(make_vector((1,), features=features))
+    assert "<caption>Its 2 features</caption>" in html
+    first, second = re.findall("<tr role='row'><th scope='row' role='rowheader'>.*?</tr>", html)
+    assert "#8 <a" in first and f"href='{link}' target='_blank' rel='noopener noreferrer'" in first
+    assert "texts that don’t" in first and "1.0% vs 20.0%" in first and "−2<" in first and "--share:100%" in first
+    assert "#7<" in second and "<a" not in second
+    assert "texts that show it" in second and "12.3% vs 2.1%" in second and "+1.5<" in second
+    assert "what a <mark>lovely</mark> day" in second and "<details>" in second
+    assert re.findall("<bdi[^>]*>(.*?)</bdi>", second) == ["glad", "happy", "sad"]
+
+
+def test_only_the_strongest_features_of_many_are_shown_and_their_number_told() -> None:
+    features = tuple(feature(index, weight=float(index + 1), layer=1 + index % 2) for index in range(40))
+    html = render.made_of(make_vector((1, 2), features=features))
+    assert "The 12 of its 40 features that weigh most" in html
+    assert re.findall("rowheader'>#(\\d+) at layer", html) == [str(index) for index in range(39, 27, -1)]
+
+
+def test_every_cell_of_the_features_says_what_it_is_where_the_headings_are_not_seen() -> None:
+    html = render.made_of(make_vector((1,), features=(feature(),)))
+    heads = re.findall("<th scope='col' role='columnheader'>(.*?)</th>", html)
+    assert heads[1:] == re.findall("<td role='cell' data-label='(.*?)'>", html) and len(heads) == 5
+
+
+@pytest.mark.parametrize("artifact", [make_vector(), make_circuit()])
+def test_what_has_no_features_has_no_table(artifact: Any) -> None:
+    assert render.made_of(artifact) == ""
+    assert "<table" not in render.about("x", artifact)
+
+
+def test_feature_texts_are_escaped_and_what_cannot_be_seen_is_shown_as_a_sign() -> None:
+    hostile = feature(
+        promoted=(HOSTILE, "\n", " ", "a\u202eb", " a", "a"),
+        suppressed=("</bdi></table>",),
+        contexts=(FeatureContext(HOSTILE, HOSTILE, HOSTILE, 1.0), FeatureContext("end", "\n", "", 1.0)),
+    )
+    vector = make_vector((1,), features=(hostile,), description=HOSTILE, method=HOSTILE)
+    for html in (render.made_of(vector), render.about(HOSTILE, vector)):
+        assert "<script" not in html and "<img" not in html and html.count("</table>") == 1
+        assert html.count("&lt;script&gt;") >= 4
+        assert re.findall("<bdi[^>]*>(.*?)</bdi>", html)[1:5] == ["↵", "␣", "a b", "a"]
+        assert "end<mark>↵</mark>" in html
+
+
+def test_an_uploaded_feature_with_countless_words_and_places_is_cut() -> None:
+    many = feature(promoted=tuple(map(str, range(1000))), contexts=(FeatureContext("a", "b", "c", 1.0),) * 1000)
+    html = render.made_of(make_vector((1,), features=(many,)))
+    assert html.count("<bdi") < 20 and html.count("<mark") == 3
+
+
+def test_what_fires_alike_or_hardly_ever_is_said_so() -> None:
+    features = (feature(1, rates=(0.0, 0.0)), feature(2, rates=(0.0001, 0.0)))
+    html = render.made_of(make_vector((1,), features=features))
+    assert "both alike" in html and "0.0% vs 0.0%" in html
+    assert "&lt;0.1% vs 0.0%" in html
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "javascript:alert(1)",
+        "https://notneuronpedia.org/a/1",
+        "https://evil.org/neuronpedia.org/",
+        "https://neuronpedia.org/a'b",
+    ],
+)
+def test_a_feature_links_nowhere_but_to_neuronpedia(link: str) -> None:
+    with pytest.raises(ArtifactError, match="must lead to Neuronpedia"):
+        feature(link=link)
+
+
+def test_what_is_on_the_shelf_can_be_looked_into() -> None:
+    vector = make_vector(
+        (1,), features=(feature(),), description="glad texts", provenance=Provenance(n_positive=20, n_negative=30)
+    )
+    html = render.about("mood (2)", vector)
+    for words in ("<summary>About mood (2)</summary>", "glad texts", "made on tiny/any with caa, from 20 + 30 texts"):
+        assert words in html
+    assert "Strength 1 adds a push" in html and "What it is made of" in html
+
+
+@pytest.mark.parametrize(
+    ("cosine", "words"),
+    [
+        (0.05, "overlap 0.05 at layer 14: they hardly touch each other."),
+        (0.2, "a little the same way"),
+        (0.63, "overlap 0.63 at layer 14: they push partly the same way."),
+        (-0.9, "overlap −0.90 at layer 14: they push mostly against each other."),
+        (0.995, "nearly the same"),
+        (-1.0, "opposite"),
+    ],
+)
+def test_an_overlap_is_told_in_words(cosine: float, words: str) -> None:
+    html = render.overlaps({("a", HOSTILE): {14: cosine}})
+    assert words in html and "<script" not in html
+
+
+def test_of_many_layers_the_worst_overlap_is_told_of_few_every_one() -> None:
+    few = render.overlaps({("a", "b"): {3: 0.1, 4: -0.5}})
+    assert "overlap 0.10 at layer 3, −0.50 at layer 4: they push partly against each other" in few
+    many = render.overlaps({("a", "b"): {layer: layer / 10 for layer in range(8)}})
+    assert "overlap 0.70 at layer 7 (the most of 8 layers): they push partly the same way" in many
+    assert "different layers" in render.overlaps({("a", "b"): {}})
+    assert render.overlaps({}) == ""
 
 
 # --- the visitor's artifacts, and stopping ---------------------------------------------------------------------------
@@ -382,13 +535,13 @@ def test_a_broken_file_is_one_line_with_its_own_name(building: BuildHandlers, tm
 def test_building_puts_the_result_on_the_shelf_and_chooses_it(building: BuildHandlers) -> None:
     given = source("paste", positive_text="\n".join(texts("happy")), negative_text="\n".join(texts("sad")))
     settings = Settings(name="my mood", layers="1")
-    start, cancel, error, note, result, plot, download, try_it, latest, *mixed = building.build(
+    start, cancel, error, note, result, features, plot, download, try_it, latest, *mixed = building.build(
         visitor(), told, *given, *settings, *mix_values({}, [])
     )
     shelf, shown, empty, chosen, *rows = mixed
     assert (start["interactive"], cancel["interactive"], error, note) == (True, False, "", "")
     assert latest == "my-mood" and list(shelf) == shown == chosen["value"] == ["my-mood"]
-    assert "my-mood" in result and download["visible"] and try_it["visible"]
+    assert "my-mood" in result and features == "" and download["visible"] and try_it["visible"]
     assert not empty["visible"] and [row["visible"] for row in rows[:MOST]] == [True, False, False, False]
     assert unpack(Path(download["value"])).layers == [1]
     assert plot["visible"] == (len(shelf["my-mood"].provenance.separation) > 1)
@@ -422,12 +575,89 @@ def test_only_what_was_set_and_what_the_method_takes_is_passed_on() -> None:
     }  # fmt: skip
 
 
+def test_the_options_of_sae_reach_it_and_no_other_method() -> None:
+    own = {
+        "weight": "target",
+        "sides": "positive",
+        "sae": " embedded/14 ",
+        "min_output_score": "0.01",
+        "contexts": False,
+    }
+    assert build_options(Settings(method="sae", rank="probe", top_k="16", operation="shift", **own)) == {
+        "method": "sae", "layers": "auto", "rank": "probe", "top_k": 16, "weight": "target", "sides": "positive",
+        "sae": "embedded/14", "min_output_score": 0.01, "contexts": 0,
+    }  # fmt: skip
+    assert build_options(Settings(method="sae")) == {"method": "sae", "layers": "auto"}
+    assert build_options(Settings(method="caa", **own)) == {"method": "caa", "layers": "auto"}
+
+
+def test_building_with_sae_shows_what_it_is_made_of(building: BuildHandlers, sae_folder: Path) -> None:
+    given = source("paste", positive_text="\n".join(texts("happy")), negative_text="\n".join(texts("sad")))
+    settings = Settings(name="mood", method="sae", top_k="5", sae=str(sae_folder))
+    _, _, error, _, result, features, *rest = building.build(visitor(), told, *given, *settings, *mix_values({}, []))
+    assert error == "" and "a steering vector at layer 1" in result
+    assert "Its 5 features" in features and "<mark>" in features
+    shelf, about = rest[4], rest[-1]
+    assert len(shelf["mood"].features) == 5 and features in about
+    _, _, _, _, _, features, *_ = building.build(
+        visitor(), told, *given, *settings._replace(contexts=False), *mix_values({}, [])
+    )
+    assert "Its 5 features" in features and "<mark>" not in features
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Settings(method="sae"), "No SAE is shipped for tiny/llama"),
+        (Settings(method="sae", sae="no-such-thing"), "There is no SAE &#x27;no-such-thing&#x27;"),
+        (Settings(method="sae", sae="{folder}", top_k="0.5"), "top_k is 0.5; with sae it must be a count of features"),
+        (Settings(method="sae", sae="{folder}", min_output_score="much"), "min_output_score is &#x27;much&#x27;"),
+    ],
+)
+def test_what_is_wrong_with_the_options_of_sae_is_one_line(
+    building: BuildHandlers, sae_folder: Path, settings: Settings, words: str
+) -> None:
+    settings = settings._replace(sae=settings.sae.format(folder=sae_folder))
+    given = source("bundled", bundled="sentiment")
+    _, _, error, _, *rest = building.build(visitor(), told, *given, *settings, *mix_values({}, []))
+    assert words in error and error.count("<p") == 1 and rest == [SKIP] * len(rest)
+
+
+def test_a_space_takes_only_the_saes_of_its_model(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt2: Any = SimpleNamespace(name="GPT-2-small")
+    for name in ("/etc", "somebody/theirs/1", "gemma-scope-9b-pt-res/layer_9/width_1m/average_l0_14"):
+        monkeypatch.delenv("SPACE_ID", raising=False)
+        check_sae(name, llama.lm)
+        monkeypatch.setenv("SPACE_ID", "us/page")
+        with pytest.raises(
+            UsageError, match=r"not offered on this page; for GPT-2-small there are: gpt2-small-res-jb/…"
+        ):
+            check_sae(name, gpt2)
+    for name in ("embedded", "embedded/14", "gpt2-small-res-jb/blocks.8.hook_resid_pre"):
+        check_sae(name, gpt2)
+
+
+def test_the_options_follow_the_method(building: BuildHandlers) -> None:
+    names = ("rank", "operation", "top_k", "weight", "sides", "sae", "min_output_score", "contexts")
+    for method, entry in METHODS.items():
+        shown = dict(zip(names, building.show_parameters(method), strict=True))
+        assert {name for name, update in shown.items() if update["visible"]} == set(names) & set(entry.defaults)
+        assert shown["rank"]["value"] == shown["top_k"]["value"] == ""  # they mean something else now
+    ranks = {
+        method: [value for _, value in building.show_parameters(method)[0]["choices"]]
+        for method in ("cna", "sae", "caa")
+    }
+    assert ranks == {
+        "cna": ["", "difference", "dprime", "write"], "sae": ["", "rate", "dprime", "probe"], "caa": [""]
+    }  # fmt: skip
+    assert building.show_parameters("sae")[2]["label"] == "Features (top_k)"
+    assert building.show_parameters("cna")[2]["label"] == "Neurons (top_k)"
+
+
 def test_every_method_is_offered_with_its_explanation(building: BuildHandlers) -> None:
     offered = {value: label for label, value in building.choices()[0]["choices"]}
     assert list(offered) == list(METHODS)
     assert all(METHODS[name].explanation in label for name, label in offered.items())
-    assert [update["visible"] for update in building.show_parameters("cna")] == [True, True, True]
-    assert [update["visible"] for update in building.show_parameters("caa")] == [False, False, False]
 
 
 def test_try_it_goes_to_the_steer_tab_with_the_newest_alone(building: BuildHandlers, artifact: Any) -> None:
@@ -539,6 +769,69 @@ def test_a_slider_keeps_its_strength_when_others_come_and_go(steering: SteerHand
     assert shown == ["c", "b"]
     assert [(slider["label"], slider["value"]) for slider in sliders[:2]] == [("c", 1.0), ("b", -2.0)]
     assert [row["visible"] for row in rows] == [True, True, False, False]
+
+
+def test_two_vectors_tell_their_overlap_and_offer_to_remove_it(steering: SteerHandlers) -> None:
+    one, other = along({1: [1.0], 2: [1.0]}, "one"), along({2: [3.0, 4.0], 3: [1.0]}, "other")
+    apart, circuit = along({3: [0.0, 1.0]}, "apart"), make_circuit()
+    shelf = {"one": one, "other": other, "apart": apart, "c": circuit, "p": replace(one, operation="ablate")}
+
+    def told_of(*labels: str) -> tuple[str, bool]:
+        overlap, checkbox, _ = steering.remix(*mix_values(shelf, list(labels)))[-3:]
+        assert "value" not in checkbox  # what the visitor ticked stays
+        return overlap, checkbox["visible"]
+
+    overlap, offered = told_of("one", "other")
+    assert "<b>one</b> and <b>other</b>: overlap 0.60 at layer 2: they push partly the same way." in overlap and offered
+    overlap, offered = told_of("one", "apart")
+    assert "different layers" in overlap and not offered
+    assert told_of("one") == told_of("one", "c") == told_of("one", "p") == ("", False)
+    overlap, offered = told_of("one", "other", "apart")
+    assert overlap.count("<li>") == 3 and offered
+
+
+def test_ticked_the_overlap_is_removed_and_otherwise_not(
+    steering: SteerHandlers, llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neurosteer.combining import orthogonalised
+    from neurosteer.recipes import Recipe
+
+    one, other = (along({1: values}, model=llama.lm.reference) for values in ([1.0], [3.0, 4.0]))
+    recipes = []
+    written = Session.stream
+    monkeypatch.setattr(
+        Session, "stream", lambda self, rows, **given: recipes.append(rows[1].recipe) or written(self, rows, **given)
+    )
+    for apart in (False, True):
+        run(steering, ask(), mix_values({"a": one, "b": other}, ["a", "b"], 2.0, -1.0, apart=apart))
+    plain = Recipe.of((one, 2.0), (other, -1.0))
+    for recipe, wanted in zip(recipes, (plain, orthogonalised(plain)), strict=True):
+        for use, expected in zip(recipe.uses, wanted.uses, strict=True):
+            assert use.strength == expected.strength
+            assert isinstance(use.artifact, SteeringVector) and isinstance(expected.artifact, SteeringVector)
+            assert use.artifact.directions[1].equal(expected.artifact.directions[1])
+
+
+def test_vectors_that_cannot_be_told_apart_are_one_line(steering: SteerHandlers, artifact: Any) -> None:
+    shelf = {"mood": artifact, "mood (2)": artifact}
+    last = run(steering, ask(), mix_values(shelf, list(shelf), apart=True))[-1]
+    assert "nearly the same direction" in last.error and last.error.count("<p") == 1 and last.run["interactive"]
+
+
+def test_the_choice_to_remove_the_overlap_lives_through_other_changes(artifact: Any) -> None:
+    mix = Mix.of(mix_values({"a": artifact}, ["a"], 2.0, apart=True))
+    assert mix.apart and mix.choosing({"b": artifact}, ["b"]).apart
+    assert not Mix.of(mix_values({"a": artifact}, ["a"])).apart
+
+
+def test_an_uploaded_artifact_shows_its_features(steering: SteerHandlers, llama: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "glad.zip"
+    vector = make_vector((1,), name="glad", model=llama.lm.reference, features=(feature(promoted=(HOSTILE,)),))
+    path.write_bytes(pack(vector))
+    error, _, *mixed = steering.upload(str(path), *mix_values({}, []))
+    about = mixed[-1]
+    assert error == "" and "<summary>About glad</summary>" in about and "what a <mark>lovely</mark> day" in about
+    assert "&lt;script&gt;" in about and "<script" not in about
 
 
 def test_an_artifact_comes_back_from_its_zip(steering: SteerHandlers, artifact: Any, tmp_path: Path) -> None:

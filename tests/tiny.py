@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from neurosteer.artifacts import Calibration, ModelReference, NeuronCircuit, SteeringVector
+from neurosteer.artifacts import Calibration, FeatureEncoder, ModelReference, NeuronCircuit, SteeringVector
 from neurosteer.models import LanguageModel, describe_model
 from neurosteer.recipes import Use
 
@@ -300,16 +300,19 @@ def pool(states: Tensor, length: int, tokens: str, start: int = 0) -> Tensor:
 
 @dataclass
 class Writes:
-    """What a recipe comes to, spelled out: pushes, directions to project out, neurons as (layer, neuron, number)."""
+    """What a recipe comes to, spelled out: pushes, directions to project out, neurons as (layer, neuron, number), and
+    clamps as (layer, feature's encoder, its decoder row, target, share of the way)."""
 
     pushes: list[tuple[int, Tensor]] = field(default_factory=list)
     ablated: list[tuple[int, Tensor]] = field(default_factory=list)
+    clamps: list[tuple[int, FeatureEncoder, Tensor, float, float]] = field(default_factory=list)
     scales: list[tuple[int, int, float]] = field(default_factory=list)
     shifts: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 def writes_of(uses: Sequence[Use]) -> Writes:
-    """From the definitions: dose x norm shared by the layers; m = 1 + s (m1 - 1); s x c x difference; full ablation."""
+    """From the definitions: dose x norm shared by the layers; m = 1 + s (m1 - 1); s x c x difference; full ablation;
+    a target s x value for |s| >= 1, the share |s| of the way to +-value for others."""
     writes = Writes()
     for use in uses:
         artifact = use.artifact
@@ -317,7 +320,15 @@ def writes_of(uses: Sequence[Use]) -> Writes:
         if isinstance(artifact, SteeringVector):
             for layer, direction in artifact.directions.items():
                 unit = direction / torch.linalg.vector_norm(direction)
-                if artifact.operation == "ablate":
+                if artifact.operation == "clamp":
+                    sign = 1 if use.strength >= 0 else -1
+                    target, share = (
+                        (calibrated * use.strength, 1.0)
+                        if abs(use.strength) >= 1
+                        else (calibrated * sign, abs(use.strength))
+                    )
+                    writes.clamps.append((layer, artifact.encoders[layer], direction, target, share))
+                elif artifact.operation == "ablate":
                     assert use.strength == calibrated == 1.0
                     writes.ablated.append((layer, unit))
                 else:
@@ -334,6 +345,15 @@ def writes_of(uses: Sequence[Use]) -> Writes:
     return writes
 
 
+def naive_feature(encoder: FeatureEncoder, stream: Tensor) -> Tensor:
+    """How active a feature is on each row of `[..., d_model]`, in float64."""
+    read = stream.double()
+    if encoder.centred:
+        read = read - read.mean(-1, keepdim=True)
+    before = (read * encoder.weights.double()).sum(-1) + encoder.bias
+    return torch.where((before > encoder.threshold) & (before > 0), before, torch.zeros_like(before))
+
+
 @torch.no_grad()
 def naive_logits(
     this: Tiny, ids: Sequence[int], writes: Writes, steered: Callable[[int], bool] = lambda position: True
@@ -348,6 +368,11 @@ def naive_logits(
             if spanned:
                 span = torch.stack(spanned, 1).double()
                 changed = changed - changed @ (span @ torch.linalg.pinv(span, rtol=1e-6)).float()
+            read = changed.double()
+            for at, encoder, direction, target, share in writes.clamps:
+                if at == layer:
+                    active = naive_feature(encoder, read)
+                    changed = (changed + share * (target - active)[..., None] * direction.double()).to(hidden.dtype)
             for at, push in writes.pushes:
                 changed = changed + push if at == layer else changed
             changed = torch.where(where, changed, hidden)
@@ -428,3 +453,15 @@ def make_circuit(
 
 def ablating(layers: Sequence[int], *, seed: int, **changes: Any) -> SteeringVector:
     return make_vector(layers, seed=seed, operation="ablate", calibration=Calibration(1.0), **changes)
+
+
+def clamping(
+    layers: Sequence[int], *, seed: int, value: float = 6.0, centred: bool = False, **changes: Any
+) -> SteeringVector:
+    """A feature per layer that is active at some tokens of a tiny model and not at others."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    encoders = {
+        layer: FeatureEncoder(torch.randn(D_MODEL, generator=generator) * 0.2, -0.5, 1.0, centred) for layer in layers
+    }
+    given: dict[str, Any] = {"operation": "clamp", "calibration": Calibration(value), "encoders": encoders}
+    return make_vector(layers, seed=seed, **{**given, **changes})

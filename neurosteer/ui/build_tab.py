@@ -1,9 +1,11 @@
 """The Build tab: examples in, artifact out."""
 
+import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -15,6 +17,9 @@ from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put, zip_file
+
+if TYPE_CHECKING:
+    from neurosteer.models import LanguageModel
 
 KIND = "build"
 
@@ -41,6 +46,19 @@ _TABLE_HELP = (
 )
 _METHOD_HELP = "How to compare what goes on inside the model on the two kinds of text. The first is a good start."
 _AUTOMATIC = ("automatic", "")
+_OWN = ("rank", "operation", "top_k", "weight", "sides", "sae", "min_output_score", "contexts")
+"""Parameters that only some methods have, in the order of their components."""
+_IN_WORDS = {
+    ("rank", "difference"): "how much more active",
+    ("rank", "dprime"): "how clearly it tells them apart",
+    ("rank", "write"): "how much it pushes that way",
+    ("rank", "rate"): "how much more often it fires",
+    ("rank", "probe"): "what a classifier relies on",
+    ("weight", "difference"): "how much more active",
+    ("weight", "target"): "how active on its own side",
+    ("sides", "positive"): "features of texts that show it",
+    ("sides", "both"): "and of texts that don’t, turned down",
+}
 PROGRESS = gr.Progress()  # as a default value it is how gradio knows to pass one in
 
 
@@ -67,6 +85,11 @@ class Settings(NamedTuple):
     rank: str = ""
     operation: str = ""
     top_k: str = ""
+    weight: str = ""
+    sides: str = ""
+    sae: str = ""
+    min_output_score: str = ""
+    contexts: bool = True
 
 
 def read_source(source: Source) -> ContrastSet | None:
@@ -94,7 +117,13 @@ def build_options(settings: Settings) -> dict[str, Any]:
     from neurosteer.methods import find_method
 
     takes = find_method(settings.method).defaults
-    own = {"rank": settings.rank, "operation": settings.operation, "top_k": _number(settings.top_k)}
+    own = {
+        **{name: getattr(settings, name) for name in ("rank", "operation", "weight", "sides")},
+        "sae": settings.sae.strip(),
+        "top_k": _number(settings.top_k),
+        "min_output_score": _number(settings.min_output_score),
+        "contexts": "" if settings.contexts else 0,
+    }
     options = {name: value for name, value in own.items() if name in takes}
     options |= {"name": settings.name.strip(), "framing": settings.framing, "tokens": settings.tokens}
     options = {name: value for name, value in options.items() if value != ""}
@@ -108,6 +137,29 @@ def _number(text: str) -> float | str:
     except ValueError:
         return text.strip()
     return int(number) if number.is_integer() else number
+
+
+def check_sae(named: str, lm: "LanguageModel") -> None:
+    """On a Space, only SAEs that fit the model: others are fetched whole, gigabytes at times, before they are refused.
+
+    Raises `UsageError` naming those there are.
+    """
+    from neurosteer.saes import EMBEDDED, embedded_saes, released_for
+
+    known = (EMBEDDED, *released_for(lm))
+    if not os.environ.get("SPACE_ID") or any(f"{named}/".startswith(f"{name}/") for name in known):
+        return
+    offered = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *(f"{name}/…" for name in released_for(lm))]
+    raise UsageError(
+        f"The SAE {named[:100]!r} is not offered on this page; for {lm.name} there are: "
+        f"{', '.join(offered) or 'none'}. Run NeuroSteer on a machine of your own to use any other."
+    )
+
+
+def _options_of(name: str, values: Iterable[str]) -> list[tuple[str, str]]:
+    """The choices of a dropdown for the parameter `name`, in words where there are some."""
+    said = [(f"{value}: {_IN_WORDS[name, value]}" if (name, value) in _IN_WORDS else value, value) for value in values]
+    return [_AUTOMATIC, *said]
 
 
 def _content(path: str) -> tuple[bytes, str]:
@@ -137,25 +189,41 @@ class BuildHandlers:
         from neurosteer.activations import TOKENS
         from neurosteer.artifacts import CIRCUIT_OPERATIONS
         from neurosteer.methods import METHODS
-        from neurosteer.methods.cna import RANKS
+        from neurosteer.methods.sae import SIDES, WEIGHTS
         from neurosteer.models import FRAMINGS
 
         methods = [(f"{method.name}: {method.explanation}", method.name) for method in METHODS.values()]
-        lists = [[_AUTOMATIC, *((value, value) for value in values)] for values in (FRAMINGS, TOKENS, RANKS)]
-        operations = [_AUTOMATIC, *((value, value) for value in CIRCUIT_OPERATIONS)]
-        return [gr.update(choices=choices) for choices in (methods, *lists, operations)]
+        options = {
+            "framing": FRAMINGS,
+            "tokens": TOKENS,
+            "operation": CIRCUIT_OPERATIONS,
+            "weight": WEIGHTS,
+            "sides": SIDES,
+        }
+        lists = [_options_of(name, values) for name, values in options.items()]
+        return [gr.update(choices=choices) for choices in (methods, *lists)]
 
     def show_source(self, kind: str) -> list[Any]:
         """Which of the four groups of inputs is visible."""
         return [gr.update(visible=value == kind) for _, value in _SOURCES]
 
     def show_parameters(self, method: str) -> list[Any]:
-        """Which of rank, operation and top_k the method takes."""
+        """Those of `_OWN` that the method takes; rank and top_k begin anew, because they mean something else."""
         self.holder.wait_for_libraries()
-        from neurosteer.methods import find_method
+        from neurosteer.methods import cna, find_method, sae
 
         takes = find_method(method).defaults
-        return [gr.update(visible=name in takes) for name in ("rank", "operation", "top_k")]
+        counted, share = ("Features", "A count") if method == "sae" else ("Neurons", "A count, or a share below 1")
+        ranks = {"cna": cna.RANKS, "sae": sae.RANKS}.get(method, ())
+        changes: dict[str, dict[str, Any]] = {
+            "rank": {
+                "choices": _options_of("rank", ranks),
+                "value": "",
+                "info": f"What makes a {counted.lower()[:-1]} matter",
+            },
+            "top_k": {"label": f"{counted} (top_k)", "info": share, "value": ""},
+        }
+        return [gr.update(visible=name in takes, **changes.get(name, {})) for name in _OWN]
 
     def preview(self, *values: Any) -> str:
         """What is read from the source as it stands."""
@@ -195,9 +263,9 @@ class BuildHandlers:
             return [*buttons, "", "", *shown.updates(), label, *mixed]
         except Cancelled:
             stopped = render.note_line("Cancelled: nothing was built, what you entered is still here.")
-            return [*buttons, "", stopped, *[gr.skip()] * 5, *unchanged()]
+            return [*buttons, "", stopped, *[gr.skip()] * 6, *unchanged()]
         except Exception as error:
-            return [*buttons, render.error_line(problem(error)), "", *[gr.skip()] * 5, *unchanged()]
+            return [*buttons, render.error_line(problem(error)), "", *[gr.skip()] * 6, *unchanged()]
 
     def make(
         self, examples: ContrastSet, settings: Settings, progress: Progress, visitor: str | None
@@ -207,8 +275,11 @@ class BuildHandlers:
         session = self.holder.wait(progress, cancel)
         from neurosteer.building import build
 
+        options = build_options(settings)
+        if "sae" in options:
+            check_sae(options["sae"], session.lm)
         started = time.monotonic()
-        artifact = build(session.lm, examples, progress=progress, cancel=cancel, **build_options(settings))
+        artifact = build(session.lm, examples, progress=progress, cancel=cancel, **options)
         return artifact, time.monotonic() - started
 
     def try_it(self, label: str, *values: Any) -> list[Any]:
@@ -226,11 +297,12 @@ class Built(NamedTuple):
     examples: ContrastSet
 
     def updates(self) -> list[Any]:
-        """For the result's sentence, plot, and two buttons."""
+        """For the result's sentence, features, plot, and two buttons."""
         separation = self.artifact.provenance.separation
         figure = render.separation_figure(separation, self.artifact.layers)
         return [
             render.built(self.artifact, self.label, self.seconds, self.examples),
+            render.made_of(self.artifact),
             gr.update(value=figure, visible=figure is not None),
             gr.update(value=zip_file(self.artifact), visible=True),
             gr.update(visible=True),
@@ -251,6 +323,7 @@ class BuildTab:
     error: gr.HTML
     note: gr.HTML
     result: gr.HTML
+    features: gr.HTML
     plot: gr.Plot
     download: gr.DownloadButton
     try_it: gr.Button
@@ -282,10 +355,12 @@ def lay_out() -> BuildTab:
             with gr.Row():
                 try_it = gr.Button("Try it", variant="primary", visible=False, elem_id="try-it")
                 download = gr.DownloadButton("Download (.zip)", visible=False, elem_id="download-built")
+    features = gr.HTML(elem_id="features", elem_classes="ns-flush")
     latest = gr.State("")
     return BuildTab(
-        kind, groups, source, preview, settings, start, cancel, error, note, result, plot, download, try_it, latest
-    )
+        kind, groups, source, preview, settings, start, cancel, error, note, result, features, plot, download, try_it,
+        latest,
+    )  # fmt: skip
 
 
 def _source_inputs() -> tuple[gr.Radio, tuple[gr.Column, ...], tuple[Any, ...]]:
@@ -319,35 +394,66 @@ def _settings_inputs() -> tuple[Any, ...]:
             )
             tokens = gr.Dropdown([_AUTOMATIC], value="", label="Tokens", info="The mean over a text, or its last token")
         with gr.Row():
-            rank = gr.Dropdown([_AUTOMATIC], value="", label="Rank", info="What makes a neuron matter", visible=False)
+            rank = gr.Dropdown([_AUTOMATIC], value="", label="Rank", visible=False)
             operation = gr.Dropdown(
                 [_AUTOMATIC], value="", label="Operation", info="Scale the neurons, or shift them", visible=False
             )
-            top_k = gr.Textbox(
-                "", label="Neurons (top_k)", info="A count, or a share below 1", placeholder="automatic", visible=False
-            )
-    return name, method, layers, framing, tokens, rank, operation, top_k
+            top_k = gr.Textbox(label="Neurons (top_k)", placeholder="automatic", visible=False)
+        own = (rank, operation, top_k, *_feature_inputs())
+    return name, method, layers, framing, tokens, *own
+
+
+def _feature_inputs() -> tuple[Any, ...]:
+    """The settings of `sae` alone, hidden until it is chosen."""
+    with gr.Row():
+        weight = gr.Dropdown([_AUTOMATIC], value="", label="Weight", info="What a feature counts", visible=False)
+        sides = gr.Dropdown([_AUTOMATIC], value="", label="Sides", info="Whose features are used", visible=False)
+    with gr.Row():
+        sae = gr.Textbox(
+            label="SAE",
+            info="The sparse autoencoder that knows the features: release/id, or a folder",
+            placeholder="the one that comes with the model",
+            max_lines=1,
+            visible=False,
+            elem_id="sae",
+        )
+        least = gr.Textbox(
+            label="Least output score (min_output_score)",
+            info="Leaves out features that hardly move what is written; takes longer",
+            placeholder="none",
+            max_lines=1,
+            visible=False,
+        )
+    contexts = gr.Checkbox(
+        True,
+        label="Quote the texts",
+        info="Shows where each feature fires in them; the quotes are in the download too",
+        visible=False,
+    )
+    return weight, sides, sae, least, contexts
 
 
 def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: BuildHandlers) -> None:
     """Connect the components with the handlers."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    name, method, layers, framing, tokens, rank, operation, top_k = tab.settings
-    page.load(guarded(handlers.choices), None, [method, framing, tokens, rank, operation], **quiet)
+    name, method, layers, framing, tokens, *own = tab.settings
+    _rank, operation, _top_k, weight, sides, *_rest = own
+    page.load(guarded(handlers.choices), None, [method, framing, tokens, operation, weight, sides], **quiet)
     page.load(guarded(handlers.preview), list(tab.source), tab.preview, **quiet)
     tab.kind.change(handlers.show_source, tab.kind, list(tab.groups), queue=False, **quiet)
     for component in tab.source:
         component.change(guarded(handlers.preview), list(tab.source), tab.preview, trigger_mode="always_last", **quiet)
-    method.change(guarded(handlers.show_parameters), method, [rank, operation, top_k], **quiet)
+    method.change(guarded(handlers.show_parameters), method, own, **quiet)
 
-    result = [tab.start, tab.cancel, tab.error, tab.note, tab.result, tab.plot, tab.download, tab.try_it, tab.latest]
-    gr.on([tab.start.click, name.submit, layers.submit], handlers.begin, None, result[:4], queue=False, **quiet).then(
+    buttons = [tab.start, tab.cancel, tab.error, tab.note]
+    result = [*buttons, tab.result, tab.features, tab.plot, tab.download, tab.try_it, tab.latest]
+    gr.on([tab.start.click, name.submit, layers.submit], handlers.begin, None, buttons, queue=False, **quiet).then(
         handlers.build,
         [*tab.source, *tab.settings, *mixer.inputs],
         [*result, *mixer.outputs],
         show_progress_on=tab.result,
         concurrency_id=KIND,
         api_visibility="private",
-    ).failure(handlers.give_up, None, result[:4], queue=False, **quiet)
+    ).failure(handlers.give_up, None, buttons, queue=False, **quiet)
     tab.cancel.click(handlers.cancel, None, None, queue=False, **quiet)
     tab.try_it.click(guarded(handlers.try_it), [tab.latest, *mixer.inputs], [tabs, *mixer.outputs], **quiet)

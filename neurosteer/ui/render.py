@@ -8,18 +8,26 @@ from typing import TYPE_CHECKING, Any
 from neurosteer.examples import ContrastSet
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts import Artifact
+    from neurosteer.artifacts import Artifact, Feature, FeatureContext
     from neurosteer.steering import Row
     from neurosteer.ui.loading import Status
 
 WEAK_SEPARATION = 0.6
 CHANCE = 0.5
+SHOWN_FEATURES, SHOWN_WORDS, SHOWN_PLACES = 12, 8, 3
+FEW_LAYERS = 3
 
 _PLOT_HELP = (
     "The plot shows how well each layer of the model tells the two kinds of text apart, on texts it was not given for "
     f"building: 1 is always right, {CHANCE} is chance."
 )
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 160
+_FEATURES_HELP = (
+    "As the model reads, it notices patterns: topics, tones, turns of phrase. Each feature is one of them, and turning "
+    "the slider up turns the features with a weight above 0 up and the others down."
+)
+_QUOTES_HELP = "The quotes are from the texts it was built from, and go with it when it is downloaded."
+_ALIKE = ((0.1, ""), (0.4, "a little "), (0.8, "partly "), (0.99, "mostly "))
 _ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white and on dark grey
 
 
@@ -172,6 +180,56 @@ def added(artifact: "Artifact", label: str, warning: str | None) -> str:
     return "".join(lines)
 
 
+def about(label: str, artifact: "Artifact") -> str:
+    """What an artifact on the shelf is, to be opened."""
+    source = artifact.provenance
+    texts = f", from {source.n_positive:,} + {source.n_negative:,} texts" if source.n_positive else ""
+    what = what_it_is(artifact)
+    lines = [
+        artifact.description,
+        f"{what[:1].upper()}{what[1:]}, made on {artifact.model.name} with {artifact.method}{texts}.",
+        why_these_layers(artifact),
+        meaning(artifact),
+    ]
+    shown = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+    return (
+        f"<details class='ns-about'><summary>About {escape(label)}</summary>"
+        f"<div class='ns-card'>{shown}{made_of(artifact)}</div></details>"
+    )
+
+
+def overlaps(pairs: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
+    """How much each two vectors, by label, have in common: cosines by layer, and what that means."""
+    items = "".join(
+        f"<li><b>{escape(one)}</b> and <b>{escape(other)}</b>: {escape(_overlap(found))}.</li>"
+        for (one, other), found in pairs.items()
+    )
+    return f"<ul class='ns-overlaps'>{items}</ul>" if items else ""
+
+
+def _overlap(cosines: Mapping[int, float]) -> str:
+    """'overlap 0.63 at layer 14: they push partly the same way'."""
+    if not cosines:
+        return "no overlap, they work at different layers"
+    worst = max(cosines, key=lambda layer: abs(cosines[layer]))
+    named = sorted(cosines) if len(cosines) <= FEW_LAYERS else [worst]
+    figures = ", ".join(f"{_signed(f'{cosines[layer]:.2f}')} at layer {layer}" for layer in named)
+    among = "" if len(named) == len(cosines) else f" (the most of {len(cosines)} layers)"
+    return f"overlap {figures}{among}: {_alike(cosines[worst])}"
+
+
+def _alike(cosine: float) -> str:
+    way = "the same way" if cosine > 0 else "against each other"
+    for limit, degree in _ALIKE:
+        if abs(cosine) < limit:
+            return f"they push {degree}{way}" if degree else "they hardly touch each other"
+    return "they are nearly the same" if cosine > 0 else "they are nearly each other’s opposite"
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "−")
+
+
 def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) -> Any:
     """A plotly figure of how well each layer tells the classes apart, the chosen layers marked; None without data."""
     if len(separation) < 2:
@@ -204,6 +262,99 @@ def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) 
         yaxis={**axis, "title": "told apart (AUC)", "range": [min(0.4, *values) - 0.02, 1.04]},
     )  # fmt: skip
     return figure
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("Feature", "Found more in", "Fires on tokens: show it vs don’t", "Weight", "Words")
+
+
+def made_of(artifact: "Artifact") -> str:
+    """The SAE features that weigh most, as a table with the places where each fires; empty without features."""
+    from neurosteer.cards import strongest_features
+
+    features: Sequence[Feature] = getattr(artifact, "features", ())
+    if not features:
+        return ""
+    shown = strongest_features(features, SHOWN_FEATURES)
+    several = len({feature.layer for feature in features}) > 1
+    quotes = f"<p class='ns-faint'>{_QUOTES_HELP}</p>" if any(feature.contexts for feature in shown) else ""
+    heads = "".join(f"<th scope='col' role='columnheader'>{name}</th>" for name in _COLUMNS)
+    most = abs(shown[0].weight) or 1.0
+    rows = "".join(_feature_row(feature, abs(feature.weight) / most, several) for feature in shown)
+    return (
+        f"<section class='ns-features'><h3>What it is made of</h3><p>{_FEATURES_HELP}</p>"
+        f"<table role='table'><caption>{_feature_count(len(shown), len(features))}</caption>"
+        f"<thead role='rowgroup'><tr role='row'>{heads}</tr></thead><tbody role='rowgroup'>{rows}</tbody></table>"
+        f"{quotes}</section>"
+    )
+
+
+def _feature_count(shown: int, total: int) -> str:
+    if total == 1:
+        return "The one feature it has"
+    return f"Its {total} features" if shown == total else f"The {shown} of its {total:,} features that weigh most"
+
+
+def _feature_row(feature: "Feature", share: float, several_layers: bool) -> str:
+    """One feature; `share` is its |weight| against the largest."""
+    name = f"#{feature.index}" + (f" at layer {feature.layer}" if several_layers else "")
+    link = _neuronpedia(feature.link) if feature.link else ""
+    fires = escape(" vs ".join(map(_rate, feature.rates)))
+    weight = (
+        f"{_signed(f'{feature.weight:+.3g}')}<span class='ns-bar {'ns-up' if feature.weight > 0 else 'ns-down'}' "
+        f"style='--share:{share:.0%}' aria-hidden='true'></span>"
+    )
+    words = _words("promotes", feature.promoted) + _words("suppresses", feature.suppressed) + _places(feature.contexts)
+    cells = zip(_COLUMNS[1:], (_side(feature.rates), fires, weight, words), strict=True)
+    return (
+        f"<tr role='row'><th scope='row' role='rowheader'>{name}{link}</th>"
+        + "".join(f"<td role='cell' data-label='{escape(column)}'>{content}</td>" for column, content in cells)
+        + "</tr>"
+    )
+
+
+def _neuronpedia(link: str) -> str:
+    return f" <a href='{escape(link)}' target='_blank' rel='noopener noreferrer'>Neuronpedia</a>"
+
+
+def _side(rates: tuple[float, float]) -> str:
+    if rates[0] == rates[1]:
+        return "both alike"
+    side, which = ("ns-up", "show it") if rates[0] > rates[1] else ("ns-down", "don’t")
+    return f"<span class='ns-side {side}'>texts that {which}</span>"
+
+
+def _rate(rate: float) -> str:
+    """A share of tokens: '12.3%'."""
+    return "<0.1%" if 0 < rate < 0.0005 else f"{rate:.1%}"
+
+
+def _words(what: str, tokens: Sequence[str]) -> str:
+    """Tokens, as a line; those that look the same once."""
+    seen = dict.fromkeys(map(_visible, tokens[:SHOWN_WORDS]))
+    shown = " ".join(f"<bdi class='ns-word'>{escape(word)}</bdi>" for word in seen)
+    return f"<p class='ns-words'><span class='ns-faint'>{what}</span> {shown}</p>" if seen else ""
+
+
+def _visible(token: str) -> str:
+    """A token by itself, in printable characters."""
+    word = " ".join("".join(char if char.isprintable() else " " for char in token).split())
+    return word or ("↵" if "\n" in token else "␣")
+
+
+def _seen(token: str) -> str:
+    """A token within its text: as it is, unless it is blank."""
+    return token if token.strip() else _visible(token)
+
+
+def _places(contexts: "Sequence[FeatureContext]") -> str:
+    """Where a feature fires, strongest first, to be opened."""
+    items = "".join(
+        f"<li dir='auto'>{escape(place.before)}<mark>{escape(_seen(place.token))}</mark>{escape(place.after)}</li>"
+        for place in contexts[:SHOWN_PLACES]
+    )
+    return f"<details><summary>Where it fires most</summary><ul>{items}</ul></details>" if items else ""
 
 
 # --- generation ------------------------------------------------------------------------------------------------------

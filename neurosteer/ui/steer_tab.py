@@ -193,10 +193,13 @@ class SteerHandlers:
 
 def _rows(page: "_Page", mix: Mix) -> "list[Row]":
     """The unsteered and the steered text, in that order: they decode together."""
+    from neurosteer.combining import orthogonalised
     from neurosteer.recipes import Recipe
     from neurosteer.steering import Row
 
     recipe = Recipe.of(*((mix.shelf[label], float(mix.strength(label))) for label in mix.chosen))
+    if mix.apart:
+        recipe = orthogonalised(recipe)
     plain, steered = (page.asked(side) for side in SIDES)
     return [Row(plain), Row(steered, recipe, strength=1.0)]
 

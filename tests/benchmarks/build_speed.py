@@ -3,7 +3,8 @@
     python tests/benchmarks/build_speed.py [EXAMPLES] [--rounds 3]
     python tests/benchmarks/build_speed.py [EXAMPLES] --memory
 
-The floor is one bare, length-sorted, batched pass of the same tokens through the decoder: no LM head, no hooks.
+The floor is one bare, length-sorted, batched pass of the same tokens through the decoder: no LM head, no hooks. For
+`sae`, which reads one layer, the floor stops after that block too, and the SAE's loading is part of building.
 Floor and builds take turns in one process; the ratio of each round is taken and the median printed.
 `--memory` builds from 400 + 400 and from 10,000 + 10,000 texts in fresh processes and compares their peaks.
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,23 @@ import torch
 from neurosteer.activations import _BATCH_TOKENS, MAX_TOKENS, _batches
 from neurosteer.building import build
 from neurosteer.examples import ContrastSet, read_examples
+from neurosteer.hooks import OutputHook, hooked
 from neurosteer.models import LanguageModel, load_model
 
 METHODS: dict[str, dict[str, Any]] = {
     "caa": {"method": "caa"},
     "cna (write)": {"method": "cna"},
     "cna (difference)": {"method": "cna", "rank": "difference"},
+    **{f"sae (layer {layer})": {"method": "sae", "layers": layer} for layer in (9, 14, 19)},
 }
 
 
-def floor(lm: LanguageModel, examples: ContrastSet) -> Callable[[], None]:
-    """The bare pass over the texts' tokens, tokenised and batched beforehand."""
+class _Reached(Exception):
+    """Leaves the pass after a block."""
+
+
+def floor(lm: LanguageModel, examples: ContrastSet, last: int | None = None) -> Callable[[], None]:
+    """The bare pass over the texts' tokens (up to the block `last`), tokenised and batched beforehand."""
     framed = lm.frame([*examples.positive, *examples.negative], "raw", max_tokens=MAX_TOKENS)
     batches = []
     for indices in _batches(framed, _BATCH_TOKENS["cpu"]):
@@ -44,10 +52,15 @@ def floor(lm: LanguageModel, examples: ContrastSet) -> Callable[[], None]:
             ids[row, : len(tokens)] = torch.tensor(tokens)
         batches.append(ids)
 
+    def stop(_hidden: torch.Tensor) -> None:
+        raise _Reached
+
     def run() -> None:
-        with torch.inference_mode():
+        hooks = [OutputHook(lm.blocks[last], stop)] if last is not None else []
+        with torch.inference_mode(), hooked(hooks):
             for ids in batches:
-                lm.decoder(input_ids=ids, use_cache=False)
+                with suppress(_Reached):
+                    lm.decoder(input_ids=ids, use_cache=False)
 
     return run
 
@@ -60,16 +73,18 @@ def seconds(work: Callable[[], object]) -> float:
 
 def speed(examples: ContrastSet, rounds: int) -> None:
     lm = load_model()
-    bare = floor(lm, examples)
-    bare()
+    floors = {last: floor(lm, examples, last) for last in {options.get("layers") for options in METHODS.values()}}
+    floors[None]()
     ratios: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(rounds):
         for name, options in METHODS.items():
+            bare = floors[options.get("layers")]
             before = seconds(bare)
-            took = seconds(lambda o=options: build(lm, examples, layers="all", framing="raw", tokens="mean", **o))
+            given = {"layers": "all", "framing": "raw", "tokens": "mean", **options}
+            took = seconds(lambda given=given: build(lm, examples, **given))
             after = seconds(bare)
             ratios[name].append(took / ((before + after) / 2))
-    print(f"{len(examples.positive)} + {len(examples.negative)} texts, all layers, {lm.dtype}; the floor is 1.00")
+    print(f"{len(examples.positive)} + {len(examples.negative)} texts, {lm.dtype}; the floor is 1.00")
     for name, values in ratios.items():
         print(f"  {name:18s} median {statistics.median(values):.2f} x  (min {min(values):.2f}, max {max(values):.2f})")
 
