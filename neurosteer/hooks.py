@@ -87,8 +87,10 @@ def _output_hook(function: Callable[[Tensor], Tensor | None], owner: int) -> Cal
 
 
 def _call_hook(function: Callable[[tuple[Any, ...], dict[str, Any]], None], owner: int) -> Callable[..., Any]:
-    def run(_module: Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    # torch lists a hook a moment before it notes that it wants the named arguments: another thread's call may come in
+    # between and lack them.
+    def run(_module: Module, arguments: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
         if threading.get_ident() == owner:
-            function(arguments, named)
+            function(arguments, named or {})
 
     return run

@@ -11,7 +11,7 @@ from neurosteer.artifacts import Feature, FeatureContext, unit
 from neurosteer.examples import neutral_prompts
 from neurosteer.hooks import OutputHook, hooked
 from neurosteer.models import LanguageModel
-from neurosteer.saes import SparseAutoencoder
+from neurosteer.saes import SparseAutoencoder, has_layer_norm
 
 DESCRIBED = 32
 """How many of an artifact's features, by |weight|, keep their words; the others keep their figures."""
@@ -49,8 +49,8 @@ def describe_features(
 
 
 def promoted_tokens(lm: LanguageModel, direction: Tensor, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The tokens whose logits `direction` `[d_model]` raises and lowers most, through the final norm's gain and the
-    unembedding (the logit lens)."""
+    """The tokens whose logits `direction` `[d_model]` raises and lowers most, through the final norm's gain (after what
+    a LayerNorm does to the mean) and the unembedding (the logit lens)."""
     logits = _through_unembedding(lm, direction[None])[0]
     raised, lowered = logits.topk(count).indices.tolist(), (-logits).topk(count).indices.tolist()
     return tuple(_token_text(lm, token) for token in raised), tuple(_token_text(lm, token) for token in lowered)
@@ -104,7 +104,10 @@ def _through_unembedding(lm: LanguageModel, directions: Tensor) -> Tensor:
     weight = lm.final_norm.weight.detach().float()  # type: ignore[union-attr,operator]
     gain = 1 + weight if type(lm.final_norm).__name__.startswith("Gemma") else weight
     head = lm.model.get_output_embeddings().weight.detach()
-    return (directions.to(head.device).float() * gain.to(head.device)).to(head.dtype).matmul(head.T).float()
+    directions = directions.to(head.device).float()
+    if has_layer_norm(lm):
+        directions = directions - directions.mean(-1, keepdim=True)
+    return (directions * gain.to(head.device)).to(head.dtype).matmul(head.T).float()
 
 
 def _contexts(
@@ -123,7 +126,8 @@ def _contexts(
             break
         item = frame_texts(lm, [texts[int(statistics.text_of[feature.index, place])]], request)[0]
         own, token = item.ids[item.start :], int(statistics.token_of[feature.index, place])
-        parts = own[max(0, token - _BEFORE) : token], own[token : token + 1], own[token + 1 : token + 1 + _AFTER]
+        begins = 1 if own[:1] == [lm.tokenizer.bos_token_id] else 0
+        parts = own[max(begins, token - _BEFORE) : token], own[token : token + 1], own[token + 1 : token + 1 + _AFTER]
         before, at, after = (lm.tokenizer.decode(part)[:1000] for part in parts)
         found.append(FeatureContext(before, at, after, strength))
     return tuple(found)

@@ -7,13 +7,14 @@ the same weights.
 """
 
 import csv
+import hashlib
 import json
 import math
 import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from sae_lens.training.sae_trainer import SAETrainer
 
 _STATE_FOLDER, _STATE_FILE, _TEXTS_AT_ONCE = ".training", "state.json", 200
+_MAX_TEXT = 1 << 24  # characters in a table's cell; the csv module's own limit is 131,072
 _THRESHOLD_RATE = 0.02
+CROSS_ENTROPY_TOKENS, _MEASURED_AT_ONCE = 20_000, 1024
 
 
 @dataclass(frozen=True)
@@ -136,28 +139,34 @@ def measure_sae(
     sae: SparseAutoencoder,
     framed: Sequence[FramedText],
     *,
-    cross_entropy_tokens: int = 20_000,
+    cross_entropy_tokens: int = CROSS_ENTROPY_TOKENS,
     cancel: threading.Event | None = None,
 ) -> SaeMeasures:
     """Measure an SAE on texts it was not trained on."""
-    rows = read_tokens(lm, framed, [sae.layer], cancel=cancel)[sae.layer]
-    mean = rows.float().mean(0)
-    error, total, active, fired = 0.0, 0.0, 0.0, torch.zeros(sae.n_features, dtype=torch.bool, device=rows.device)
-    for chunk in rows.split(min(sae.chunk_rows(), 8192)):
-        features, plain = sae.encode(chunk), _as_read(sae, chunk)
-        error += float((plain - sae.decode(features)).square().sum())
-        total += float((plain - _as_read(sae, mean)).square().sum())
-        active += float((features > 0).sum())
-        fired |= (features > 0).any(0)
-    recovered, n_tokens = _cross_entropy_recovered(lm, sae, framed, mean, cross_entropy_tokens, cancel)
-    return SaeMeasures(
-        explained_variance=1 - error / total,
-        l0=active / len(rows),
-        dead=1 - float(fired.float().mean()),
-        cross_entropy_recovered=recovered,
-        n_tokens=len(rows),
-        n_tokens_cross_entropy=n_tokens,
-    )
+    return measure_saes(lm, [sae], framed, cross_entropy_tokens=cross_entropy_tokens, cancel=cancel)[0]
+
+
+def measure_saes(
+    lm: LanguageModel,
+    saes: Sequence[SparseAutoencoder],
+    framed: Sequence[FramedText],
+    *,
+    cross_entropy_tokens: int = CROSS_ENTROPY_TOKENS,
+    cancel: threading.Event | None = None,
+) -> list[SaeMeasures]:
+    """Measure SAEs at different layers together, on texts they were not trained on."""
+    rows = _read_groups(lm, framed, [sae.layer for sae in saes], cancel)
+    means = [rows[sae.layer].float().mean(0) for sae in saes]
+    recovered, n_tokens = _cross_entropy_recovered(lm, saes, framed, means, cross_entropy_tokens, cancel)
+    return [
+        SaeMeasures(
+            *_reconstruction(sae, rows[sae.layer], mean),
+            cross_entropy_recovered=share,
+            n_tokens=len(rows[sae.layer]),
+            n_tokens_cross_entropy=n_tokens,
+        )
+        for sae, mean, share in zip(saes, means, recovered, strict=True)
+    ]
 
 
 def measures_of(folder: Path) -> dict[str, float]:
@@ -170,19 +179,30 @@ def measures_of(folder: Path) -> dict[str, float]:
 
 def _texts_of(path: Path) -> Iterator[TrainingText]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
-                yield from (TrainingText(row["text"], row.get("prompt") or None) for row in csv.DictReader(file))
+                yield from _texts_of_table(path, csv.DictReader(file))
                 return
             for number, line in enumerate(file, 1):
                 if path.suffix != ".jsonl":
                     yield TrainingText(line.strip())
                 elif line.strip():
                     yield _text_of_line(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read ({error}); give UTF-8 files of texts.") from error
-    except KeyError:
-        raise UsageError(f"{path} has no column 'text'.") from None
+
+
+def _texts_of_table(path: Path, rows: "csv.DictReader[str]") -> Iterator[TrainingText]:
+    limit = csv.field_size_limit(_MAX_TEXT)
+    try:
+        if "text" not in (rows.fieldnames or ()):
+            raise UsageError(f"{path} has no column 'text'.")
+        for row in rows:
+            if row["text"] is None:
+                raise UsageError(f"{path}, line {rows.line_num} has fewer columns than the first line.")
+            yield TrainingText(row["text"], row.get("prompt") or None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _text_of_line(line: str, where: str) -> TrainingText:
@@ -205,6 +225,7 @@ class _Corpus:
     def __init__(self, lm: LanguageModel, texts: Sequence[TrainingText], options: TrainingOptions) -> None:
         self.lm, self.options = lm, options
         self.texts = list(texts)
+        self.sha256 = hashlib.sha256(json.dumps([astuple(item) for item in texts]).encode()).hexdigest()
         random.Random(options.seed).shuffle(self.texts)
         self.held_out: list[FramedText] = []
         first, kept = 0, 0
@@ -222,13 +243,16 @@ class _Corpus:
     def take(self, position: int, tokens: int) -> tuple[list[FramedText], int]:
         """Texts from `position` on with about `tokens` tokens, and the position after them."""
         taken: list[FramedText] = []
-        count, length = 0, len(self.texts) - self.first
+        count, seen, length = 0, 0, len(self.texts) - self.first
         while count < tokens:
             step = range(position, position + min(_TEXTS_AT_ONCE, length))
             framed = self._frame([self.first + place % length for place in step])
             taken += framed
             count += sum(len(item.ids) - item.start for item in framed)
             position += len(step)
+            seen += len(step)
+            if not taken and seen >= length:
+                raise UsageError(f"{length} texts beside those held out are too short to train on; give more texts.")
         return taken, position
 
     def _frame(self, places: Sequence[int]) -> list[FramedText]:
@@ -280,12 +304,12 @@ class _Run:
         self.position, self.chunks, self.tokens = position, self.chunks + 1, self.tokens + count
 
     def finish(self, progress: Progress, cancel: threading.Event | None) -> dict[int, Path]:
-        folders = {}
-        for layer, trainer in self.trainers.items():
-            progress(f"Measuring the SAE of layer {layer}")
-            folders[layer] = _write_sae(self, layer, trainer)
-            measures = measure_sae(self.lm, load_sae(self.lm, folders[layer]), self.corpus.held_out, cancel=cancel)
-            _write_measures(folders[layer], measures, self.options)
+        folders = {layer: _write_sae(self, layer, trainer) for layer, trainer in self.trainers.items()}
+        progress("Measuring on held-out text")
+        saes = [load_sae(self.lm, folder) for folder in folders.values()]
+        measured = measure_saes(self.lm, saes, self.corpus.held_out, cancel=cancel)
+        for folder, measures in zip(folders.values(), measured, strict=True):
+            _write_measures(folder, measures, self.options)
         shutil.rmtree(self.folder / _STATE_FOLDER, ignore_errors=True)
         return folders
 
@@ -297,6 +321,7 @@ class _Run:
             "model": self.lm.fingerprint,
             "layers": list(self.trainers),
             "texts": len(self.corpus.texts),
+            "texts' contents": self.corpus.sha256,
             "options": {**asdict(self.options), "framings": list(self.options.framings)},
         }
 
@@ -318,7 +343,7 @@ class _Run:
             return
         state = json.loads((kept / _STATE_FILE).read_text(encoding="utf-8"))
         mine = self.identity()
-        different = [key for key in mine if state.get(key) != mine[key]]
+        different = [key for key in mine if state.get(key, mine[key]) != mine[key]]
         if different:
             raise UsageError(
                 f"{self.folder} holds another training's state (its {' and '.join(different)} differ); "
@@ -336,7 +361,6 @@ def _trainer(lm: LanguageModel, options: TrainingOptions, layer: int) -> "SAETra
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.manual_seed(options.seed)
     metadata = SAEMetadata(
         model_name=lm.name,
         model_revision=lm.revision,
@@ -344,19 +368,20 @@ def _trainer(lm: LanguageModel, options: TrainingOptions, layer: int) -> "SAETra
         hook_name=f"blocks.{layer}.hook_resid_post",
         prepend_bos=False,
     )
-    sae = BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(
-            d_in=lm.shape.d_model,
-            d_sae=options.features,
-            k=options.active,
-            topk_threshold_lr=_THRESHOLD_RATE,
-            decoder_init_norm=0.1,
-            normalize_activations="expected_average_only_in",
-            apply_b_dec_to_input=True,
-            device=str(lm.device),
-            metadata=metadata,
-        )
+    sae_config = BatchTopKTrainingSAEConfig(
+        d_in=lm.shape.d_model,
+        d_sae=options.features,
+        k=options.active,
+        topk_threshold_lr=_THRESHOLD_RATE,
+        decoder_init_norm=0.1,
+        normalize_activations="expected_average_only_in",
+        apply_b_dec_to_input=True,
+        device=str(lm.device),
+        metadata=metadata,
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        sae = BatchTopKTrainingSAE(sae_config)
     steps = max(1, math.ceil(options.tokens / options.batch_tokens))
     config = SAETrainerConfig(
         total_training_samples=steps * options.batch_tokens,
@@ -443,6 +468,18 @@ The sequence's first token was never read: the SAE does not reconstruct it.
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
+def _reconstruction(sae: SparseAutoencoder, rows: Tensor, mean: Tensor) -> tuple[float, float, float]:
+    """Explained variance, active features per token, share of features that never fire."""
+    error, total, active, fired = 0.0, 0.0, 0.0, torch.zeros(sae.n_features, dtype=torch.bool, device=rows.device)
+    for chunk in rows.split(min(sae.chunk_rows(), 8192)):
+        features, plain = sae.encode(chunk), _as_read(sae, chunk)
+        error += float((plain - sae.decode(features)).square().sum())
+        total += float((plain - _as_read(sae, mean)).square().sum())
+        active += float((features > 0).sum())
+        fired |= (features > 0).any(0)
+    return 1 - error / total, active / len(rows), 1 - float(fired.float().mean())
+
+
 def _as_read(sae: SparseAutoencoder, rows: Tensor) -> Tensor:
     rows = rows.float()
     return rows - rows.mean(-1, keepdim=True) if sae.centred else rows
@@ -450,43 +487,67 @@ def _as_read(sae: SparseAutoencoder, rows: Tensor) -> Tensor:
 
 def _cross_entropy_recovered(
     lm: LanguageModel,
-    sae: SparseAutoencoder,
+    saes: Sequence[SparseAutoencoder],
     framed: Sequence[FramedText],
-    mean: Tensor,
+    means: Sequence[Tensor],
     at_most: int,
     cancel: threading.Event | None,
-) -> tuple[float, int]:
-    """One text at a time: as it is, with the stream replaced by its reconstruction, and by its mean."""
-
-    def reconstructed(hidden: Tensor) -> Tensor:
-        rebuilt = sae.decode(sae.encode(hidden))
-        return rebuilt + hidden.float().mean(-1, keepdim=True) if sae.centred else rebuilt
-
-    changes: list[Callable[[Tensor], Tensor] | None] = [None, reconstructed, lambda hidden: mean.expand_as(hidden)]
-    sums, count = [0.0, 0.0, 0.0], 0
+) -> tuple[list[float], int]:
+    """Of each SAE; every batch of texts runs as it is, then with the stream replaced by its reconstruction, and by its
+    mean. The count is of the tokens predicted."""
+    texts, count = [], 0
     for item in framed:
         if count >= at_most:
             break
-        check_cancelled(cancel, "Measuring")
-        losses = [_loss(lm, item, sae.layer, change) for change in changes]
-        sums = [total + loss for total, loss in zip(sums, losses, strict=True)]
+        texts.append(item)
         count += len(item.ids) - 1 - max(1, item.start)
-    plain, rebuilt, ablated = sums
-    return (ablated - rebuilt) / (ablated - plain), count
+    plain, rebuilt, ablated = 0.0, [0.0] * len(saes), [0.0] * len(saes)
+    for batch in _batches_of(sorted(texts, key=lambda item: len(item.ids))):
+        check_cancelled(cancel, "Measuring")
+        plain += _loss(lm, batch, 0, None)
+        for place, (sae, mean) in enumerate(zip(saes, means, strict=True)):
+            rebuilt[place] += _loss(lm, batch, sae.layer, lambda hidden, sae=sae: _reconstructed(sae, hidden))
+            ablated[place] += _loss(lm, batch, sae.layer, lambda hidden, mean=mean: mean.expand_as(hidden))
+    return [
+        (none - new) / (none - plain) if none != plain else 0.0 for none, new in zip(ablated, rebuilt, strict=True)
+    ], count
 
 
-def _loss(lm: LanguageModel, item: FramedText, layer: int, change: Callable[[Tensor], Tensor] | None) -> float:
-    """Summed cross-entropy (nats) of what follows the text's own tokens, the stream of those tokens being changed."""
-    first = max(1, item.start)
+def _reconstructed(sae: SparseAutoencoder, hidden: Tensor) -> Tensor:
+    rebuilt = sae.decode(sae.encode(hidden))
+    return rebuilt + hidden.float().mean(-1, keepdim=True) if sae.centred else rebuilt
+
+
+def _batches_of(texts: Sequence[FramedText]) -> Iterator[list[FramedText]]:
+    batch: list[FramedText] = []
+    for item in texts:
+        if batch and (len(batch) + 1) * len(item.ids) > _MEASURED_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _loss(
+    lm: LanguageModel, batch: Sequence[FramedText], layer: int, change: Callable[[Tensor], Tensor] | None
+) -> float:
+    """Summed cross-entropy (nats) of what follows the texts' own tokens, the stream of those tokens being changed.
+
+    Rows are padded on the right, where a causal model does not look from any token that counts.
+    """
+    width = max(len(item.ids) for item in batch)
+    ids = torch.full((len(batch), width), lm.pad_id)
+    own = torch.zeros((len(batch), width), dtype=torch.bool)
+    for row, item in enumerate(batch):
+        ids[row, : len(item.ids)] = torch.tensor(item.ids)
+        own[row, max(1, item.start) : len(item.ids)] = True
+    ids, own = ids.to(lm.device), own.to(lm.device)
+    predicting = own[:, :-1] & own[:, 1:]
 
     def replaced(hidden: Tensor) -> Tensor | None:
-        if change is None:
-            return None
-        hidden = hidden.clone()
-        hidden[:, first:] = change(hidden[:, first:]).to(hidden.dtype)
-        return hidden
+        return None if change is None else torch.where(own[..., None], change(hidden).to(hidden.dtype), hidden)
 
-    ids = torch.tensor([item.ids], device=lm.device)
     with torch.inference_mode(), hooked([OutputHook(lm.blocks[layer], replaced)]):
-        logits = lm.model(input_ids=ids, use_cache=False).logits[0, first:-1].float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[0, first + 1 :], reduction="sum"))
+        logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1][predicting].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:][predicting], reduction="sum"))

@@ -347,7 +347,7 @@ def _described(lm: LanguageModel, name: str, metadata: Mapping[str, Any], rows: 
         decoder=rows.decoder,
         encode_rows=rows.encode,
         decode_rows=rows.decode,
-        centred=bool(options.get("center_writing_weights")) and _has_layer_norm(lm),
+        centred=bool(options.get("center_writing_weights")) and has_layer_norm(lm),
         prepend_bos=bool(metadata.get("prepend_bos", False)),
         neuronpedia=metadata.get("neuronpedia_id") or None,
         kind=rows.kind,
@@ -378,8 +378,9 @@ def _fitting(lm: LanguageModel) -> str:
     return f"For {lm.name} there are {', '.join(fitting)}." if fitting else f"The catalog names none for {lm.name}."
 
 
-def _has_layer_norm(lm: LanguageModel) -> bool:
-    """TransformerLens centres only where a LayerNorm, which does not see the mean, reads the residual stream."""
+def has_layer_norm(lm: LanguageModel) -> bool:
+    """Whether what reads the residual stream is a LayerNorm, which does not see its mean over `d_model`: only there
+    does TransformerLens centre."""
     return "LayerNorm" in type(lm.final_norm).__name__
 
 

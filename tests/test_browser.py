@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from neurosteer.artifacts import Feature, FeatureContext
 from neurosteer.catalog import default_model
 from neurosteer.errors import NeuroSteerError
 from neurosteer.sources import locate
-from neurosteer.storage import unpack
+from neurosteer.storage import pack, unpack
 
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 
@@ -206,6 +208,63 @@ def test_what_visitors_and_models_write_is_shown_as_it_is(page: Any) -> None:
     for side in ("unsteered", "steered"):
         assert HOSTILE in page.locator(f"#{side}-chat").inner_text()
     assert page.locator("img[src=x]").count() == 0
+
+
+def test_readable_features_are_listed_and_steer(page: Any) -> None:
+    page.get_by_label("sae:").check()
+    page.locator("#build").click()
+    features = page.locator("#features")
+    features.get_by_role("table").wait_for()
+    assert "sentiment-sae is ready: a steering vector at layer" in page.locator("#built").inner_text()
+    assert features.get_by_role("rowheader").count() == 12
+    assert "of its 64 features that weigh most" in features.inner_text()
+    places = features.locator("details").first
+    assert not places.locator("mark").first.is_visible()
+    places.locator("summary").click()
+    places.locator("mark").first.wait_for()
+
+    page.locator("#try-it").click()
+    page.locator("#about summary").first.click()
+    assert page.locator("#about").get_by_role("rowheader").count() == 12
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#about").get_by_role("rowheader").count() == 12  # a list to the eye, a table still
+    page.locator("#run").click()
+    watch_both(page, enough=10_000)
+    assert text_of(page, "unsteered") != text_of(page, "steered")
+
+
+def test_an_uploaded_slider_tells_what_it_is_made_of_and_what_it_shares_with_another(page: Any, tmp_path: Path) -> None:
+    page.get_by_role("tab", name="Steer").click()
+    page.locator("#build-example").click()
+    page.locator("#mix-note").get_by_text("press Run").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").first.click()
+    own: Any = unpack(Path(download.value.path()))
+    place = FeatureContext(HOSTILE, HOSTILE, "W" * 300, 1.0)
+    feature = Feature(
+        own.layers[0], 7, 1.0, 1.0, (0.2, 0.1), (1.0, 1.0), promoted=(HOSTILE, "W" * 300), contexts=(place,)
+    )
+    turned = {layer: direction + direction.roll(1) for layer, direction in own.directions.items()}
+    other = replace(own, name="other", description=HOSTILE, directions=turned, features=(feature,))
+    (tmp_path / "other.zip").write_bytes(pack(other))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#upload").click()
+    chooser.value.set_files(tmp_path / "other.zip")
+    page.locator("#overlap").get_by_text("sentiment-caa and other: overlap 0.").wait_for()
+
+    page.get_by_text("About other").click()
+    page.locator("#about").get_by_text("Where it fires most").click()
+    shown = page.locator("#about").inner_text()
+    assert shown.count(HOSTILE) == 4 and page.locator("img[src=x]").count() == 0
+    assert page.locator("#about mark").inner_text() == HOSTILE
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+    page.get_by_label("Remove the overlap").check()
+    page.locator("#run").click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    assert text_of(page, "unsteered") != text_of(page, "steered")
 
 
 def test_the_page_fits_a_phone(page: Any) -> None:

@@ -113,7 +113,7 @@ def feature(index: int = 7, **given: Any) -> Feature:
         "means_active": (2.0, 1.0),
         "promoted": (" glad", " happy"),
         "suppressed": (" sad",),
-        "contexts": (FeatureContext("what a ", "lovely", " day", 3.0),),
+        "contexts": (FeatureContext("what a", " lovely", " day", 3.0),),
     }
     return Feature(index=index, **{**plain, **given})
 
@@ -263,7 +263,7 @@ def test_the_strongest_features_are_a_table_with_rates_words_places_and_a_link()
     link = "https://neuronpedia.org/gpt2-small/8-res-jb/8"
     features = (feature(7), feature(8, weight=-2.0, rates=(0.01, 0.2), link=link))
     html = render.made_of(make_vector((1,), features=features))
-    assert "<caption>Its 2 features</caption>" in html
+    assert "<caption>Its 2 features <" in html
     first, second = re.findall("<tr role='row'><th scope='row' role='rowheader'>.*?</tr>", html)
     assert "#8 <a" in first and f"href='{link}' target='_blank' rel='noopener noreferrer'" in first
     assert "texts that don’t" in first and "1.0% vs 20.0%" in first and "−2<" in first and "--share:100%" in first
@@ -283,7 +283,7 @@ def test_only_the_strongest_features_of_many_are_shown_and_their_number_told() -
 def test_every_cell_of_the_features_says_what_it_is_where_the_headings_are_not_seen() -> None:
     html = render.made_of(make_vector((1,), features=(feature(),)))
     heads = re.findall("<th scope='col' role='columnheader'>(.*?)</th>", html)
-    assert heads[1:] == re.findall("<td role='cell' data-label='(.*?)'>", html) and len(heads) == 5
+    assert heads[1:-1] == re.findall("<td role='cell' data-label='(.*?)'>", html) and len(heads) == 5
 
 
 @pytest.mark.parametrize("artifact", [make_vector(), make_circuit()])

@@ -114,8 +114,9 @@ def _probe_weights(statistics: FeatureStatistics, n_positive: int) -> Tensor:
     matrix = csr_matrix(
         (rows.values.numpy(), rows.features.numpy(), rows.starts.numpy()), shape=(len(rows.starts) - 1, width)
     )
-    labels = np.arange(matrix.shape[0]) < n_positive
-    spread = np.sqrt(np.maximum(matrix.power(2).mean(0).A1 - matrix.mean(0).A1 ** 2, 0.0))
+    labels = np.arange(len(rows.starts) - 1) < n_positive
+    mean, mean_square = (np.asarray(m.mean(0)).ravel() for m in (matrix, matrix.multiply(matrix)))
+    spread = np.sqrt(np.maximum(mean_square - mean**2, 0.0))
     scaled = matrix.multiply(1 / np.maximum(spread, spread.mean() * 1e-3 + 1e-12)).tocsr()
     held_out = np.arange(len(labels)) % 5 == 0
     best, weights = -math.inf, np.zeros(width)
@@ -123,7 +124,9 @@ def _probe_weights(statistics: FeatureStatistics, n_positive: int) -> Tensor:
         probe = LogisticRegression(l1_ratio=1.0, solver="liblinear", C=share / 100, random_state=0)
         right = probe.fit(scaled[~held_out], labels[~held_out]).score(scaled[held_out], labels[held_out])
         if right > best:
-            best, weights = right, probe.fit(scaled, labels).coef_[0]
+            found = probe.fit(scaled, labels).coef_[0]
+            if found.any():  # a penalty that leaves no feature can be right by chance
+                best, weights = right, found
     return torch.from_numpy(weights.astype(np.float64))
 
 
@@ -134,9 +137,12 @@ def _strongest(scores: Tensor, parameters: Mapping[str, Any]) -> Tensor:
     values, places = ranked.topk(min(count, len(ranked)))
     places = places[values > 0]
     if not len(places):
-        raise UsageError(
-            "No feature fires more on one class than on the other; are the two sets of examples different?"
+        sides = (
+            "the positive texts than on the negative"
+            if parameters["sides"] == "positive"
+            else "one class than the other"
         )
+        raise UsageError(f"No feature fires more on {sides}; are the two sets of examples different?")
     return places
 
 

@@ -101,7 +101,7 @@ def unchanged() -> list[Any]:
 
 
 def lay_out(shelf: gr.State, empty: gr.Column) -> Mixer:
-    """The dropdown and the rows of sliders, within the current layout."""
+    """The dropdown and the rows of sliders, within the current layout; `about` is for its owner to render."""
     chosen = gr.Dropdown(
         [],
         value=[],
@@ -137,6 +137,6 @@ def lay_out(shelf: gr.State, empty: gr.Column) -> Mixer:
         visible=False,
         elem_id="apart",
     )
-    about = gr.HTML(elem_id="about", elem_classes="ns-flush")
+    about = gr.HTML(elem_id="about", elem_classes="ns-flush", render=False)
     several = (tuple(rows), tuple(sliders), tuple(downloads))
     return Mixer(shelf, gr.State([]), empty, chosen, *several, overlap, apart, about)

@@ -23,9 +23,10 @@ _PLOT_HELP = (
 )
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 160
 _FEATURES_HELP = (
-    "As the model reads, it notices patterns: topics, tones, turns of phrase. Each feature is one of them, and turning "
-    "the slider up turns the features with a weight above 0 up and the others down."
+    "As it reads, the model notices patterns, such as topics, tones and turns of phrase; each feature is one of them, "
+    "and turning the slider up turns those with a weight above 0 up and the others down."
 )
+_RATES_HELP = "How often one fires is a share of the tokens (words and parts of words) in the texts."
 _QUOTES_HELP = "The quotes are from the texts it was built from, and go with it when it is downloaded."
 _ALIKE = ((0.1, ""), (0.4, "a little "), (0.8, "partly "), (0.99, "mostly "))
 _ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white and on dark grey
@@ -266,7 +267,7 @@ def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) 
 
 # --- features --------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("Feature", "Found more in", "Fires on tokens: show it vs don’t", "Weight", "Words")
+_COLUMNS = ("Feature", "Found more in", "Fires on: show it vs don’t", "Weight", "Words")
 
 
 def made_of(artifact: "Artifact") -> str:
@@ -284,7 +285,8 @@ def made_of(artifact: "Artifact") -> str:
     rows = "".join(_feature_row(feature, abs(feature.weight) / most, several) for feature in shown)
     return (
         f"<section class='ns-features'><h3>What it is made of</h3><p>{_FEATURES_HELP}</p>"
-        f"<table role='table'><caption>{_feature_count(len(shown), len(features))}</caption>"
+        f"<table role='table'><caption>{_feature_count(len(shown), len(features))} <span class='ns-faint'>"
+        f"{_RATES_HELP}</span></caption>"
         f"<thead role='rowgroup'><tr role='row'>{heads}</tr></thead><tbody role='rowgroup'>{rows}</tbody></table>"
         f"{quotes}</section>"
     )
@@ -306,12 +308,10 @@ def _feature_row(feature: "Feature", share: float, several_layers: bool) -> str:
         f"style='--share:{share:.0%}' aria-hidden='true'></span>"
     )
     words = _words("promotes", feature.promoted) + _words("suppresses", feature.suppressed) + _places(feature.contexts)
-    cells = zip(_COLUMNS[1:], (_side(feature.rates), fires, weight, words), strict=True)
-    return (
-        f"<tr role='row'><th scope='row' role='rowheader'>{name}{link}</th>"
-        + "".join(f"<td role='cell' data-label='{escape(column)}'>{content}</td>" for column, content in cells)
-        + "</tr>"
-    )
+    cells = zip(_COLUMNS[1:], (_side(feature.rates), fires, weight), strict=False)
+    shown = "".join(f"<td role='cell' data-label='{escape(column)}'>{content}</td>" for column, content in cells)
+    head = f"<th scope='row' role='rowheader'>{name}{link}</th>"
+    return f"<tr role='row'>{head}{shown}<td role='cell' class='ns-wide'>{words}</td></tr>"
 
 
 def _neuronpedia(link: str) -> str:
@@ -343,15 +343,17 @@ def _visible(token: str) -> str:
     return word or ("↵" if "\n" in token else "␣")
 
 
-def _seen(token: str) -> str:
-    """A token within its text: as it is, unless it is blank."""
-    return token if token.strip() else _visible(token)
+def _marked(token: str) -> str:
+    """A token within its text: as it is, unless it is blank. A blank before it is not marked."""
+    word = token.lstrip()
+    blank = token[: len(token) - len(word)] if word else ""
+    return f"{escape(blank)}<mark>{escape(word or _visible(token))}</mark>"
 
 
 def _places(contexts: "Sequence[FeatureContext]") -> str:
     """Where a feature fires, strongest first, to be opened."""
     items = "".join(
-        f"<li dir='auto'>{escape(place.before)}<mark>{escape(_seen(place.token))}</mark>{escape(place.after)}</li>"
+        f"<li dir='auto'>{escape(place.before)}{_marked(place.token)}{escape(place.after)}</li>"
         for place in contexts[:SHOWN_PLACES]
     )
     return f"<details><summary>Where it fires most</summary><ul>{items}</ul></details>" if items else ""

@@ -306,6 +306,7 @@ def lay_out(shelf: gr.State) -> SteerTab:
         texts = tuple(_pane(side) for side in SIDES)
     with gr.Row(elem_classes="ns-columns", visible=False) as chat_panes:
         chats = tuple(_chat_pane(side) for side in SIDES)
+    mixer.about.render()
     talk = gr.State(new_talk())
     return SteerTab(
         mixer, example, upload, mix_error, mix_note, mode, prompt, settings, run, stop, clear, error, note,
