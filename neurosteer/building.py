@@ -220,9 +220,10 @@ def _plan(
     parsed = parse_layers(layers, lm.n_layers)
     saes: dict[int, SparseAutoencoder] = {}
     if method.needs_features:
-        saes = _saes(lm, parameters["sae"], None if layers == "all" else parsed, progress)
+        every = isinstance(layers, str) and layers.strip().lower() == "all"
+        saes = _saes(lm, parameters["sae"], None if every else parsed, progress)
         parameters["sae"] = [sae.name for sae in saes.values()]
-        parsed = tuple(saes) if layers == "all" else parsed
+        parsed = tuple(saes) if every else parsed
     if parsed is not None and set(parsed) <= set(parameters.get("skip_layers", ())):
         raise UsageError(f"skip_layers leaves no layer of {_shown(parsed)} to search.")
     as_in_paper = method.needs_neurons and parameters.get("rank") != "write"

@@ -174,7 +174,7 @@ def sae_train(
         return
     table = Table(box=None)
     for heading in ("Layer", "Folder", *_SAE_FIGURES.values()):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, no_wrap=heading != "Folder", overflow="fold")
     for layer, path in folders.items():
         figures = measured[layer]
         table.add_row(str(layer), str(path), *(f"{figures[key]:.3f}" for key in _SAE_FIGURES))

@@ -368,9 +368,10 @@ def naive_output_score(this: Tiny, layer: int, direction: Tensor, norm: float) -
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def placed(logits: Tensor) -> float:
-        best = max(stands_for, key=lambda token: float(logits[token]))
-        rank = sum(float(other) > float(logits[best]) for other in logits)
-        return (1 - rank / len(logits)) * float(torch.softmax(logits.double(), 0)[best])
+        values = logits.tolist()
+        best = max(stands_for, key=lambda token: values[token])
+        rank = sum(value > values[best] for value in values)
+        return (1 - rank / len(values)) * float(torch.softmax(logits.double(), 0)[best])
 
     total = 0.0
     for prompt in neutral_prompts()[:4]:
@@ -568,6 +569,14 @@ def test_among_several_saes_the_layer_that_separates_best_is_taken(llama: Tiny, 
     assert recorded[built.layers[0]] == max(recorded.values())
     caa = build(llama.lm, EXAMPLES, layers=list(LAYERS))
     assert recorded == caa.provenance.separation
+
+
+@pytest.mark.parametrize("layers", ["all", " All ", [1, 2], "1-2"])
+def test_all_layers_are_those_with_an_sae(llama: Tiny, tmp_path: Path, layers: Any) -> None:
+    named = [written(llama, tmp_path, layer) for layer in LAYERS]
+    built = vector(llama.lm, EXAMPLES, sae=named, layers=layers)
+    assert built.layers == list(LAYERS)
+    assert set(build_each(llama.lm, EXAMPLES, method="sae", sae=named, layers=layers)) == set(LAYERS)
 
 
 def test_without_a_name_the_shipped_saes_are_used(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,12 @@ def test_training_that_was_cut_ends_in_the_same_weights_bit_for_bit(
     assert hook_count(llama.model) == 0
     messages: list[str] = []
     found = train_saes(
-        llama.lm, TEXTS, [2, 1], tmp_path / "saes", OPTIONS, progress=lambda message, _=None: messages.append(message)
+        llama.lm,
+        TEXTS,
+        [2, 1],
+        tmp_path / "saes",
+        OPTIONS,
+        progress=lambda message, fraction=None: messages.append(message),
     )
     assert same_saes(found, uninterrupted)
     read = sum(message.startswith("Reading activations") for message in messages)
@@ -308,7 +313,7 @@ def test_the_figures_are_those_of_a_loop(tmp_path: Path, architecture: str, laye
     from sae_lens import SAE
 
     this, centred = tiny(architecture), architecture == "gpt2" and layer == 2
-    about = {"model_from_pretrained_kwargs": {"center_writing_weights": centred}}
+    about = {"model_from_pretrained_kwargs": {"center_writing_weights": True}} if centred else {}
     plain = random_sae(layer, scale=25.0, jumps=True)
     plain = dataclasses.replace(plain, w_dec=plain.w_enc.T.contiguous())  # which explains something
     folder = plain.write(tmp_path / "sae", f"blocks.{layer}.hook_resid_post", metadata=about)
@@ -393,9 +398,9 @@ def test_training_finds_a_planted_dictionary(tmp_path: Path) -> None:
     this, planted = planted_model()
     tokenizer = byte_tokenizer(chat=False)
     rng = np.random.default_rng(0)
-    many = [TrainingText(tokenizer.decode(rng.integers(4, 300, 40).tolist())) for _ in range(600)]
+    many = [TrainingText(str(tokenizer.decode(rng.integers(4, 300, 40).tolist()))) for _ in range(600)]
     options = TrainingOptions(
-        features=32, active=2, tokens=30_000, batch_tokens=128, chunk_tokens=8000, held_out_tokens=1000,
+        features=32, active=2, tokens=30_000, batch_tokens=64, chunk_tokens=8000, held_out_tokens=1000,
         learning_rate=1e-2, max_tokens=64,
     )  # fmt: skip
     untrained = train_saes(this.lm, many, [1], tmp_path / "none", dataclasses.replace(options, tokens=1))
@@ -404,9 +409,12 @@ def test_training_finds_a_planted_dictionary(tmp_path: Path) -> None:
     assert after["explained_variance"] > 0.9 > 0.5 > before["explained_variance"]
     assert after["cross_entropy_recovered"] > 0.9
     assert 1.0 < after["l0"] < 4.0
-    rows = torch.nn.functional.normalize(weights(trained[1])["W_dec"].float(), dim=1)
-    closest = (planted @ rows.T).max(1).values
-    assert float((closest > 0.9).float().mean()) > 0.8, closest
+
+    def closest(folder: Path) -> Tensor:
+        return (planted @ torch.nn.functional.normalize(weights(folder)["W_dec"].float(), dim=1).T).max(1).values
+
+    assert float(closest(trained[1]).min()) > 0.7 and float(closest(trained[1]).median()) > 0.87
+    assert float(closest(untrained[1]).median()) < 0.65  # of some 30 random directions the closest to one
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -500,7 +508,8 @@ def test_no_token_of_a_template_and_no_first_token_is_trained_on(
         other += [raw[:1], answer[: len(start)]]
 
     def nearest(among: list[Tensor]) -> Tensor:
-        return torch.cdist(trained, torch.cat(among)).min(1).values
+        exact: Any = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(trained, torch.cat(among), compute_mode=exact).min(1).values
 
     assert float(nearest(allowed).max()) < 1e-3 < float(nearest(other).min())
 
@@ -691,11 +700,18 @@ def test_the_command_line_prints_a_table_and_takes_a_range_of_layers(
     options = ("--model", model_folder, "--dtype", "float32", "--layers", "0-1", "--framings", "raw,answer", *SMALL)
     ran = run(texts_file, texts_file, *options, "--out", tmp_path / "saes")
     assert ran.code == 0, ran.err
-    lines = ran.out.splitlines()
-    assert "Explained variance" in lines[0] and len(lines) == 3
-    assert [line.split()[0] for line in lines[1:]] == ["0", "1"]
-    measured = measures_of(tmp_path / "saes" / "layer_0")
-    assert f"{measured['explained_variance']:.3f}" in lines[1]
+    heading, *lines = ran.out.splitlines()
+    assert heading.split()[:2] == ["Layer", "Folder"] and "Explained variance" in heading
+    rows: list[list[str]] = []
+    for words in map(str.split, lines):
+        if len(words) == 1:
+            rows[-1][1] += words[0]  # a folder's name may take several lines
+        else:
+            rows.append(words)
+    for layer, row in zip((0, 1), rows, strict=True):
+        folder = tmp_path / "saes" / f"layer_{layer}"
+        figures = [measures_of(folder)[key] for key in ("explained_variance", "l0", "dead", "cross_entropy_recovered")]
+        assert row == [str(layer), str(folder), *(f"{figure:.3f}" for figure in figures)]
     assert config(tmp_path / "saes" / "layer_0")["metadata"]["training"]["framings"] == ["raw", "answer"]
 
 
@@ -709,7 +725,6 @@ def test_the_command_line_prints_a_table_and_takes_a_range_of_layers(
         (("--framings", "raw,chat"), ["chat", "raw, prompt, answer"]),
         (("--learning-rate", "2"), ["learning_rate"]),
         (("--held-out", "1000000"), ["held out", "more texts"]),
-        (("--raw", "--framings", "answer"), ["answer"]),
     ],
 )
 def test_the_command_line_refuses_in_one_line(

@@ -347,6 +347,7 @@ def test_what_is_on_the_shelf_can_be_looked_into() -> None:
     ("cosine", "words"),
     [
         (0.05, "overlap 0.05 at layer 14: they hardly touch each other."),
+        (-0.001, "overlap 0.00 at layer 14"),
         (0.2, "a little the same way"),
         (0.63, "overlap 0.63 at layer 14: they push partly the same way."),
         (-0.9, "overlap −0.90 at layer 14: they push mostly against each other."),
@@ -876,6 +877,13 @@ def test_the_settings_begin_where_the_library_does() -> None:
     defaults = Sampling()
     assert (labelled["Temperature"], labelled["Top-p"]) == (defaults.temperature, defaults.top_p)
     assert (labelled["Seed"], labelled["Greedy"]) == (defaults.seed, defaults.greedy)
+
+
+def test_what_is_hidden_hands_over_text_too() -> None:
+    """The browser fills in an empty box only once it is shown."""
+    page = create_app(holder=Never())
+    hidden = [block for block in page.blocks.values() if isinstance(block, gr.Textbox) and not block.visible]
+    assert len(hidden) >= 3 and all(block.value == "" for block in hidden)
 
 
 def test_every_input_has_a_label() -> None:

@@ -398,7 +398,7 @@ def _settings_inputs() -> tuple[Any, ...]:
             operation = gr.Dropdown(
                 [_AUTOMATIC], value="", label="Operation", info="Scale the neurons, or shift them", visible=False
             )
-            top_k = gr.Textbox(label="Neurons (top_k)", placeholder="automatic", visible=False)
+            top_k = gr.Textbox("", label="Neurons (top_k)", placeholder="automatic", visible=False)
         own = (rank, operation, top_k, *_feature_inputs())
     return name, method, layers, framing, tokens, *own
 
@@ -410,14 +410,16 @@ def _feature_inputs() -> tuple[Any, ...]:
         sides = gr.Dropdown([_AUTOMATIC], value="", label="Sides", info="Whose features are used", visible=False)
     with gr.Row():
         sae = gr.Textbox(
+            "",
             label="SAE",
             info="The sparse autoencoder that knows the features: release/id, or a folder",
-            placeholder="the one that comes with the model",
+            placeholder="the model’s own",
             max_lines=1,
             visible=False,
             elem_id="sae",
         )
         least = gr.Textbox(
+            "",
             label="Least output score (min_output_score)",
             info="Leaves out features that hardly move what is written; takes longer",
             placeholder="none",

@@ -214,7 +214,7 @@ def _overlap(cosines: Mapping[int, float]) -> str:
         return "no overlap, they work at different layers"
     worst = max(cosines, key=lambda layer: abs(cosines[layer]))
     named = sorted(cosines) if len(cosines) <= FEW_LAYERS else [worst]
-    figures = ", ".join(f"{_signed(f'{cosines[layer]:.2f}')} at layer {layer}" for layer in named)
+    figures = ", ".join(f"{_signed(f'{round(cosines[layer], 2) + 0.0:.2f}')} at layer {layer}" for layer in named)
     among = "" if len(named) == len(cosines) else f" (the most of {len(cosines)} layers)"
     return f"overlap {figures}{among}: {_alike(cosines[worst])}"
 
