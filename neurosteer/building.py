@@ -328,7 +328,10 @@ def _choose(
     if plan.layers is not None:
         return plan.layers, plan.reason
     best = max(plan.candidates, key=lambda layer: (separation[layer], _distance(held_out[layer])))
-    among = f"best among layers {plan.candidates[0]} to {plan.candidates[-1]} (AUC {separation[best]:.2f})"
+    first, last = plan.candidates[0], plan.candidates[-1]
+    whole = len(plan.candidates) == last - first + 1 > 1
+    layers = f"{first} to {last}" if whole else ", ".join(map(str, plan.candidates))
+    among = f"best among layers {layers} (AUC {separation[best]:.2f})"
     if plan.method.needs_neurons:
         return tuple(range(best + 1)), f"neurons up to layer {best}, which separates held-out examples {among}"
     return (best,), f"layer {best} separates held-out examples {among}"
