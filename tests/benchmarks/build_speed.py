@@ -1,6 +1,6 @@
 """Build time and peak memory against the floor.
 
-    python tests/benchmarks/build_speed.py [EXAMPLES] [--rounds 3]
+    python tests/benchmarks/build_speed.py [EXAMPLES] [--rounds 3] [--only sae]
     python tests/benchmarks/build_speed.py [EXAMPLES] --memory
 
 The floor is one bare, length-sorted, batched pass of the same tokens through the decoder: no LM head, no hooks. For
@@ -71,13 +71,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def speed(examples: ContrastSet, rounds: int) -> None:
-    lm = load_model()
-    floors = {last: floor(lm, examples, last) for last in {options.get("layers") for options in METHODS.values()}}
-    floors[None]()
-    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
+def speed(examples: ContrastSet, rounds: int, only: str) -> None:
+    lm, methods = load_model(), {name: options for name, options in METHODS.items() if only in name}
+    floors = {last: floor(lm, examples, last) for last in {options.get("layers") for options in methods.values()}}
+    next(iter(floors.values()))()
+    ratios: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
-        for name, options in METHODS.items():
+        for name, options in methods.items():
             bare = floors[options.get("layers")]
             before = seconds(bare)
             given = {"layers": "all", "framing": "raw", "tokens": "mean", **options}
@@ -131,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("examples", nargs="?", default="sentiment")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="methods whose name contains this")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -139,7 +140,7 @@ def main() -> None:
     elif arguments.memory:
         memory(arguments.examples)
     else:
-        speed(read_examples(arguments.examples), arguments.rounds)
+        speed(read_examples(arguments.examples), arguments.rounds, arguments.only)
 
 
 if __name__ == "__main__":
