@@ -91,10 +91,13 @@ class SparseAutoencoder:
         return self.decoder.shape[1]
 
     def encode(self, residual: Tensor) -> Tensor:
-        """Feature activations, float32 `[..., n_features]`, of the model's own residual stream `[..., d_model]`."""
-        rows = residual.reshape(-1, residual.shape[-1]).float()
+        """Feature activations, float32 `[..., n_features]`, of the model's own residual stream `[..., d_model]`.
+
+        A stream in bfloat16 may be multiplied in bfloat16, which it is exact to anyway.
+        """
+        rows = residual.reshape(-1, residual.shape[-1])
         if self.centred:
-            rows = rows - rows.mean(-1, keepdim=True)
+            rows = (rows.float() - rows.float().mean(-1, keepdim=True)).to(rows.dtype)
         return self.encode_rows(rows).reshape(*residual.shape[:-1], self.n_features)
 
     def decode(self, features: Tensor) -> Tensor:
@@ -415,10 +418,16 @@ def _plain(config: Mapping[str, Any], weights: Mapping[str, Tensor], device: tor
     if w_enc.shape != w_dec.T.shape or widths:
         raise ModelError(f"{folder / WEIGHTS_FILE}: the shapes of its tensors do not belong together.")
     # The decoder's bias is taken off the input before encoding, here folded into the encoder's bias.
-    bias = b_enc - b_dec @ w_enc if config.get("apply_b_dec_to_input", True) else b_enc
+    shift = b_dec if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec)
+    bias, half = b_enc - shift @ w_enc, w_enc.to(torch.bfloat16)
 
     def encode(rows: Tensor) -> Tensor:
-        before = torch.addmm(bias, rows.to(device), w_enc)
+        rows = rows.to(device)
+        if rows.dtype == torch.bfloat16:
+            # Taken off first: the product with the mean, which is most of a row, would drown the rest in its rounding.
+            before = ((rows.float() - shift).to(torch.bfloat16) @ half).float().add_(b_enc)
+        else:
+            before = torch.addmm(bias, rows.float(), w_enc)
         return before.masked_fill_(before <= threshold.clamp(min=0), 0.0)
 
     columns = EncoderColumns(w_enc, bias, threshold)
@@ -437,7 +446,7 @@ def _through_sae_lens(sae: Any, device: torch.device) -> _Rows:
 
     @torch.no_grad()
     def encode(rows: Tensor) -> Tensor:
-        features = sae.encode(rows.to(device))
+        features = sae.encode(rows.to(device).float())
         return features.to_dense() if features.is_sparse else features
 
     @torch.no_grad()

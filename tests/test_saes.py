@@ -135,8 +135,10 @@ def test_features_have_the_shape_of_what_they_are_of(llama: Tiny, tmp_path: Path
     residual = residual[1, 2]
     assert sae.decode(sae.encode(residual)).shape == residual.shape
     assert torch.equal(sae.encode(residual.double()), sae.encode(residual))
-    half = residual.to(torch.bfloat16)
-    assert torch.equal(sae.encode(half), sae.encode(half.float()))
+    half = some_rows(200).to(torch.bfloat16)  # may be multiplied in bfloat16, whose rounding is 1 in 256
+    exact = sae.encode(half.float())
+    assert sae.encode(half).dtype == torch.float32
+    assert float((sae.encode(half) - exact).norm() / exact.norm()) < 0.03
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "norm" not in kind and "average" not in kind])
