@@ -260,7 +260,7 @@ def _read(
         prefix, framed = _shared_prefix(lm, list(framed))
     done, to_do = 0, sum(len(item.ids) for item in framed)
     with torch.inference_mode(), hooked(_reading_hooks(lm, sink, residual, neurons)):
-        for indices in _batches(framed, batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
+        for indices in length_batches(framed, batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
             check_cancelled(cancel, "Reading activations")
             _read_batch(lm, sink, framed, indices, prefix)
             done += sum(len(framed[index].ids) for index in indices)
@@ -274,7 +274,14 @@ def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held
     return groups
 
 
-def _batches(framed: Sequence[FramedText], budget: int) -> Iterator[list[int]]:
+class TokenText(Protocol):
+    """Whatever has token ids."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
+def length_batches(framed: Sequence[TokenText], budget: int) -> Iterator[list[int]]:
     """Positions of texts in batches of similar length; a batch, padded, holds at most `budget` tokens."""
     batch: list[int] = []
     for index in sorted(range(len(framed)), key=lambda position: len(framed[position].ids)):

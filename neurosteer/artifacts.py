@@ -198,6 +198,8 @@ class SteeringVector:
     size of the push is `strength × dose × norms[L]` along its unit direction, shared equally by the layers.
     `norms[L]` is the median norm of the residual stream after block L over the texts' tokens.
 
+    `features` are the SAE features that directions were added up from, where they were.
+
     A vector that clamps holds an SAE feature at a value: the direction is the feature's decoder row, whose length
     counts, and `encoders[L]` (there for no other operation) tells how active the feature is.
     """
@@ -289,7 +291,12 @@ class SteeringVector:
     def normalised(self) -> "SteeringVector":
         """The same directions with length 1 at every layer, so that vectors added weigh the same."""
         _check_is_push(self, "normalised")
-        return replace(self, directions={layer: unit(tensor) for layer, tensor in self.directions.items()})
+        lengths = {layer: float(tensor.double().norm()) for layer, tensor in self.directions.items()}
+        return replace(
+            self,
+            directions={layer: unit(tensor) for layer, tensor in self.directions.items()},
+            features=tuple(replace(one, weight=one.weight / lengths.get(one.layer, 1.0)) for one in self.features),
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neurosteer.activations import Tokens
+from neurosteer.activations import Tokens, length_batches
 from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
 from neurosteer.building import HELD_OUT_SHARE, LayerChoice, build_each, parse_layers
 from neurosteer.errors import UsageError
@@ -252,14 +252,7 @@ def _batches(lm: LanguageModel, texts: Sequence[_Text], copies: int) -> Iterator
     kind = lm.device.type if lm.device.type in _BATCH_TOKENS else "cpu"
     vocabulary = lm.model.config.get_text_config().vocab_size
     room = min(_BATCH_TOKENS[kind], _MAX_LOGITS[kind] // vocabulary) // copies
-    batch: list[int] = []
-    for place in sorted(range(len(texts)), key=lambda place: len(texts[place].ids)):
-        if batch and (len(batch) + 1) * len(texts[place].ids) > room:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
+    return length_batches(texts, room)
 
 
 def _batch_log_likelihoods(lm: LanguageModel, texts: Sequence[_Text], recipes: Sequence[Recipe]) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neurosteer.activations import read_tokens
+from neurosteer.activations import length_batches, read_tokens
 from neurosteer.errors import UsageError
 from neurosteer.hooks import OutputHook, hooked
 from neurosteer.models import FRAMINGS, FramedText, Framing, LanguageModel
@@ -502,7 +502,8 @@ def _cross_entropy_recovered(
         texts.append(item)
         count += len(item.ids) - 1 - max(1, item.start)
     plain, rebuilt, ablated = 0.0, [0.0] * len(saes), [0.0] * len(saes)
-    for batch in _batches_of(sorted(texts, key=lambda item: len(item.ids))):
+    for places in length_batches(texts, _MEASURED_AT_ONCE):
+        batch = [texts[place] for place in places]
         check_cancelled(cancel, "Measuring")
         plain += _loss(lm, batch, 0, None)
         for place, (sae, mean) in enumerate(zip(saes, means, strict=True)):
@@ -516,17 +517,6 @@ def _cross_entropy_recovered(
 def _reconstructed(sae: SparseAutoencoder, hidden: Tensor) -> Tensor:
     rebuilt = sae.decode(sae.encode(hidden))
     return rebuilt + hidden.float().mean(-1, keepdim=True) if sae.centred else rebuilt
-
-
-def _batches_of(texts: Sequence[FramedText]) -> Iterator[list[FramedText]]:
-    batch: list[FramedText] = []
-    for item in texts:
-        if batch and (len(batch) + 1) * len(item.ids) > _MEASURED_AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 def _loss(

@@ -19,6 +19,7 @@ from neurosteer import storage
 from neurosteer.artifacts import (
     Artifact,
     Calibration,
+    Feature,
     ModelReference,
     NeuronCircuit,
     Provenance,
@@ -684,3 +685,12 @@ def test_a_zip_made_by_hand_of_the_bare_files_or_by_another_tool_unpacks(tmp_pat
 
 def test_a_model_reference_is_plain_data() -> None:
     assert ModelReference("a", None, 1, 2, 3, "f") == ModelReference("a", None, 1, 2, 3, "f")
+
+
+def test_a_features_weight_follows_the_length_of_its_direction() -> None:
+    one = make_vector((1,))
+    feature = Feature(layer=1, index=3, weight=0.5, score=1.0, rates=(0.2, 0.1), means_active=(1.0, 1.0))
+    vector = replace(one, features=(feature,))
+    length = float(torch.linalg.vector_norm(one.directions[1]))
+    assert (vector * -2.0).features[0].weight == -1.0
+    assert vector.normalised().features[0].weight == pytest.approx(0.5 / length)

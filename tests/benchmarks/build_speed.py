@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from neurosteer.activations import _BATCH_TOKENS, MAX_TOKENS, _batches
+from neurosteer.activations import _BATCH_TOKENS, MAX_TOKENS, length_batches
 from neurosteer.building import build
 from neurosteer.examples import ContrastSet, read_examples
 from neurosteer.hooks import OutputHook, hooked
@@ -45,7 +45,7 @@ def floor(lm: LanguageModel, examples: ContrastSet, last: int | None = None) -> 
     """The bare pass over the texts' tokens (up to the block `last`), tokenised and batched beforehand."""
     framed = lm.frame([*examples.positive, *examples.negative], "raw", max_tokens=MAX_TOKENS)
     batches = []
-    for indices in _batches(framed, _BATCH_TOKENS["cpu"]):
+    for indices in length_batches(framed, _BATCH_TOKENS["cpu"]):
         batch = [framed[index].ids for index in indices]
         ids = torch.full((len(batch), max(map(len, batch))), lm.pad_id)
         for row, tokens in enumerate(batch):
