@@ -147,6 +147,10 @@ class LanguageModel:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         return self._ids(self._render(messages), special=False)
 
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text by itself, without special tokens."""
+        return self._ids(text, special=False)
+
     def frame(
         self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[str] | None = None
     ) -> list[FramedText]:
