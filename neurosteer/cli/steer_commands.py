@@ -1,0 +1,254 @@
+"""The verbs that write texts under artifacts: at given strengths, or at several."""
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neurosteer.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    GreedyOption,
+    JsonOption,
+    MaxNewTokensOption,
+    ModelOption,
+    OrthogonaliseOption,
+    PenaltyOption,
+    PositionsOption,
+    RawOption,
+    RevisionOption,
+    SamplesOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
+    UseOption,
+    load,
+)
+from neurosteer.cli.output import err, out, print_json, progress_line
+from neurosteer.errors import UsageError
+from neurosteer.progress import Progress
+
+if TYPE_CHECKING:
+    from neurosteer.combining import Overlap
+    from neurosteer.models import LanguageModel
+    from neurosteer.recipes import Recipe, Use
+    from neurosteer.references import FeatureUse
+    from neurosteer.steering import Row
+
+
+def steer(
+    use: UseOption,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="May be given more than once.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
+    samples: SamplesOption = 1,
+    max_new_tokens: MaxNewTokensOption = 64,
+    greedy: GreedyOption = False,
+    temperature: TemperatureOption = 0.8,
+    top_p: TopPOption = 0.95,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    positions: PositionsOption = "all",
+    orthogonalise: OrthogonaliseOption = False,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    raw: RawOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write texts under one or more artifacts at their strengths."""
+    from neurosteer.decoding import Sampling
+    from neurosteer.recipes import UNSTEERED
+    from neurosteer.steering import Row, Session
+
+    uses = _uses(use)
+    texts = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise UsageError("There is no prompt; give --prompt TEXT or --prompts FILE.")
+    sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "positions": positions, "raw": raw}
+    with progress_line() as progress:
+        lm = load(model or _model_of(uses), revision, device, dtype, progress)
+        recipe, strength = _recipe(uses, lm, progress)
+    recipe, overlaps = _combined(recipe, orthogonalise)
+    steered = [Row(text, recipe, sample, strength) for text in texts for sample in range(samples)]
+    rows = [*(Row(row.prompt, UNSTEERED, row.sample) for row in steered if compare), *steered]
+    _print_overlaps(overlaps)
+    started = time.perf_counter()
+    if len(rows) == 1 and not as_json:
+        _print_stream(Session(lm), rows, options)
+        return
+    with progress_line() as progress:
+        written = Session(lm).generate(rows, progress=progress, **options)
+    _print_rows(lm, written, time.perf_counter() - started, as_json, overlaps)
+
+
+def sweep(
+    use: UseOption,
+    strengths: Annotated[str, typer.Option("--strengths", help="Numbers parted by commas.")] = "-2,-1,0,1,2",
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A text file, one prompt a line; 16 neutral ones when left out.")
+    ] = None,
+    samples: SamplesOption = 1,
+    max_new_tokens: MaxNewTokensOption = 30,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for generations.csv.")] = None,
+    greedy: GreedyOption = False,
+    temperature: TemperatureOption = 0.8,
+    top_p: TopPOption = 0.95,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    positions: PositionsOption = "all",
+    orthogonalise: OrthogonaliseOption = False,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    raw: RawOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the same prompts at several strengths (factors on the strengths given with --use)."""
+    from neurosteer.decoding import Sampling
+    from neurosteer.examples import sweep_prompts
+    from neurosteer.steering import Session
+
+    values = _floats(strengths, "--strengths")
+    uses = _uses(use)
+    texts = _read_prompts(prompts) if prompts else list(sweep_prompts())
+    sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
+    with progress_line() as progress:
+        lm = load(model or _model_of(uses), revision, device, dtype, progress)
+        recipe, overlaps = _combined(_recipe(uses, lm, progress)[0], orthogonalise)
+        started = time.perf_counter()
+        rows = Session(lm).sweep(
+            recipe, values, texts, samples=samples, max_new_tokens=max_new_tokens, sampling=sampling,
+            positions=positions, raw=raw, progress=progress,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    _print_overlaps(overlaps)
+    if folder is not None:
+        _write_generations(rows, folder)
+    if as_json or folder is None:
+        _print_rows(lm, rows, seconds, as_json, overlaps)
+    else:
+        out.print(f"Wrote {len(rows)} texts to {folder / 'generations.csv'} in {seconds:.1f} s.")
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _uses(texts: Sequence[str]) -> "list[Use | FeatureUse]":
+    """What --use names: mistakes show before the model is loaded; features of SAEs are looked up after."""
+    from neurosteer.references import parse_use
+
+    return [parse_use(text) for text in texts]
+
+
+def _model_of(uses: "Sequence[Use | FeatureUse]") -> str | None:
+    """The model that the first artifact was made on; None (the default) where there are features of SAEs only."""
+    from neurosteer.recipes import Use
+
+    return next((use.artifact.model.name for use in uses if isinstance(use, Use)), None)
+
+
+def _recipe(uses: "Sequence[Use | FeatureUse]", lm: "LanguageModel", progress: Progress) -> "tuple[Recipe, float]":
+    """The recipe, and the strength to show beside its texts: its own when it is one artifact, else 1 (as given)."""
+    from neurosteer.recipes import Recipe
+    from neurosteer.references import resolve_uses
+
+    return Recipe.of(*resolve_uses(uses, lm, progress=progress)), uses[0].strength if len(uses) == 1 else 1.0
+
+
+def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Overlap] | None]":
+    """The recipe to steer with, and how much its vectors overlap as they were given; None where there are not two."""
+    from neurosteer.artifacts import SteeringVector
+    from neurosteer.combining import cosines, orthogonalised
+
+    several = sum(isinstance(use.artifact, SteeringVector) for use in recipe.uses) > 1
+    overlaps = cosines(recipe) if several else None
+    return (orthogonalised(recipe) if orthogonalise else recipe), overlaps
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The prompts file {str(path)!r} could not be read as UTF-8 text ({error}).") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UsageError(f"The prompts file {str(path)!r} holds no prompt; write one a line.")
+    return found
+
+
+def _floats(text: str, what: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{what} is {text[:60]!r}; give numbers parted by commas, like -1,0,1.") from error
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _row_data(row: "Row") -> dict[str, Any]:
+    return {
+        "prompt": row.prompt,
+        "strength": row.strength,
+        "sample": row.sample,
+        "text": row.text,
+        "tokens": row.tokens,
+    }
+
+
+def _print_rows(
+    lm: "LanguageModel",
+    rows: "Sequence[Row]",
+    seconds: float,
+    as_json: bool,
+    overlaps: "Sequence[Overlap] | None" = None,
+) -> None:
+    if as_json:
+        data = [_row_data(row) for row in rows]
+        cosines = {} if overlaps is None else {"cosines": list(map(asdict, overlaps))}
+        print_json({"model": lm.name, "rows": data, "seconds": round(seconds, 3), **cosines})
+        return
+    for row in rows:
+        label = f"strength {row.strength:+g}" if row.recipe.uses else "unsteered"
+        out.print(f"[{label}, sample {row.sample}] {row.prompt}\n{row.text}\n")
+
+
+def _print_overlaps(overlaps: "Sequence[Overlap] | None") -> None:
+    """A line on stderr for each two of the vectors used; nothing where there are not two."""
+    if overlaps is None:
+        return
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for overlap in overlaps:
+        layers = pairs.setdefault((overlap.first, overlap.second), [])
+        layers.append(f"{overlap.cosine:+.2f} at layer {overlap.layer}")
+    for (one, other), layers in pairs.items():
+        err.print(f"Cosine of {one} and {other}: {', '.join(layers)}.")
+    if not pairs:
+        err.print("The vectors share no layer, so none overlap.")
+
+
+def _print_stream(session: Any, rows: "Sequence[Row]", options: dict[str, Any]) -> None:
+    for step in session.stream(rows, **options):
+        sys.stdout.write(step.pieces[0])
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _write_generations(rows: "Sequence[Row]", folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "generations.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "strength", "sample", "text", "tokens"])
+            writer.writeheader()
+            writer.writerows(_row_data(row) for row in rows)
+    except OSError as error:
+        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another --out.") from error
