@@ -1,13 +1,17 @@
 """Fixtures that several test files share."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tiny as tinies
 import torch
+from checks import Ran, Run
 from tiny import ARCHITECTURES, Tiny, hook_count
 
+from neurosteer import cli
 from neurosteer.errors import NeuroSteerError
 from neurosteer.models import LanguageModel, load_model
 
@@ -23,6 +27,32 @@ def each(request: pytest.FixtureRequest) -> Tiny:
 @pytest.fixture(scope="session")
 def llama() -> Tiny:
     return tinies.tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def model_folder(llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as `save_pretrained` writes it, to be read only."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    llama.model.save_pretrained(folder)
+    llama.lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, in this process."""
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["neurosteer", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 0
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

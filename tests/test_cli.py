@@ -5,56 +5,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from checks import Run, assert_one_clear_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import Tiny
 
-from neurosteer import cli
 from neurosteer.storage import load
 
 POSITIVE = ["what a lovely day", "this is a fine song", "we like the warm sun", "a very good book"]
 NEGATIVE = ["what an awful day", "this is a bad song", "we hate the cold rain", "a very poor book"]
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["neurosteer", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 0
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import tiny
-
-    this: Tiny = tiny("llama")
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    this.model.save_pretrained(folder)
-    this.lm.tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +36,6 @@ def vector(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> Path
     ran = run("build", examples, "--model", model_folder, "--dtype", "float32", "--layers", "1-2", "--out", folder)
     assert ran.code == 0, ran.err
     return folder
-
-
-def assert_one_clear_line(ran: Ran, *words: str) -> None:
-    assert ran.code == 2, ran
-    assert ran.out == ""
-    (line,) = [line for line in ran.err.splitlines() if not line.startswith("Warning: ")]
-    assert line.startswith("neurosteer: ")
-    for word in words:
-        assert word in line, line
 
 
 def test_build_prints_the_promised_json_and_writes_the_artifact(

@@ -1,20 +1,19 @@
 """Single SAE features as artifacts, in what people write after --use, and the list of SAEs for a model."""
 
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from checks import Run
 from safetensors.torch import load_file, save_file
 from tiny import D_MODEL, N_LAYERS, Tiny, make_tiny, make_vector, naive_greedy, naive_logits, naive_states, writes_of
 from torch import Tensor
 
 import neurosteer
-from neurosteer import cli, saes
+from neurosteer import saes
 from neurosteer.artifacts import Calibration, SteeringVector
 from neurosteer.decoding import Sampling
 from neurosteer.errors import ArtifactError, MismatchError, ModelError, NeuroSteerError, UsageError
@@ -347,39 +346,6 @@ def test_uses_are_resolved_in_order_and_each_sae_is_loaded_once(
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["neurosteer", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 0
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    this: Tiny = request.getfixturevalue("llama")
-    place = tmp_path_factory.mktemp("models") / "tiny-llama"
-    this.model.save_pretrained(place)
-    this.lm.tokenizer.save_pretrained(place)
-    return place
 
 
 @pytest.mark.parametrize(("written", "value", "strength"), [("#12:8", None, 8.0), ("#12=30", 30.0, 1.0)])

@@ -3,15 +3,15 @@
 import csv
 import dataclasses
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checks import Run, refused
 from safetensors.torch import load_file
 from tiny import (
     D_MODEL,
@@ -30,8 +30,8 @@ from tiny import (
 from tiny_saes import random_sae
 from torch import Tensor
 
-from neurosteer import cli, sae_training
-from neurosteer.errors import Cancelled, NeuroSteerError, UsageError
+from neurosteer import sae_training
+from neurosteer.errors import Cancelled, UsageError
 from neurosteer.models import FramedText, LanguageModel
 from neurosteer.sae_training import (
     SaeMeasures,
@@ -54,15 +54,6 @@ OPTIONS = TrainingOptions(
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few texts make a chunk."""
     monkeypatch.setattr(sae_training, "_TEXTS_AT_ONCE", 10)
-
-
-def refused(call: Callable[[], object], *words: str, kind: type[NeuroSteerError] = UsageError) -> None:
-    with pytest.raises(kind) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 500, message
-    for word in words:
-        assert word in message, message
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -213,7 +204,11 @@ def test_another_trainings_folder_is_refused_in_one_line(
     lm = make_tiny("llama", seed=1).lm if "lm" in changes else llama.lm
     layers, options = changes.get("layers", [1]), changes.get("options", OPTIONS)
     refused(
-        lambda: train_saes(lm, changed_texts(kind), layers, tmp_path, options), str(tmp_path), word, "another folder"
+        lambda: train_saes(lm, changed_texts(kind), layers, tmp_path, options),
+        UsageError,
+        str(tmp_path),
+        word,
+        "another folder",
     )
     assert sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()) == before
 
@@ -567,13 +562,13 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(
     tmp_path: Path, name: str, content: bytes, words: list[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(lambda: read_training_texts([tmp_path / name]), *words)
+    refused(lambda: read_training_texts([tmp_path / name]), UsageError, *words)
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
-    refused(lambda: read_training_texts([tmp_path / "missing.txt"]), "missing.txt")
-    refused(lambda: read_training_texts([tmp_path]), tmp_path.name)
-    refused(lambda: read_training_texts([]), "no file")
+    refused(lambda: read_training_texts([tmp_path / "missing.txt"]), UsageError, "missing.txt")
+    refused(lambda: read_training_texts([tmp_path]), UsageError, tmp_path.name)
+    refused(lambda: read_training_texts([]), UsageError, "no file")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -600,19 +595,21 @@ def test_a_file_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_option_is_refused_naming_it(given: dict[str, Any], words: list[str]) -> None:
-    refused(lambda: TrainingOptions(**given), *words)
+    refused(lambda: TrainingOptions(**given), UsageError, *words)
 
 
 @pytest.mark.parametrize("layers", [[], [N_LAYERS], [-1], [0, 99]])
 def test_layers_that_the_model_does_not_have_are_refused(llama: Tiny, tmp_path: Path, layers: list[int]) -> None:
-    refused(lambda: train_saes(llama.lm, TEXTS, layers, tmp_path, OPTIONS), "layers", "0 to 3")
+    refused(lambda: train_saes(llama.lm, TEXTS, layers, tmp_path, OPTIONS), UsageError, "layers", "0 to 3")
 
 
 def test_too_few_texts_are_refused(llama: Tiny, tmp_path: Path) -> None:
-    refused(lambda: train_saes(llama.lm, TEXTS[:3], [1], tmp_path, OPTIONS), "3 texts", "held out", "more texts")
+    refused(
+        lambda: train_saes(llama.lm, TEXTS[:3], [1], tmp_path, OPTIONS), UsageError, "3 texts", "held out", "more texts"
+    )
     single = [TrainingText(letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    refused(lambda: train_saes(llama.lm, single, [1], tmp_path, OPTIONS), "26 texts", "more texts")
-    refused(lambda: train_saes(llama.lm, [], [1], tmp_path, OPTIONS), "0 texts", "more texts")
+    refused(lambda: train_saes(llama.lm, single, [1], tmp_path, OPTIONS), UsageError, "26 texts", "more texts")
+    refused(lambda: train_saes(llama.lm, [], [1], tmp_path, OPTIONS), UsageError, "0 texts", "more texts")
 
 
 def test_texts_of_one_token_beyond_the_held_out_ones_are_refused_rather_than_sought_for_ever(
@@ -621,45 +618,16 @@ def test_texts_of_one_token_beyond_the_held_out_ones_are_refused_rather_than_sou
     monkeypatch.setattr(sae_training.random.Random, "shuffle", lambda *_: None)
     some = [*TEXTS[:10], *(TrainingText(letter) for letter in "abcdefghijklmnopqrstuvwxyz")]
     options = dataclasses.replace(OPTIONS, held_out_tokens=20)
-    refused(lambda: train_saes(llama.lm, some, [1], tmp_path, options), "texts", "more texts")
+    refused(lambda: train_saes(llama.lm, some, [1], tmp_path, options), UsageError, "texts", "more texts")
 
 
 def test_a_base_model_refuses_framings_of_chat_models(tmp_path: Path) -> None:
     base = make_tiny("llama", chat=False).lm
     options = dataclasses.replace(OPTIONS, framings=("answer",))
-    refused(lambda: train_saes(base, TEXTS, [1], tmp_path, options), "base model", "raw")
+    refused(lambda: train_saes(base, TEXTS, [1], tmp_path, options), UsageError, "base model", "raw")
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["neurosteer", "sae", "train", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 0
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    this, folder = tiny("llama"), tmp_path_factory.mktemp("models") / "tiny-llama"
-    this.model.save_pretrained(folder)
-    this.lm.tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -673,12 +641,12 @@ SMALL = ("--features", 40, "--active", 4, "--tokens", 300, "--batch-tokens", 64,
 
 
 def test_the_command_line_trains_and_prints_one_json_object(
-    run: Callable[..., Ran], model_folder: Path, texts_file: Path, tmp_path: Path
+    run: Run, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     from neurosteer.models import load_model
 
     options = ("--model", model_folder, "--dtype", "float32", "--layers", "1,3", *SMALL, "--json")
-    ran = run(texts_file, *options, "--out", tmp_path / "saes")
+    ran = run("sae", "train", texts_file, *options, "--out", tmp_path / "saes")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)["saes"]
     assert set(found) == {"1", "3"}
@@ -689,16 +657,16 @@ def test_the_command_line_trains_and_prints_one_json_object(
         assert {key: value for key, value in about.items() if key != "folder"} == measures_of(folder)
         sae = load_sae(lm, folder)
         assert (sae.layer, sae.n_features, sae.model_name) == (int(layer), 40, "tiny-llama")
-    again = run(texts_file, *options, "--out", tmp_path / "again")
+    again = run("sae", "train", texts_file, *options, "--out", tmp_path / "again")
     assert again.out.replace("again", "saes") == ran.out
     assert same_saes(*({1: tmp_path / name / "layer_1"} for name in ("saes", "again")))
 
 
 def test_the_command_line_prints_a_table_and_takes_a_range_of_layers(
-    run: Callable[..., Ran], model_folder: Path, texts_file: Path, tmp_path: Path
+    run: Run, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     options = ("--model", model_folder, "--dtype", "float32", "--layers", "0-1", "--framings", "raw,answer", *SMALL)
-    ran = run(texts_file, texts_file, *options, "--out", tmp_path / "saes")
+    ran = run("sae", "train", texts_file, texts_file, *options, "--out", tmp_path / "saes")
     assert ran.code == 0, ran.err
     heading, *lines = ran.out.splitlines()
     assert heading.split()[:2] == ["Layer", "Folder"] and "Explained variance" in heading
@@ -728,21 +696,30 @@ def test_the_command_line_prints_a_table_and_takes_a_range_of_layers(
     ],
 )
 def test_the_command_line_refuses_in_one_line(
-    run: Callable[..., Ran], model_folder: Path, texts_file: Path, tmp_path: Path, changes: tuple[str, ...], words: Any
+    run: Run, model_folder: Path, texts_file: Path, tmp_path: Path, changes: tuple[str, ...], words: Any
 ) -> None:
     options = ("--model", model_folder, "--dtype", "float32", "--layers", "1", *SMALL, "--out", tmp_path / "saes")
-    ran = run(texts_file, *options, *changes, "--json")
+    ran = run("sae", "train", texts_file, *options, *changes, "--json")
     assert (ran.code, ran.out) == (2, ""), ran
     (line,) = [line for line in ran.err.splitlines() if line.startswith("neurosteer: ")]
     assert all(word in line for word in words), line
     assert not (tmp_path / "saes").exists()
 
 
-def test_the_command_line_refuses_texts_that_cannot_be_read(
-    run: Callable[..., Ran], model_folder: Path, tmp_path: Path
-) -> None:
+def test_the_command_line_refuses_texts_that_cannot_be_read(run: Run, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\n")
     for file in ("bad.jsonl", "missing.txt"):
-        ran = run(tmp_path / file, "--model", model_folder, "--layers", "1", *SMALL, "--out", tmp_path / "saes")
+        ran = run(
+            "sae",
+            "train",
+            tmp_path / file,
+            "--model",
+            model_folder,
+            "--layers",
+            "1",
+            *SMALL,
+            "--out",
+            tmp_path / "saes",
+        )
         assert (ran.code, ran.out) == (2, "")
         assert ran.err.startswith("neurosteer: ") and file in ran.err and len(ran.err.splitlines()) == 1

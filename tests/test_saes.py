@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from checks import refused
 from safetensors.torch import load_file, save_file
 from tiny import D_MODEL, N_LAYERS, VOCABULARY, Tiny, byte_tokenizer, make_tiny, random_model, texts, tiny
 from tiny_saes import N_FEATURES, PlainSae, random_sae
@@ -46,16 +47,6 @@ def some_rows(n: int = 40, *, seed: int = 0, scale: float = 1.0) -> Tensor:
 def named(this: Tiny, name: str) -> LanguageModel:
     """The same model under another name."""
     return dataclasses.replace(this.lm, name=name)
-
-
-def refused(call: Callable[[], object], kind: type[NeuroSteerError], *words: str) -> str:
-    with pytest.raises(kind) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 500, message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 # --- sae-lens's own reading ------------------------------------------------------------------------------------------
