@@ -147,7 +147,7 @@ def load_sae(
     Raises:
         UsageError: no such release, id or embedded SAE (the nearest names are given), or a site that is no residual
             stream after a block.
-        MismatchError: the SAE was made for a model of another width or name.
+        MismatchError: the SAE was made for a model of another width, or of another name and other weights.
         ModelError: it cannot be fetched or read.
     """
     text = str(source) if source is not None else EMBEDDED
@@ -179,8 +179,8 @@ def split_reference(text: str) -> tuple[str, str]:
 
 
 def embedded_saes(lm: LanguageModel) -> dict[int, Path]:
-    """The SAEs shipped for this model: block to folder, ascending."""
-    return _embedded_folders(lm.name)
+    """The SAEs shipped for this model, by its name or its weights: block to folder, ascending."""
+    return _embedded_folders(lambda about: about.get("model_name") == lm.name or _same_weights(lm, about))
 
 
 def released_for(lm: LanguageModel) -> tuple[str, ...]:
@@ -210,7 +210,8 @@ class Offer:
 def offered_saes(model: str | Path) -> Offer:
     """The SAEs for a model by name, which is neither fetched nor loaded. Raises `ModelError` for an unknown name."""
     name = recorded_name(model)
-    shipped = tuple(_shipped(layer, folder) for layer, folder in _embedded_folders(name).items())
+    folders = _embedded_folders(lambda about: about.get("model_name") == name)
+    shipped = tuple(_shipped(layer, folder) for layer, folder in folders.items())
     return Offer(name, shipped, _releases(name))
 
 
@@ -220,9 +221,15 @@ def _shipped(layer: int, folder: Path) -> ShippedSae:
     return ShippedSae(f"{EMBEDDED}/{layer}", layer, int(config.get("d_sae", 0)), dict(measured))
 
 
-def _embedded_folders(model_name: str) -> dict[int, Path]:
+def _embedded_folders(wanted: Callable[[Mapping[str, Any]], bool]) -> dict[int, Path]:
+    """Those shipped SAEs whose metadata are `wanted`: block to folder, ascending."""
     root = assets_folder() / "saes"
-    return dict(sorted(_embedded_of(root, model_name).items())) if root.is_dir() else {}
+    found = {}
+    for config_file in root.rglob(CONFIG_FILE) if root.is_dir() else ():
+        metadata = _read_config(config_file).get("metadata", {})
+        if wanted(metadata):
+            found[layer_of_hook(str(metadata.get("hook_name")))] = config_file.parent
+    return dict(sorted(found.items()))
 
 
 def _releases(model_name: str) -> tuple[str, ...]:
@@ -257,15 +264,6 @@ def layer_of_hook(hook_name: str) -> int:
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
-
-
-def _embedded_of(root: Path, model_name: str) -> dict[int, Path]:
-    found = {}
-    for config_file in root.rglob(CONFIG_FILE):
-        metadata = _read_config(config_file).get("metadata", {})
-        if metadata.get("model_name") == model_name:
-            found[layer_of_hook(str(metadata.get("hook_name")))] = config_file.parent
-    return found
 
 
 def _embedded_folder(lm: LanguageModel, text: str) -> Path:
@@ -339,7 +337,8 @@ def _described(lm: LanguageModel, name: str, metadata: Mapping[str, Any], rows: 
             + (f" (of {model_name})" if model_name else "")
             + f"; {lm.name} has width {lm.shape.d_model}. {_fitting(lm)}"
         )
-    _check_model_name(lm, name, model_name)
+    if not _same_weights(lm, metadata):
+        _check_model_name(lm, name, model_name)
     layer = layer_of_hook(str(metadata.get("hook_name") or ""))
     if layer >= lm.n_layers:
         raise MismatchError(f"The SAE {name!r} reads block {layer}; {lm.name} has blocks 0 to {lm.n_layers - 1}.")
@@ -356,6 +355,12 @@ def _described(lm: LanguageModel, name: str, metadata: Mapping[str, Any], rows: 
         kind=rows.kind,
         columns=rows.columns,
     )
+
+
+def _same_weights(lm: LanguageModel, metadata: Mapping[str, Any]) -> bool:
+    """Whether the SAE records that it was made on just these weights, whatever they are called."""
+    recorded = metadata.get("model_fingerprint")
+    return recorded is not None and recorded == lm.fingerprint
 
 
 def _check_model_name(lm: LanguageModel, name: str, made_for: str) -> None:

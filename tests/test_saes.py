@@ -29,7 +29,7 @@ from neurosteer.building import build
 from neurosteer.decoding import Sampling
 from neurosteer.errors import MismatchError, ModelError, NeuroSteerError, UsageError
 from neurosteer.examples import ContrastSet
-from neurosteer.models import LanguageModel, describe_model
+from neurosteer.models import LanguageModel, describe_model, load_model
 from neurosteer.recipes import Recipe
 from neurosteer.saes import SparseAutoencoder, layer_of_hook, load_sae
 from neurosteer.steering import Session
@@ -417,6 +417,33 @@ def test_base_and_instruct_variants_of_a_name_are_one_model(
 ) -> None:
     folder = random_sae(10).write(tmp_path / "sae", model_name=model_name)
     assert load_sae(named(llama, lm_name), folder).layer == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_sae_fits_the_weights_it_was_made_on_whatever_their_folder_is_called(
+    model_folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "my-copy")
+    lm, copied = (load_model(folder, dtype=dtype, device="cpu") for folder in (model_folder, tmp_path / "my-copy"))
+    about = {"model_fingerprint": lm.fingerprint}
+    folder = random_sae(10).write(tmp_path / "sae", model_name="tiny-llama", metadata=about)
+    sae = load_sae(copied, folder)
+    assert (copied.name, sae.layer, sae.model_name) == ("my-copy", 2, "tiny-llama")
+    other = named(make_tiny("llama", seed=1), "my-copy")
+    refused(lambda: load_sae(other, folder), MismatchError, "tiny-llama", "my-copy")
+
+
+def test_the_shipped_saes_are_found_for_a_copy_of_their_model_under_another_name(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saes, "assets_folder", lambda: tmp_path)
+    about = {"model_fingerprint": llama.lm.fingerprint}
+    random_sae(8).write(tmp_path / "saes" / "ours", HOOK, model_name="tiny/llama", metadata=about)
+    other = {"model_fingerprint": make_tiny("llama", seed=1).lm.fingerprint}
+    random_sae(9).write(tmp_path / "saes" / "other", "blocks.1.hook_resid_post", model_name="a/b", metadata=other)
+    copied = named(llama, "my-copy")
+    assert list(saes.embedded_saes(copied)) == [2]
+    assert torch.equal(load_sae(copied).decoder, random_sae(8).w_dec)
 
 
 def test_an_sae_of_a_block_that_the_model_does_not_have_is_refused(llama: Tiny, tmp_path: Path) -> None:
