@@ -1,7 +1,7 @@
 """Choosing the next tokens of a batch, and turning them into text as they come."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,46 +34,69 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses each row's next token, drawing from that row's own stream of random numbers.
+    """One row's settings, and its own stream of random numbers.
 
     So a row's text depends on its seed alone, not on the rows beside it, on other threads or on the device; and rows
     that share a seed (an unsteered text and its steered twin) differ only by what steering changed.
     """
 
-    def __init__(self, sampling: Sampling, streams: Sequence[str], prompt_lengths: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, stream: str) -> None:
         self.sampling = sampling
-        self.streams = [random.Random(f"{sampling.seed}/{stream}") for stream in streams]
-        self.prompt_lengths = prompt_lengths
-        self.prompt_width = max(prompt_lengths)
+        self._random = random.Random(f"{sampling.seed}/{stream}")
+        self._number = self._random.random()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Token ids `[batch]` from logits `[batch, vocab]`, after `input_ids` `[batch, seq]`, padded on the left."""
-        if self.sampling.repetition_penalty != 1.0:
-            scores = self._penalised(input_ids, scores)
-        if self.sampling.greedy:
-            return scores.argmax(-1)
-        draws = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float32, device=scores.device)
-        return draw(scores / self.sampling.temperature, self.sampling.top_p, draws)
+    @property
+    def number(self) -> float:
+        """In [0, 1): what decides the next token, the same however often that token is tried."""
+        return self._number
 
-    def _penalised(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Without the padding on the left, which would make a row depend on its neighbours' lengths."""
-        scores = scores.clone()
-        penalty = self.sampling.repetition_penalty
-        for row, length in enumerate(self.prompt_lengths):
-            seen = input_ids[row, self.prompt_width - length :].unique()
-            found = scores[row, seen]
-            scores[row, seen] = torch.where(found > 0, found / penalty, found * penalty)
+    def advance(self) -> None:
+        """Go on to the number of the token after."""
+        self._number = self._random.random()
+
+
+def next_tokens(scores: Tensor, samplers: Sequence[Sampler], seen: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids `[batch]` from logits `[batch, vocab]`, each row by its own sampler; `seen` is what it holds so far."""
+    scores = _penalised(scores, samplers, seen)
+    tokens = scores.argmax(-1)
+    drawing = [row for row, sampler in enumerate(samplers) if not sampler.sampling.greedy]
+    if not drawing:
+        return tokens
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=scores.device)
+
+    chosen = [samplers[row] for row in drawing]
+    temperatures = column([sampler.sampling.temperature for sampler in chosen])
+    top_p = column([sampler.sampling.top_p for sampler in chosen])
+    rows = torch.tensor(drawing, device=scores.device)
+    tokens[rows] = draw(scores[rows] / temperatures[:, None], top_p, column([sampler.number for sampler in chosen]))
+    return tokens
+
+
+def _penalised(scores: Tensor, samplers: Sequence[Sampler], seen: Sequence[Sequence[int]]) -> Tensor:
+    if all(sampler.sampling.repetition_penalty == 1.0 for sampler in samplers):
         return scores
+    scores = scores.clone()
+    for row, (sampler, ids) in enumerate(zip(samplers, seen, strict=True)):
+        penalty = sampler.sampling.repetition_penalty
+        if penalty != 1.0:
+            found = torch.tensor(sorted(set(ids)), device=scores.device)
+            old = scores[row, found]
+            scores[row, found] = torch.where(old > 0, old / penalty, old * penalty)
+    return scores
 
 
-def draw(scores: Tensor, top_p: float, draws: Tensor) -> Tensor:
+def draw(scores: Tensor, top_p: float | Tensor, draws: Tensor) -> Tensor:
     """One token per row, `[batch]`, from `scores` `[batch, vocab]` by nucleus sampling, at `draws` `[batch]` in [0, 1).
 
-    The nucleus nearly always lies within the likeliest few hundred tokens; only where it does not is all sorted.
+    `top_p` is one number or `[batch]`. The nucleus nearly always lies within the likeliest few hundred tokens; only
+    where it does not is all sorted.
     """
+    top_p = torch.as_tensor(top_p, dtype=scores.dtype, device=scores.device).reshape(-1, 1)
     probabilities = torch.softmax(scores, dim=-1)
     top, tokens = probabilities.topk(min(_CANDIDATES, probabilities.shape[-1]), dim=-1)
-    if bool((top.sum(-1) < min(top_p, 1.0 - 1e-6)).any()):
+    if bool((top.sum(-1, keepdim=True) < top_p.clamp(max=1.0 - 1e-6)).any()):
         top, tokens = probabilities.sort(dim=-1, descending=True)
     cumulative = top.cumsum(-1)
     inside = cumulative - top < top_p
@@ -83,55 +106,48 @@ def draw(scores: Tensor, top_p: float, draws: Tensor) -> Tensor:
     return tokens.gather(1, torch.minimum(place, last))[:, 0]
 
 
-class RowTexts:
-    """Collects the new tokens of every row of a batch and the text they make so far.
+class RowText:
+    """Collects the new tokens of one row and the text they make so far.
 
     A character whose bytes are spread over several tokens appears when its last byte has come.
     """
 
-    def __init__(self, tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
         self.tokenizer = tokenizer
-        self.stop_ids = set(stop_ids)
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.texts = [""] * rows
-        self.stopped = [False] * rows
-        # Per row: where the window that is decoded begins, and up to where its text is out already.
-        self._windows = [(0, 0)] * rows
+        self.stop_ids = stop_ids
+        self.ids: list[int] = []
+        self.text = ""
+        self.stopped = False
+        # Where the window that is decoded begins, and up to where its text is out already.
+        self._window = (0, 0)
 
-    def push(self, tokens: Sequence[int]) -> tuple[str, ...]:
-        """Take one new token per row; returns what each adds to its row's text. After an end token a row takes none."""
-        return tuple(self._take(row, token) for row, token in enumerate(tokens))
-
-    def finish(self) -> tuple[str, ...]:
-        """What was held back: a row's final text is that of all its tokens decoded at once."""
-        pieces = []
-        for row, ids in enumerate(self.ids):
-            whole = self.tokenizer.decode(ids, skip_special_tokens=True)
-            rest = whole[len(self.texts[row]) :] if whole.startswith(self.texts[row]) else ""
-            self.texts[row] += rest
-            pieces.append(rest)
-        return tuple(pieces)
-
-    def _take(self, row: int, token: int) -> str:
-        if self.stopped[row]:
-            return ""
+    def push(self, token: int) -> str:
+        """Take a new token; returns what it adds to the text. After an end token none is taken."""
         if token in self.stop_ids:
-            self.stopped[row] = True
+            self.stopped = True
+        if self.stopped:
             return ""
-        self.ids[row].append(token)
-        return self._emit(row)
+        self.ids.append(token)
+        return self._emit()
 
-    def _emit(self, row: int) -> str:
+    def finish(self) -> str:
+        """What was held back: the final text is that of all tokens decoded at once."""
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        rest = whole[len(self.text) :] if whole.startswith(self.text) else ""
+        self.text += rest
+        return rest
+
+    def _emit(self) -> str:
         """What the newest token adds: the text of a short window of tokens, less what of it is out already.
 
         Nothing as long as it ends within a character (the replacement sign stands for the bytes so far).
         """
-        start, out = self._windows[row]
-        ids, decode = self.ids[row], self.tokenizer.backend_tokenizer.decode
-        before, now = decode(ids[start:out]), decode(ids[start:])
+        start, out = self._window
+        decode = self.tokenizer.backend_tokenizer.decode
+        before, now = decode(self.ids[start:out]), decode(self.ids[start:])
         if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""
         piece = now[len(before) :]
-        self._windows[row] = (out, len(ids))
-        self.texts[row] += piece
+        self._window = (out, len(self.ids))
+        self.text += piece
         return piece

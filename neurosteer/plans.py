@@ -71,21 +71,43 @@ class NeuronChange:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to write, by layer, for a batch of rows. `additions[L]` is `[batch, 1, d_model]`."""
+    """What to write, by layer, for a batch of rows, and where in each. `additions[L]` is `[batch, 1, d_model]`."""
 
     additions: dict[int, Tensor]
     ablations: dict[int, Ablation]
     clamps: dict[int, Clamp]
     changes: dict[int, NeuronChange]
-    positions: Positions
+    positions: tuple[Positions, ...]
 
     @property
     def is_empty(self) -> bool:
         return not (self.additions or self.ablations or self.clamps or self.changes)
 
+    def select(self, rows: Sequence[int]) -> "Plan":
+        """The plan of these rows alone."""
+        kept = torch.tensor(rows)
+        return Plan(
+            additions={layer: _rows(tensor, kept) for layer, tensor in self.additions.items()},
+            ablations={
+                layer: Ablation(_rows(found.basis, kept), _rows(found.shares, kept))
+                for layer, found in self.ablations.items()
+            },
+            clamps={
+                layer: Clamp(*(_rows(getattr(clamp, entry.name), kept) for entry in fields(clamp)))
+                for layer, clamp in self.clamps.items()
+            },
+            changes={
+                layer: NeuronChange(change.neurons, _rows(change.multipliers, kept), _rows(change.shifts, kept))
+                for layer, change in self.changes.items()
+            },
+            positions=tuple(self.positions[row] for row in rows),
+        )
 
-def compile_plan(lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions = "all") -> Plan:
-    """One plan for a batch whose row i follows `recipes[i]`."""
+
+def compile_plan(
+    lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions | Sequence[Positions] = "all"
+) -> Plan:
+    """One plan for a batch whose row i follows `recipes[i]`, at the same positions in all rows or at `positions[i]`."""
     vectors: dict[str, list[list[Use]]] = {operation: [] for operation in VECTOR_OPERATIONS}
     circuits: list[list[Use]] = []
     for recipe in recipes:
@@ -104,16 +126,17 @@ def compile_plan(lm: LanguageModel, recipes: Sequence[Recipe], positions: Positi
         },
         clamps={layer: clamp.to(lm.device) for layer, clamp in clamps.items()},
         changes=_changes(circuits, lm.device, lm.dtype),
-        positions=positions,
+        positions=(positions,) * len(recipes) if isinstance(positions, str) else tuple(positions),
     )
 
 
 @contextmanager
-def applied(lm: LanguageModel, plan: Plan, *, prompt_width: int) -> Iterator[None]:
+def applied(lm: LanguageModel, plan: Plan, *, prompt_width: int | Sequence[int]) -> Iterator[None]:
     """Steer what the calling thread runs through `lm.model` inside the `with` block.
 
-    The batch must have the plan's rows, prompts padded to `prompt_width` columns. Padding (0 in the attention mask)
-    is never steered. Works with and without a KV cache.
+    The batch must have the plan's rows. The prompts end, padding on the left included, with column `prompt_width`: the
+    same for all rows or each row's own. Padding (0 in the attention mask) is never steered. Works with and without a
+    KV cache.
     """
     if plan.is_empty:
         yield
@@ -131,9 +154,11 @@ def applied(lm: LanguageModel, plan: Plan, *, prompt_width: int) -> Iterator[Non
 class _Window:
     """Which of the positions in the forward pass under way are to be steered."""
 
-    def __init__(self, positions: Positions, prompt_width: int) -> None:
-        self.positions = positions
-        self.prompt_width = prompt_width
+    def __init__(self, positions: Sequence[Positions], prompt_width: int | Sequence[int]) -> None:
+        self.everywhere = all(position == "all" for position in positions)
+        self.in_prompts = torch.tensor([position != "generated" for position in positions])[:, None]
+        self.in_texts = torch.tensor([position != "prompt" for position in positions])[:, None]
+        self.prompt_width = torch.tensor(prompt_width).reshape(-1, 1)
         self.steers_any = True
         self.mask: Tensor | None = None  # [batch, seq, 1], None when every position is steered
 
@@ -150,9 +175,9 @@ class _Window:
             cache = named.get("past_key_values")
             total = width + (cache.get_seq_length() if cache is not None else 0)
             kept = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        if self.positions != "all":
-            in_prompt = torch.arange(total - width, total, device=kept.device) < self.prompt_width
-            kept = kept & (in_prompt if self.positions == "prompt" else ~in_prompt)
+        if not self.everywhere:
+            in_prompt = torch.arange(total - width, total) < self.prompt_width
+            kept = kept & torch.where(in_prompt, self.in_prompts, self.in_texts).to(kept.device)
         self.steers_any = bool(kept.any())
         self.mask = None if kept.all() else kept[..., None]
 
@@ -199,6 +224,10 @@ def _neuron_writer(change: NeuronChange, window: _Window) -> Callable[[Tensor], 
         return hidden.index_copy(-1, change.neurons, new)
 
     return write
+
+
+def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor[rows.to(tensor.device)]
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------

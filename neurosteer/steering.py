@@ -6,16 +6,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
 from neurosteer.artifacts import Artifact, check_model
-from neurosteer.decoding import RowTexts, Sampler, Sampling
+from neurosteer.batches import Batch, Writing
+from neurosteer.decoding import RowText, Sampler, Sampling
 from neurosteer.errors import UsageError
-from neurosteer.hooks import Hook, InputHook, hooked
 from neurosteer.models import LanguageModel, Prompt
-from neurosteer.plans import applied, compile_plan
 from neurosteer.progress import Progress, silent
 from neurosteer.recipes import POSITIONS, UNSTEERED, Positions, Recipe
 
@@ -23,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 4096
 MAX_BATCH_ROWS = 4096
-_Stopped = Callable[[], bool]
 _BATCH_ROWS = 64
 
 
@@ -46,10 +40,51 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """What one decoding step added: `pieces[i]` is the new text of row `first + i`, often empty."""
+    """What one decoding step added: `pieces[i]` is the new text of row `first + i`, often empty.
+
+    On a model that several callers share, `waiting` says how many requests come before this one, as long as its rows
+    have no place yet.
+    """
 
     first: int
     pieces: tuple[str, ...]
+    waiting: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How rows are written; as for `Session.stream`. Raises `UsageError` for one out of its range."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    positions: Positions
+    raw: bool
+
+    def __post_init__(self) -> None:
+        _check_count("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
+        if self.positions not in POSITIONS:
+            raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A row to write, and its text under way."""
+
+    row: Row
+    writing: Writing
+
+    @property
+    def filled(self) -> Row:
+        """The row with what is written by now."""
+        text = self.writing.text
+        ended = "stop" if text.stopped else "length"
+        return replace(
+            self.row, text=text.text, tokens=len(text.ids), finish=ended if self.writing.ended else "cancelled"
+        )
+
+
+Decode = Callable[[int, Sequence[Writing]], Generator[Step, None, None]]
+"""Writes texts until they have ended or it is told to stop, a step at a time; the first is row number `first`."""
 
 
 class Session:
@@ -64,12 +99,7 @@ class Session:
 
         `rows` may also be one prompt, which is written once under `recipe`.
         """
-        stream = self.stream(rows, recipe, **options)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as finished:
-                return finished.value
+        return drained(self.stream(rows, recipe, **options))
 
     def stream(
         self,
@@ -94,24 +124,28 @@ class Session:
             UsageError: an option out of its range, or a prompt that is too long for the model.
             MismatchError: an artifact was made on a model of another shape.
         """
+        _check_count("batch_rows", batch_rows, MAX_BATCH_ROWS)
+        begun = self.begin(rows, recipe, Options(max_new_tokens, sampling or Sampling(), positions, raw))
+
+        def decode(first: int, writings: Sequence[Writing]) -> Generator[Step, None, None]:
+            """In the consumer's own thread, a step for each time it asks.
+
+            Hooks are on the model only while a step runs: a consumer that pauses, leaves, or goes on in another
+            thread leaves nothing behind. (Where other threads use the maths library too, a step takes longer.)
+            """
+            batch = Batch(self.lm, writings, use_cache=use_cache)
+            while not batch.ended and not is_set(cancel):
+                pieces = batch.step()
+                yield Step(first, tuple(pieces.get(writing, "") for writing in writings))
+
+        return (yield from in_parts(begun, batch_rows, decode, cancel, progress))
+
+    def begin(self, rows: Sequence[Row] | Prompt, recipe: Recipe, options: Options) -> list[Begun]:
+        """The rows, checked, with their prompts as tokens. Raises as `stream` does."""
         todo = _as_rows(rows, recipe)
-        options = _Options(max_new_tokens, sampling or Sampling(), positions, raw, use_cache, batch_rows)
-        options.check()
         self._check_artifacts(todo)
         prompts = [self._prompt_ids(row.prompt, options) for row in todo]
-        finished: list[Row] = []
-
-        def stop() -> bool:
-            return cancel is not None and cancel.is_set()
-
-        for first in range(0, len(todo), batch_rows):
-            batch = slice(first, first + batch_rows)
-            if stop():
-                finished += [replace(row, finish="cancelled") for row in todo[batch]]
-                continue
-            finished += yield from self._stream_batch(first, todo[batch], prompts[batch], options, stop)
-            progress(f"Wrote {len(finished)} of {len(todo)} texts", len(finished) / len(todo))
-        return finished
+        return [self._begun(row, ids, options) for row, ids in zip(todo, prompts, strict=True)]
 
     def sweep(
         self,
@@ -136,7 +170,7 @@ class Session:
                 self._warned.add(warning)
                 logger.warning(warning)
 
-    def _prompt_ids(self, prompt: Prompt, options: "_Options") -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, options: Options) -> list[int]:
         ids = self.lm.prompt_ids(prompt, raw=options.raw) if prompt else []
         if not ids:
             raise UsageError("The prompt is empty; write at least one character.")
@@ -148,62 +182,39 @@ class Session:
             )
         return ids
 
-    def _stream_batch(
-        self, first: int, rows: Sequence[Row], prompts: Sequence[list[int]], options: "_Options", stop: _Stopped
-    ) -> Generator[Step, None, list[Row]]:
-        """Decode a batch in the consumer's own thread, one step for each time it asks.
-
-        Hooks are on the model only while a step runs: a consumer that pauses, leaves, or goes on in another thread
-        leaves nothing behind. (Decoding in a thread of its own costs half as much again on a CPU, where the maths
-        library's threads then sleep between two operations.)
-        """
-        plan = compile_plan(self.lm, [row.recipe for row in rows], options.positions)
-        lengths = [len(prompt) for prompt in prompts]
-        sampler = Sampler(options.sampling, _random_streams(rows), lengths)
-        texts = RowTexts(self.lm.tokenizer, len(rows), _stop_ids(self.lm))
-        batch = _Batch(self.lm, prompts, use_cache=options.use_cache)
-        for _ in range(options.max_new_tokens):
-            if stop() or all(texts.stopped):
-                break
-            with torch.inference_mode(), applied(self.lm, plan, prompt_width=max(lengths)):
-                tokens = sampler(batch.ids, batch.next_scores())
-                batch.append(tokens)
-            yield Step(first, texts.push(tokens.tolist()))
-        yield Step(first, texts.finish())
-        return [_filled(row, texts, index, options) for index, row in enumerate(rows)]
+    def _begun(self, row: Row, prompt: list[int], options: Options) -> Begun:
+        # The same prompt and sample draw the same random numbers under every recipe and in every batch.
+        sampler = Sampler(options.sampling, f"{row.prompt}/{row.sample}")
+        text = RowText(self.lm.tokenizer, _stop_ids(self.lm))
+        return Begun(row, Writing(prompt, row.recipe, options.positions, options.max_new_tokens, sampler, text))
 
 
-class _Batch:
-    """Prompts padded on the left and what was written after them, `[batch, seq]`, with the keys and values so far."""
+def in_parts(
+    begun: Sequence[Begun], part_rows: int, decode: Decode, cancel: threading.Event | None, progress: Progress
+) -> Generator[Step, None, list[Row]]:
+    """Write rows `part_rows` at a time; yields the steps of `decode` and what a text held back till its end."""
+    finished: list[Row] = []
+    for first in range(0, len(begun), part_rows):
+        part = begun[first : first + part_rows]
+        if not is_set(cancel):
+            yield from decode(first, [one.writing for one in part])
+            yield Step(first, tuple(one.writing.text.finish() for one in part))
+            progress(f"Wrote {first + len(part)} of {len(begun)} texts", (first + len(part)) / len(begun))
+        finished += [one.filled for one in part]
+    return finished
 
-    def __init__(self, lm: LanguageModel, prompts: Sequence[list[int]], *, use_cache: bool) -> None:
-        width = max(map(len, prompts))
-        ids, mask = torch.full((len(prompts), width), lm.pad_id), torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        self.lm = lm
-        self.ids, self.mask = ids.to(lm.device), mask.to(lm.device)
-        self.cache = DynamicCache(config=lm.model.config) if use_cache else None
 
-    def next_scores(self) -> Tensor:
-        """Logits of the next token, float32 `[batch, vocab]`."""
-        done = self.cache.get_seq_length() if self.cache is not None else 0
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        with hooked(_contiguous_head(self.lm)):
-            output = self.lm.model(
-                input_ids=self.ids[:, done:],
-                attention_mask=self.mask,
-                position_ids=positions[:, done:],
-                past_key_values=self.cache,
-                use_cache=self.cache is not None,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].float()
+def drained(stream: Generator[Step, None, list[Row]]) -> list[Row]:
+    """What a stream returns at its end."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as finished:
+            return finished.value
 
-    def append(self, tokens: Tensor) -> None:
-        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.device)], dim=1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+
+def is_set(cancel: threading.Event | None) -> bool:
+    return cancel is not None and cancel.is_set()
 
 
 def sweep_rows(recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Prompt], *, samples: int = 1) -> list[Row]:
@@ -218,22 +229,9 @@ def sweep_rows(recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Pro
     ]
 
 
-@dataclass(frozen=True)
-class _Options:
-    max_new_tokens: int
-    sampling: Sampling
-    positions: Positions
-    raw: bool
-    use_cache: bool
-    batch_rows: int
-
-    def check(self) -> None:
-        for name, most in (("max_new_tokens", MAX_NEW_TOKENS), ("batch_rows", MAX_BATCH_ROWS)):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-                raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1 to {most}.")
-        if self.positions not in POSITIONS:
-            raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
+def _check_count(name: str, count: int, most: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1 to {most}.")
 
 
 def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:
@@ -246,27 +244,9 @@ def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:
     raise UsageError(f"Give one prompt, or a list of Row; not {type(rows).__name__} {rows!r:.60}.")
 
 
-def _random_streams(rows: Sequence[Row]) -> list[str]:
-    """The same prompt and sample draw the same random numbers under every recipe and in every batch."""
-    return [f"{row.prompt}/{row.sample}" for row in rows]
-
-
-def _contiguous_head(lm: LanguageModel) -> list[Hook]:
-    """After the prompt, transformers hands the LM head a slice of the hidden states; on a CPU, multiplying a slice
-    copies the whole vocabulary matrix once per row (16 rows: five times the time of the prompt itself)."""
-    head = lm.model.get_output_embeddings()
-    return [InputHook(head, lambda hidden: hidden.contiguous())] if head is not None else []
-
-
 def _stop_ids(lm: LanguageModel) -> list[int]:
     """What ends a text: the generation config's end tokens, and the tokenizer's own."""
     config = lm.model.generation_config
     found = config.eos_token_id if config is not None else None
     ids = found if isinstance(found, list) else [found]
     return sorted({int(token) for token in (*ids, lm.tokenizer.eos_token_id) if token is not None})
-
-
-def _filled(row: Row, texts: RowTexts, index: int, options: _Options) -> Row:
-    tokens = len(texts.ids[index])
-    finish = "stop" if texts.stopped[index] else ("length" if tokens >= options.max_new_tokens else "cancelled")
-    return replace(row, text=texts.texts[index], tokens=tokens, finish=finish)

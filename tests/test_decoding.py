@@ -1,6 +1,7 @@
 """Choosing tokens and turning them into text, against transformers, numpy and frequencies."""
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny import Tiny, byte_tokenizer, fallback_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from neurosteer import decoding
-from neurosteer.decoding import RowTexts, Sampler, Sampling, draw
+from neurosteer.decoding import RowText, Sampler, Sampling, draw, next_tokens
 from neurosteer.errors import UsageError
 from neurosteer.steering import Row, Session
 
@@ -34,6 +35,10 @@ def drawn(scores: torch.Tensor, top_p: float, n: int) -> np.ndarray:
     return np.bincount(tokens.numpy(), minlength=scores.shape[-1]) / n
 
 
+def samplers(sampling: Sampling, streams: Iterable[object]) -> list[Sampler]:
+    return [Sampler(sampling, str(stream)) for stream in streams]
+
+
 # --- the nucleus -----------------------------------------------------------------------------------------------------
 
 
@@ -51,9 +56,8 @@ def test_seeded_draws_follow_the_nucleus_within_chance() -> None:
     scores = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 1.5
     n = 20_000
     wanted = nucleus(scores.double().numpy(), 0.9)
-    sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=5), [f"row/{row}" for row in range(n)], [1] * n)
-    ids = torch.zeros(n, 1, dtype=torch.long)
-    found = np.bincount(sampler(ids, scores.expand(n, -1)).numpy(), minlength=40)
+    rows = samplers(Sampling(temperature=1.0, top_p=0.9, seed=5), range(n))
+    found = np.bincount(next_tokens(scores.expand(n, -1), rows, [[0]] * n).numpy(), minlength=40)
     chi_square = sum((found[token] - n * share) ** 2 / (n * share) for token, share in wanted.items())
     assert found.sum() == n == sum(found[token] for token in wanted)
     assert chi_square < len(wanted) - 1 + 5 * np.sqrt(2 * len(wanted))
@@ -110,10 +114,7 @@ def test_tokens_ruled_out_are_never_drawn() -> None:
 def test_temperature_divides_the_scores() -> None:
     scores = torch.randn(30, generator=torch.Generator().manual_seed(7))
     n = 5000
-    ids = torch.zeros(n, 1, dtype=torch.long)
-    found = Sampler(Sampling(temperature=0.5, top_p=1.0), [str(row) for row in range(n)], [1] * n)(
-        ids, scores.expand(n, -1)
-    )
+    found = next_tokens(scores.expand(n, -1), samplers(Sampling(temperature=0.5, top_p=1.0), range(n)), [[0]] * n)
     shares = np.bincount(found.numpy(), minlength=30) / n
     wanted = torch.softmax(scores.double() * 2, -1).numpy()
     assert np.abs(shares - wanted).max() < 5 * np.sqrt(0.25 / n)
@@ -122,21 +123,52 @@ def test_temperature_divides_the_scores() -> None:
 def test_greedy_takes_the_likeliest_token() -> None:
     scores = torch.zeros(3, 30)
     scores[[0, 1, 2], [4, 29, 0]] = 1.0
-    found = Sampler(Sampling(greedy=True), ["a", "b", "c"], [1, 1, 1])(torch.zeros(3, 1, dtype=torch.long), scores)
-    assert found.tolist() == [4, 29, 0]
+    assert next_tokens(scores, samplers(Sampling(greedy=True), "abc"), [[0]] * 3).tolist() == [4, 29, 0]
 
 
 def test_a_rows_draws_depend_on_its_own_stream_alone() -> None:
     scores = torch.randn(1, 200, generator=torch.Generator().manual_seed(8))
-    ids = torch.zeros(1, 1, dtype=torch.long)
 
     def tokens(streams: list[str], row: int) -> list[int]:
-        sampler = Sampler(Sampling(seed=9), streams, [1] * len(streams))
-        return [int(sampler(ids.repeat(len(streams), 1), scores.repeat(len(streams), 1))[row]) for _ in range(20)]
+        rows, found = samplers(Sampling(seed=9), streams), []
+        for _ in range(20):
+            found.append(int(next_tokens(scores.repeat(len(rows), 1), rows, [[0]] * len(rows))[row]))
+            for sampler in rows:
+                sampler.advance()
+        return found
 
     assert tokens(["x"], 0) == tokens(["a", "b", "x"], 2) == tokens(["x", "a"], 0)
     assert tokens(["x"], 0) != tokens(["y"], 0)
     assert tokens(["x", "x"], 0) == tokens(["x", "x"], 1)
+
+
+def test_rows_of_one_batch_follow_each_their_own_settings() -> None:
+    settings = [
+        Sampling(seed=3),
+        Sampling(greedy=True),
+        Sampling(temperature=3.0, top_p=0.5),
+        Sampling(temperature=0.3, repetition_penalty=4.0, seed=1),
+        Sampling(greedy=True, repetition_penalty=9.0),
+        Sampling(top_p=0.1),
+    ]
+    scores = torch.randn(6, 300, generator=torch.Generator().manual_seed(2)) * 2
+    seen = [[int(scores[row].argmax()), 5, row] for row in range(6)]
+    for trial in range(30):
+        rows = [Sampler(sampling, f"{trial}") for sampling in settings]
+        alone = [int(next_tokens(scores[[row]], [rows[row]], [seen[row]])) for row in range(6)]
+        assert next_tokens(scores, rows, seen).tolist() == alone
+        assert alone[1] == seen[1][0] and alone[4] != seen[4][0]
+
+
+def test_the_number_that_decides_a_token_stays_until_the_token_has_come() -> None:
+    """A step that failed is tried again, and must then choose as it would have."""
+    sampler, again = (Sampler(Sampling(seed=4), "x") for _ in range(2))
+    numbers = []
+    for _ in range(3):
+        numbers.append(sampler.number)
+        assert sampler.number == numbers[-1]
+        sampler.advance()
+    assert len(set(numbers)) == 3 and again.number == numbers[0]
 
 
 # --- the repetition penalty ------------------------------------------------------------------------------------------
@@ -149,15 +181,14 @@ def test_the_repetition_penalty_is_that_of_transformers_on_an_unpadded_row(penal
     new = torch.randint(1, 40, (3, 4), generator=generator)
     scores = torch.randn(3, 40, generator=generator)
     kept = scores.clone()
-    padded = torch.stack([torch.cat([torch.zeros(9 - len(prompt), dtype=torch.long), prompt]) for prompt in prompts])
-    sampler = Sampler(Sampling(greedy=True, repetition_penalty=penalty), ["a", "b", "c"], [3, 9, 1])
-    found = sampler._penalised(torch.cat([padded, new], 1), scores)
-    for row, prompt in enumerate(prompts):
+    seen = [torch.cat([prompt, more]) for prompt, more in zip(prompts, new, strict=True)]
+    rows = samplers(Sampling(greedy=True, repetition_penalty=penalty), "abc")
+    found = decoding._penalised(scores, rows, [ids.tolist() for ids in seen])
+    for row, ids in enumerate(seen):
         processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
-        wanted = processor(torch.cat([prompt, new[row]])[None], scores[row : row + 1].clone())
-        assert torch.equal(found[row : row + 1], wanted)
+        assert torch.equal(found[row : row + 1], processor(ids[None], scores[row : row + 1].clone()))
     assert torch.equal(scores, kept), "what generation still holds was changed"
-    assert torch.equal(found[0, 0], scores[0, 0]), "padding was penalised"
+    assert torch.equal(found[0, 0], scores[0, 0]), "a token that has not come was penalised"
 
 
 def test_a_text_under_a_repetition_penalty_is_that_of_generate_alone(each: Tiny) -> None:
@@ -224,12 +255,10 @@ TEXTS = [
 TOKENIZERS = {"byte-level": byte_tokenizer, "byte fallback": fallback_tokenizer}
 
 
-def stream_of(tokenizer: Any, rows: list[list[int]], stop: list[int]) -> tuple[RowTexts, list[list[str]]]:
-    """Feed rows of ids as generation does: one token a step, padding where a row has ended."""
-    texts = RowTexts(tokenizer, len(rows), stop)
-    steps = range(max(map(len, rows)))
-    pieces = [list(texts.push([row[step] if step < len(row) else 0 for row in rows])) for step in steps]
-    return texts, [*pieces, list(texts.finish())]
+def stream_of(tokenizer: Any, ids: list[int], stop: list[int]) -> tuple[RowText, list[str]]:
+    """Feed ids as generation does, one token a step."""
+    text = RowText(tokenizer, stop)
+    return text, [*(text.push(token) for token in ids), text.finish()]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -240,43 +269,41 @@ def test_characters_of_many_bytes_come_whole_and_pieces_make_up_the_text(name: s
     assert any(len(row) > len(text) + 2 for row, text in zip(rows, TEXTS, strict=True)), (
         "no character takes several tokens"
     )
-    texts, pieces = stream_of(tokenizer, rows, [end])
     for place, ids in enumerate(rows):
-        mine = [step[place] for step in pieces]
-        assert "".join(mine) == texts.texts[place] == tokenizer.decode(ids, skip_special_tokens=True)
-        assert not any("�" in piece for piece in mine)
-        assert texts.texts[place].strip() == TEXTS[place].strip()
-        assert texts.stopped[place] and texts.ids[place] == ids[:-1]
+        text, pieces = stream_of(tokenizer, [*ids, 0, 0], [end])  # what comes after the end is no part of it
+        assert "".join(pieces) == text.text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert not any("�" in piece for piece in pieces)
+        assert text.text.strip() == TEXTS[place].strip()
+        assert text.stopped and text.ids == ids[:-1]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_character_appears_with_its_last_byte_and_not_later(name: str) -> None:
     tokenizer: Any = TOKENIZERS[name]()
     ids = tokenizer("x😀y日", add_special_tokens=False)["input_ids"]
-    texts = RowTexts(tokenizer, 1, [])
+    text = RowText(tokenizer, [])
     for count, token in enumerate(ids, start=1):
-        texts.push([token])
+        text.push(token)
         whole = tokenizer.decode(ids[:count])
         if not whole.endswith("�"):
-            assert texts.texts[0] == whole
+            assert text.text == whole
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_text_cut_inside_a_character_ends_as_decoding_it_whole_does(name: str) -> None:
     tokenizer: Any = TOKENIZERS[name]()
     ids = tokenizer("ab 😀", add_special_tokens=False)["input_ids"][:-1]
-    texts, pieces = stream_of(tokenizer, [ids], [])
-    assert texts.texts[0] == "".join(step[0] for step in pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    text, pieces = stream_of(tokenizer, ids, [])
+    assert text.text == "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_special_tokens_are_not_part_of_the_text_and_the_end_ends_it() -> None:
     tokenizer: Any = byte_tokenizer()
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     ab, cd = (tokenizer(text)["input_ids"] for text in ("ab", "cd"))
-    texts, _ = stream_of(tokenizer, [[*ab, start, *cd], [*ab, end, *cd]], [end])
-    assert texts.texts == ["abcd", "ab"]
-    assert texts.stopped == [False, True]
-    assert texts.ids == [[*ab, start, *cd], ab]
+    going_on, ended = (stream_of(tokenizer, [*ab, token, *cd], [end])[0] for token in (start, end))
+    assert (going_on.text, going_on.stopped, going_on.ids) == ("abcd", False, [*ab, start, *cd])
+    assert (ended.text, ended.stopped, ended.ids) == ("ab", True, ab)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -291,11 +318,11 @@ def test_any_sequence_of_tokens_streams_to_what_decoding_it_whole_gives(name: st
     rng = random.Random(seed)
     multibyte = [token for text in TEXTS for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     ids = [rng.choice(multibyte) if rng.random() < 0.5 else rng.randrange(len(tokenizer)) for _ in range(length)]
-    texts, pieces = stream_of(tokenizer, [ids], [])
+    text, pieces = stream_of(tokenizer, ids, [])
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    assert "".join(step[0] for step in pieces) == texts.texts[0]
-    assert texts.ids[0] == ids
-    assert texts.texts[0] == whole or (name == "byte fallback" and "�" in whole)
+    assert "".join(pieces) == text.text
+    assert text.ids == ids
+    assert text.text == whole or (name == "byte fallback" and "�" in whole)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -306,14 +333,13 @@ def test_a_stray_byte_after_a_character_written_as_bytes_is_no_error(name: str) 
         ids = tokenizer.convert_tokens_to_ids(["<0x49>", "<0xE8>", "th", "<0x49>", "he"])
     else:
         ids = [tokenizer("I")["input_ids"][0], tokenizer("日")["input_ids"][0], *tokenizer("thIhe")["input_ids"]]
-    texts, pieces = stream_of(tokenizer, [ids], [])
-    assert "".join(step[0] for step in pieces) == texts.texts[0]
-    assert texts.texts[0].endswith("thIhe") and "�" in texts.texts[0]
+    text, pieces = stream_of(tokenizer, ids, [])
+    assert "".join(pieces) == text.text
+    assert text.text.endswith("thIhe") and "�" in text.text
 
 
 def test_ids_beyond_the_tokenizer_are_no_text() -> None:
     """A model's vocabulary may be padded beyond its tokenizer's, as Qwen's is."""
     tokenizer: Any = byte_tokenizer()
     ab = tokenizer("ab")["input_ids"]
-    texts, _ = stream_of(tokenizer, [[ab[0], len(tokenizer) + 5, *ab[1:]]], [])
-    assert texts.texts == ["ab"]
+    assert stream_of(tokenizer, [ab[0], len(tokenizer) + 5, *ab[1:]], [])[0].text == "ab"

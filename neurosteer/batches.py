@@ -1,0 +1,182 @@
+"""Texts that decode together, a token each at a time; they join and leave between two steps."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from neurosteer.decoding import RowText, Sampler, next_tokens
+from neurosteer.hooks import Hook, InputHook, hooked
+from neurosteer.models import LanguageModel
+from neurosteer.plans import Plan, applied, compile_plan
+from neurosteer.recipes import Positions, Recipe
+
+
+@dataclass(eq=False)
+class Writing:
+    """One text under way: how it is to be written, and what there is of it.
+
+    All that its next token depends on, apart from the model: a batch can be left and another one joined at any time.
+    """
+
+    prompt: list[int]
+    recipe: Recipe
+    positions: Positions
+    max_new_tokens: int
+    sampler: Sampler
+    text: RowText
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt's tokens and those written."""
+        return self.prompt + self.text.ids
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.text.ids)
+
+    @property
+    def ended(self) -> bool:
+        return self.text.stopped or len(self.text.ids) >= self.max_new_tokens
+
+    def take(self, token: int) -> str:
+        """Go on by a token; returns the text it adds."""
+        self.sampler.advance()
+        return self.text.push(token)
+
+
+class Batch:
+    """Writings as rows `[batch, seq]`, padded on the left, with the keys and values of all but their last tokens."""
+
+    def __init__(self, lm: LanguageModel, writings: Sequence[Writing], *, use_cache: bool = True) -> None:
+        width = max(map(len, writings))
+        ids = torch.full((len(writings), width), lm.pad_id)
+        mask = torch.zeros((len(writings), width), dtype=torch.long)
+        for row, writing in enumerate(writings):
+            ids[row, width - len(writing) :] = torch.tensor(writing.ids)
+            mask[row, width - len(writing) :] = 1
+        self.lm = lm
+        self.writings = list(writings)
+        self.ids, self.mask = ids.to(lm.device), mask.to(lm.device)
+        self.cache = DynamicCache(config=lm.model.config) if use_cache else None
+        self.plan = _plan(lm, writings)
+        self._can_change = not use_cache or can_change(lm)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no row takes another token."""
+        return all(writing.ended for writing in self.writings)
+
+    @torch.inference_mode()
+    def step(self) -> dict[Writing, str]:
+        """A token more for every row that has not ended; returns the text it adds. There must be such a row.
+
+        An exception leaves every writing as it was, but not the batch: its writings can go on in another one.
+        """
+        if self._can_change:
+            self.leave([writing for writing in self.writings if writing.ended])
+        ends = [self.ids.shape[1] - len(writing.text.ids) for writing in self.writings]
+        with applied(self.lm, self.plan, prompt_width=ends):
+            scores = self._next_scores()
+        samplers = [writing.sampler for writing in self.writings]
+        tokens = next_tokens(scores, samplers, [writing.ids for writing in self.writings])
+        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.device)], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        chosen = zip(self.writings, tokens.tolist(), strict=True)
+        return {writing: writing.take(token) for writing, token in chosen if not writing.ended}
+
+    @property
+    def _layers(self) -> list[Any]:
+        return self.cache.layers if self.cache is not None else []
+
+    def _next_scores(self) -> Tensor:
+        """Logits of the next token, float32 `[batch, vocab]`."""
+        done = self.cache.get_seq_length() if self.cache is not None else 0
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        with hooked(_contiguous_head(self.lm)):
+            output = self.lm.model(
+                input_ids=self.ids[:, done:],
+                attention_mask=self.mask,
+                position_ids=positions[:, done:],
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float()
+
+    @torch.inference_mode()
+    def join(self, other: "Batch") -> None:
+        """Take in the rows of `other`, which is used up. Both have done a step, and `can_change` says that they may."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+        self.ids = torch.cat([_widened(batch.ids, width, self.lm.pad_id) for batch in (self, other)])
+        self.mask = torch.cat([_widened(batch.mask, width, 0) for batch in (self, other)])
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            _join_layers(mine, theirs)
+        self.writings += other.writings
+        self.plan = _plan(self.lm, self.writings)
+
+    @torch.inference_mode()
+    def leave(self, writings: Collection[Writing]) -> None:
+        """Let go of the rows of `writings`, and of the columns that are padding in all rows left."""
+        kept = [row for row, writing in enumerate(self.writings) if writing not in writings]
+        if len(kept) == len(self.writings):
+            return
+        self.writings = [self.writings[row] for row in kept]
+        cut = self.ids.shape[1] - max(map(len, self.writings), default=0)
+        rows = torch.tensor(kept, dtype=torch.long)
+        here = rows.to(self.ids.device)
+        self.ids, self.mask = self.ids[here, cut:], self.mask[here, cut:]
+        for layer in self._layers:
+            _cut_layer(layer, rows, cut)
+        self.plan = self.plan.select(kept)
+
+
+def can_change(lm: LanguageModel) -> bool:
+    """Whether rows can join and leave a batch of this model: whether all it remembers are keys and values by column."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in plain for layer in DynamicCache(config=lm.model.config).layers)
+
+
+def _plan(lm: LanguageModel, writings: Sequence[Writing]) -> Plan:
+    return compile_plan(lm, [writing.recipe for writing in writings], [writing.positions for writing in writings])
+
+
+def _widened(rows: Tensor, width: int, value: int) -> Tensor:
+    return pad(rows, (width - rows.shape[1], 0), value=value)
+
+
+# A sliding layer keeps the last `sliding_window - 1` columns, or all if there are fewer, and counts how many there
+# were. The windows of transformers are measured in columns, so rows that move as a whole keep theirs.
+
+
+def _join_layers(mine: Any, theirs: Any) -> None:
+    if mine.keys is None or theirs.keys is None:  # such as layers that use another layer's
+        return
+    most = max(mine.keys.shape[-2], theirs.keys.shape[-2])
+    for name in ("keys", "values"):
+        held = [getattr(layer, name) for layer in (mine, theirs)]
+        setattr(mine, name, torch.cat([pad(states, (0, 0, most - states.shape[-2], 0)) for states in held]))
+    if isinstance(mine, DynamicSlidingWindowLayer):
+        mine.cumulative_length = max(mine.cumulative_length, theirs.cumulative_length)
+
+
+def _cut_layer(layer: Any, rows: Tensor, cut: int) -> None:
+    if layer.keys is None:
+        return
+    first = cut
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length -= cut
+        first = max(0, layer.keys.shape[-2] - layer.cumulative_length)
+    rows = rows.to(layer.keys.device)
+    layer.keys, layer.values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
+
+
+def _contiguous_head(lm: LanguageModel) -> list[Hook]:
+    """After the prompt, transformers hands the LM head a slice of the hidden states; on a CPU, multiplying a slice
+    copies the whole vocabulary matrix once per row (16 rows: five times the time of the prompt itself)."""
+    head = lm.model.get_output_embeddings()
+    return [InputHook(head, lambda hidden: hidden.contiguous())] if head is not None else []
