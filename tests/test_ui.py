@@ -348,9 +348,9 @@ def test_what_is_on_the_shelf_can_be_looked_into() -> None:
     [
         (0.05, "overlap 0.05 at layer 14: they hardly touch each other."),
         (-0.001, "overlap 0.00 at layer 14"),
-        (0.2, "a little the same way"),
-        (0.63, "overlap 0.63 at layer 14: they push partly the same way."),
-        (-0.9, "overlap −0.90 at layer 14: they push mostly against each other."),
+        (0.2, "overlap 0.20 at layer 14: they push a little the same way, or"),
+        (0.63, "they push partly the same way, or against each other where just one of their sliders is below 0."),
+        (-0.9, "they push mostly against each other, or the same way where just one of their sliders is below 0."),
         (0.995, "nearly the same"),
         (-1.0, "opposite"),
     ],
@@ -625,7 +625,7 @@ def test_what_is_wrong_with_the_options_of_sae_is_one_line(
 
 
 def test_a_space_takes_only_the_saes_of_its_model(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpt2: Any = SimpleNamespace(name="GPT-2-small")
+    gpt2 = replace(llama.lm, name="GPT-2-small")
     for name in ("/etc", "somebody/theirs/1", "gemma-scope-9b-pt-res/layer_9/width_1m/average_l0_14"):
         monkeypatch.delenv("SPACE_ID", raising=False)
         check_sae(name, llama.lm)
@@ -783,7 +783,7 @@ def test_two_vectors_tell_their_overlap_and_offer_to_remove_it(steering: SteerHa
         return overlap, checkbox["visible"]
 
     overlap, offered = told_of("one", "other")
-    assert "<b>one</b> and <b>other</b>: overlap 0.60 at layer 2: they push partly the same way." in overlap and offered
+    assert "<b>one</b> and <b>other</b>: overlap 0.60 at layer 2: they push partly the same way" in overlap and offered
     overlap, offered = told_of("one", "apart")
     assert "different layers" in overlap and not offered
     assert told_of("one") == told_of("one", "c") == told_of("one", "p") == ("", False)

@@ -209,7 +209,7 @@ def overlaps(pairs: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
 
 
 def _overlap(cosines: Mapping[int, float]) -> str:
-    """'overlap 0.63 at layer 14: they push partly the same way'."""
+    """'overlap 0.63 at layer 14: they push partly the same way, or …'."""
     if not cosines:
         return "no overlap, they work at different layers"
     worst = max(cosines, key=lambda layer: abs(cosines[layer]))
@@ -220,10 +220,13 @@ def _overlap(cosines: Mapping[int, float]) -> str:
 
 
 def _alike(cosine: float) -> str:
-    way = "the same way" if cosine > 0 else "against each other"
+    """What a cosine means wherever the sliders stand: they can move after this is shown."""
+    ways = ("the same way", "against each other")
+    way, other = ways if cosine > 0 else reversed(ways)
     for limit, degree in _ALIKE:
         if abs(cosine) < limit:
-            return f"they push {degree}{way}" if degree else "they hardly touch each other"
+            turned = f", or {other} where just one of their sliders is below 0"
+            return f"they push {degree}{way}{turned}" if degree else "they hardly touch each other"
     return "they are nearly the same" if cosine > 0 else "they are nearly each other’s opposite"
 
 
