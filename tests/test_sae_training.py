@@ -666,7 +666,7 @@ def test_the_command_line_prints_a_table_and_takes_a_range_of_layers(
     run: Run, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     options = ("--model", model_folder, "--dtype", "float32", "--layers", "0-1", "--framings", "raw,answer", *SMALL)
-    ran = run("sae", "train", texts_file, texts_file, *options, "--out", tmp_path / "saes")
+    ran = run("sae", "train", texts_file, texts_file, *options, "--out", tmp_path / "saes[a]")
     assert ran.code == 0, ran.err
     heading, *lines = ran.out.splitlines()
     assert heading.split()[:2] == ["Layer", "Folder"] and "Explained variance" in heading
@@ -677,10 +677,10 @@ def test_the_command_line_prints_a_table_and_takes_a_range_of_layers(
         else:
             rows.append(words)
     for layer, row in zip((0, 1), rows, strict=True):
-        folder = tmp_path / "saes" / f"layer_{layer}"
+        folder = tmp_path / "saes[a]" / f"layer_{layer}"
         figures = [measures_of(folder)[key] for key in ("explained_variance", "l0", "dead", "cross_entropy_recovered")]
         assert row == [str(layer), str(folder), *(f"{figure:.3f}" for figure in figures)]
-    assert config(tmp_path / "saes" / "layer_0")["metadata"]["training"]["framings"] == ["raw", "answer"]
+    assert config(tmp_path / "saes[a]" / "layer_0")["metadata"]["training"]["framings"] == ["raw", "answer"]
 
 
 @pytest.mark.parametrize(
