@@ -33,11 +33,11 @@ from neurosteer.storage import pack, unpack
 from neurosteer.ui import render
 from neurosteer.ui.build_tab import BuildHandlers, Settings, Source, build_options, check_sae, read_source
 from neurosteer.ui.jobs import Jobs, guarded, problem
-from neurosteer.ui.loading import ModelHolder, Status
+from neurosteer.ui.loading import ModelHolder, Models, Status
 from neurosteer.ui.mixer import MOST, Mix
 from neurosteer.ui.page import PageHandlers, create_app
 from neurosteer.ui.shelf import put, zip_file
-from neurosteer.ui.steer_tab import Ask, SteerHandlers, View, new_talk
+from neurosteer.ui.steer_handlers import Ask, SteerHandlers, View, new_talk
 
 HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
 SKIP = gr.skip()
@@ -74,12 +74,12 @@ def holder(llama: Tiny) -> ModelHolder:
 
 @pytest.fixture
 def building(holder: ModelHolder) -> BuildHandlers:
-    return BuildHandlers(holder, Jobs())
+    return BuildHandlers(Models.of(holder), Jobs())
 
 
 @pytest.fixture
 def steering(building: BuildHandlers) -> SteerHandlers:
-    return SteerHandlers(building.holder, building.jobs, building)
+    return SteerHandlers(building.models, building.jobs, building)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def source(kind: str, **given: Any) -> Source:
 
 
 def mix_values(shelf: Any, chosen: list[str], *strengths: float, apart: bool = False) -> list[Any]:
-    """As the page hands them over: shelf, what the sliders stand for, the choice, all sliders, the checkbox."""
-    return [shelf, chosen, chosen, *[*strengths, *[1.0] * MOST][:MOST], apart]
+    """As the page hands them over: model, shelf, what the sliders stand for, the choice, all sliders, the checkbox."""
+    return [None, shelf, chosen, chosen, *[*strengths, *[1.0] * MOST][:MOST], apart]
 
 
 told = gr.Progress()  # outside of an event it tells nobody
@@ -462,7 +462,7 @@ def test_a_load_that_failed_is_told_and_can_be_repeated(llama: Tiny) -> None:
         return llama.lm
 
     holder = ModelHolder("tiny", load)
-    page = PageHandlers(holder, Jobs())
+    page = PageHandlers(Models.of(holder), Jobs())
     with pytest.raises(ModelError, match=r"no connection; try again\..*'Load the model again'"):
         holder.wait()
     line, timer, retry = page.status()
@@ -671,7 +671,7 @@ def test_try_it_goes_to_the_steer_tab_with_the_newest_alone(building: BuildHandl
 
 
 def ask(**given: Any) -> Ask:
-    plain = Ask("prompt", "the cat", new_talk(), 8, 0.8, 0.95, 0, True)
+    plain = Ask("prompt", "the cat", new_talk(), "unsteered", None, "", 8, 0.8, 0.95, 0, True)
     return plain._replace(**given)
 
 
@@ -682,7 +682,7 @@ def run(steering: SteerHandlers, asked: Ask, mixed: list[Any]) -> list[View]:
 def test_a_run_streams_both_texts_as_the_library_writes_them(
     steering: SteerHandlers, llama: Tiny, artifact: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_tab._UPDATE_S", 0.0)
+    monkeypatch.setattr("neurosteer.ui.steer_handlers._UPDATE_S", 0.0)
     views = run(steering, ask(), mix_values({"mood": artifact}, ["mood"], 3.0))
     grown = [view.unsteered for view in views if isinstance(view.unsteered, str)]
     assert len(grown) > 4 and all(b.startswith(a) for a, b in pairwise(grown))
@@ -709,8 +709,7 @@ def test_strength_zero_writes_the_unsteered_text(steering: SteerHandlers, artifa
 
 
 def test_stop_keeps_what_was_written(steering: SteerHandlers, artifact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_tab._UPDATE_S", 0.0)
-    steering.begin(visitor())
+    monkeypatch.setattr("neurosteer.ui.steer_handlers._UPDATE_S", 0.0)
     stream = steering.run(visitor(), *ask(max_new_tokens=100), *mix_values({"mood": artifact}, ["mood"]))
     views = []
     for view in stream:
@@ -764,7 +763,7 @@ def test_a_chat_carries_on_two_conversations(steering: SteerHandlers, artifact: 
 def test_a_slider_keeps_its_strength_when_others_come_and_go(steering: SteerHandlers, artifact: Any) -> None:
     shelf = {"a": artifact, "b": artifact, "c": artifact}
     values = mix_values(shelf, ["a", "b"], 0.5, -2.0)
-    values[2] = ["c", "b"]
+    values[3] = ["c", "b"]
     _, shown, _, _, *rest = steering.remix(*values)
     rows, sliders = rest[:MOST], rest[MOST : 2 * MOST]
     assert shown == ["c", "b"]
@@ -856,7 +855,7 @@ def test_a_wrong_zip_and_a_foreign_artifact_are_refused_in_one_line(
 
 
 def test_one_click_builds_the_example(steering: SteerHandlers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_tab.read_examples", lambda name: replace(EXAMPLES, name=name))
+    monkeypatch.setattr("neurosteer.ui.steer_handlers.read_examples", lambda name: replace(EXAMPLES, name=name))
     button, error, note, shelf, shown, empty, *_ = steering.build_example(visitor(), told, *mix_values({}, []))
     assert button["interactive"] and error == "" and "press Run" in note
     assert list(shelf) == shown == ["sentiment-caa"] and not empty["visible"]

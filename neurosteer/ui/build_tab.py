@@ -1,6 +1,5 @@
 """The Build tab: examples in, artifact out."""
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from neurosteer.examples import ContrastSet, bundled_sets, parse_examples, paste
 from neurosteer.progress import Progress
 from neurosteer.ui import render
 from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
-from neurosteer.ui.loading import ModelHolder
+from neurosteer.ui.limits import MAX_BUILDS, on_a_space
+from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put, zip_file
 
@@ -147,7 +147,7 @@ def check_sae(named: str, lm: "LanguageModel") -> None:
     from neurosteer.saes import EMBEDDED, embedded_saes, released_for
 
     known = (EMBEDDED, *released_for(lm))
-    if not os.environ.get("SPACE_ID") or any(f"{named}/".startswith(f"{name}/") for name in known):
+    if not on_a_space() or any(f"{named}/".startswith(f"{name}/") for name in known):
         return
     offered = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *(f"{name}/…" for name in released_for(lm))]
     raise UsageError(
@@ -179,13 +179,13 @@ def in_words(progress: gr.Progress) -> Progress:
 class BuildHandlers:
     """What happens on the Build tab."""
 
-    def __init__(self, holder: ModelHolder, jobs: Jobs) -> None:
-        self.holder = holder
+    def __init__(self, models: Models, jobs: Jobs) -> None:
+        self.models = models
         self.jobs = jobs
 
     def choices(self) -> list[Any]:
         """The methods and the options of Advanced, from the library; it is not imported before the page is up."""
-        self.holder.wait_for_libraries()
+        self.models.holder().wait_for_libraries()
         from neurosteer.activations import TOKENS
         from neurosteer.artifacts import CIRCUIT_OPERATIONS
         from neurosteer.methods import METHODS
@@ -209,7 +209,7 @@ class BuildHandlers:
 
     def show_parameters(self, method: str) -> list[Any]:
         """Those of `_OWN` that the method takes; rank and top_k begin anew, because they mean something else."""
-        self.holder.wait_for_libraries()
+        self.models.holder().wait_for_libraries()
         from neurosteer.methods import cna, find_method, sae
 
         takes = find_method(method).defaults
@@ -256,7 +256,8 @@ class BuildHandlers:
             examples = read_source(source)
             if examples is None:
                 raise UsageError(f"There are no examples yet. {_NOTHING_YET[source.kind]}")
-            artifact, seconds = self.make(examples, settings, in_words(progress), request.session_hash)
+            report = in_words(progress)
+            artifact, seconds = self.make(examples, settings, report, request.session_hash, mix.model)
             shelf, label = put(mix.shelf, artifact)
             shown = Built(artifact, label, seconds, examples)
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
@@ -268,11 +269,16 @@ class BuildHandlers:
             return [*buttons, render.error_line(problem(error)), "", *[gr.skip()] * 6, *unchanged()]
 
     def make(
-        self, examples: ContrastSet, settings: Settings, progress: Progress, visitor: str | None
+        self,
+        examples: ContrastSet,
+        settings: Settings,
+        progress: Progress,
+        visitor: str | None,
+        model: str | None = None,
     ) -> tuple[Any, float]:
         """The artifact, once the model is there, and the seconds that building took. Raises the library's errors."""
         cancel = self.jobs.current(visitor, KIND)
-        session = self.holder.wait(progress, cancel)
+        session = self.models.holder(model).wait(progress, cancel)
         from neurosteer.building import build
 
         options = build_options(settings)
@@ -455,6 +461,7 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
         [*result, *mixer.outputs],
         show_progress_on=tab.result,
         concurrency_id=KIND,
+        concurrency_limit=MAX_BUILDS,
         api_visibility="private",
     ).failure(handlers.give_up, None, buttons, queue=False, **quiet)
     tab.cancel.click(handlers.cancel, None, None, queue=False, **quiet)

@@ -1,4 +1,4 @@
-"""The model of the page: loaded in a thread of its own, so that the page answers while it is on its way.
+"""The models of the page: each loaded in a thread of its own, so that the page answers while one is on its way.
 
 Importing torch and transformers takes seconds. It happens in that thread too, which is why the page's modules import
 them inside functions only.
@@ -6,10 +6,12 @@ them inside functions only.
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from neurosteer.catalog import catalog, default_model, find_model
 from neurosteer.errors import ModelError, NeuroSteerError
 from neurosteer.progress import Progress, check_cancelled, silent
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _IMPORT_LIMIT_S = 120.0
+_MOST_LOADED = 2
+_SPARE_GB = 1.0  # for activations and whatever else runs on the machine
 
 Loader = Callable[[str | None, Progress], "LanguageModel"]
 
@@ -111,6 +115,71 @@ class ModelHolder:
 
     def _report(self, message: str, fraction: float | None = None) -> None:
         self._status = Status(message[:1].lower() + message[1:], fraction)
+
+
+class Models:
+    """The models that visitors can choose, each loaded once, when it is first asked for.
+
+    They are shared by all visitors. At most `most` stay loaded: the one unused for longest makes room, and what still
+    writes with it keeps it until it is done.
+    """
+
+    def __init__(self, default: str | None = None, *, load: Loader | None = None, most: int = _MOST_LOADED) -> None:
+        self.default = default or default_model()
+        self._load, self._most = load, most
+        self._holders: OrderedDict[str, ModelHolder] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(holder: ModelHolder, name: str | None = None) -> "Models":
+        """With one model that is there already, or on its way."""
+        models = Models(name)
+        models._holders[models.default] = holder
+        return models
+
+    @property
+    def names(self) -> list[str]:
+        """The model of this page, and those of the catalog."""
+        return list(dict.fromkeys([self.default, *(model.name for model in catalog())]))
+
+    def holder(self, name: str | None = None) -> ModelHolder:
+        """The holder of a model (the page's own when None), which has yet to be started.
+
+        Raises `ModelError` for a name that is not on offer, or a model too large for what memory is free.
+        """
+        name = name or self.default
+        with self._lock:
+            if name not in self._holders:
+                self._check(name)
+                self._holders[name] = ModelHolder(name, self._load)
+            self._holders.move_to_end(name)
+            while len(self._holders) > self._most:
+                oldest = next(known for known in self._holders if known != self.default)
+                del self._holders[oldest]
+            return self._holders[name]
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise ModelError(f"The model {name[:100]!r} is not on offer here; choose one of {', '.join(self.names)}.")
+        known = find_model(name)
+        if known is None or name == self.default:
+            return
+        free = free_memory_gb()
+        if known.memory_gb + _SPARE_GB > free:
+            raise ModelError(
+                f"{name} needs about {known.memory_gb + _SPARE_GB:.1f} GB of memory and {free:.1f} GB are free on this "
+                "machine; choose a smaller model, or run NeuroSteer on a larger machine."
+            )
+
+
+def free_memory_gb() -> float:
+    """What memory is free for one more model, in GB: the GPU's where there is one, else the machine's."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 1e9
+    return psutil.virtual_memory().available / 1e9
 
 
 def _load_by_name(name: str | None, progress: Progress) -> "LanguageModel":

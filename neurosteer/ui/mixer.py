@@ -3,22 +3,31 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from neurosteer.ui import render
 from neurosteer.ui.shelf import Shelf, zip_file
 
+if TYPE_CHECKING:
+    from neurosteer.artifacts import Artifact
+    from neurosteer.recipes import Recipe, Use
+
 MOST = 4
 STRENGTHS = (-3.0, 3.0)
+MULTIPLIERS = (0.0, 4.0)
 DEFAULT_STRENGTH = 1.0
+
+_STRENGTH_HELP = "0 is off, 1 the usual dose, −1 the opposite"
+_MULTIPLIER_HELP = "What its neurons are multiplied by: 1 is off, 0 switches them off, 2 doubles them"
 
 
 @dataclass(frozen=True)
 class Mixer:
     """The components. `shelf` holds the visitor's artifacts by label, `shown` the labels the sliders stand for."""
 
+    model: gr.Dropdown
     shelf: gr.State
     shown: gr.State
     empty: gr.Column
@@ -33,7 +42,7 @@ class Mixer:
     @property
     def inputs(self) -> list[Any]:
         """In the order of `Mix`'s fields."""
-        return [self.shelf, self.shown, self.chosen, *self.sliders, self.apart]
+        return [self.model, self.shelf, self.shown, self.chosen, *self.sliders, self.apart]
 
     @property
     def outputs(self) -> list[Any]:
@@ -44,23 +53,49 @@ class Mixer:
 
 @dataclass(frozen=True)
 class Mix:
-    """What a visitor has (`shelf`), has chosen, the strength of each, and whether to keep them `apart`: without the
-    overlap between vectors."""
+    """What a visitor has (`shelf`), has chosen, the strength of each (the multiplier of a circuit that scales), whether
+    to keep them `apart` (without the overlap between vectors), and the model to use them on."""
 
     shelf: Shelf
     chosen: tuple[str, ...]
     strengths: dict[str, float]
     apart: bool = False
+    model: str | None = None
 
     @staticmethod
     def of(values: Sequence[Any]) -> "Mix":
         """From the values of `Mixer.inputs`."""
-        shelf, shown, chosen, *strengths, apart = values
+        model, shelf, shown, chosen, *strengths, apart = values
         kept = [label for label in chosen or () if label in shelf]
-        return Mix(shelf, tuple(kept), dict(zip(shown, strengths, strict=False)), bool(apart))
+        return Mix(shelf, tuple(kept), dict(zip(shown, strengths, strict=False)), bool(apart), model)
 
     def strength(self, label: str) -> float:
-        return self.strengths.get(label, DEFAULT_STRENGTH)
+        """Where the slider of `label` stands."""
+        artifact = self.shelf.get(label)
+        usual = artifact.calibration.amount if artifact is not None and _scales(artifact) else DEFAULT_STRENGTH
+        return self.strengths.get(label, usual)
+
+    def recipe(self) -> "Recipe":
+        """What is chosen, at where the sliders stand. Raises `UsageError` where the overlap cannot be removed."""
+        from neurosteer.combining import orthogonalised
+        from neurosteer.recipes import Recipe
+
+        recipe = Recipe.of(*(use_of(self.shelf[label], float(self.strength(label))) for label in self.chosen))
+        return orthogonalised(recipe) if self.apart else recipe
+
+    def in_words(self) -> str:
+        """'sentiment +1, formality −0.5'."""
+        said = [
+            f"{label} × {self.strength(label):g}"
+            if _scales(self.shelf[label])
+            else f"{label} {render.signed(self.strength(label))}"
+            for label in self.chosen
+        ]
+        return ", ".join(said) + (" (without overlap)" if self.apart and len(said) > 1 else "")
+
+    def at(self, strengths: Mapping[str, float]) -> "Mix":
+        """The same choice with some sliders elsewhere."""
+        return replace(self, strengths={**self.strengths, **strengths})
 
     def choosing(self, shelf: Shelf, chosen: Sequence[str]) -> "Mix":
         """The same strengths with another shelf and choice."""
@@ -76,12 +111,35 @@ class Mix:
             gr.update(visible=not self.shelf),
             gr.update(choices=list(self.shelf), value=list(self.chosen), visible=bool(self.shelf)),
             *(gr.update(visible=label is not None) for label in labels),
-            *(gr.skip() if label is None else gr.update(label=label, value=self.strength(label)) for label in labels),
+            *(gr.skip() if label is None else self._slider(label) for label in labels),
             *(gr.skip() if label is None else gr.update(value=zip_file(self.shelf[label])) for label in labels),
             render.overlaps(overlaps),
             gr.update(visible=any(overlaps.values())),
             "".join(render.about(label, self.shelf[label]) for label in self.chosen),
         ]
+
+    def _slider(self, label: str) -> Any:
+        scales = _scales(self.shelf[label])
+        least, most = MULTIPLIERS if scales else STRENGTHS
+        value = self.strength(label)
+        return gr.update(
+            label=f"{label}: multiplier" if scales else label,
+            info=_MULTIPLIER_HELP if scales else _STRENGTH_HELP,
+            minimum=min(least, value),
+            maximum=max(most, value),
+            value=value,
+        )
+
+
+def use_of(artifact: "Artifact", position: float) -> "Use":
+    """`artifact` as a slider at `position` stands for it: at that strength, or multiplier where it scales neurons."""
+    from neurosteer.recipes import Use
+
+    return Use(artifact, multiplier=position) if _scales(artifact) else Use(artifact, position)
+
+
+def _scales(artifact: "Artifact") -> bool:
+    return artifact.operation == "scale"
 
 
 def overlaps_of(artifacts: Shelf) -> dict[tuple[str, str], Mapping[int, float]]:
@@ -100,7 +158,7 @@ def unchanged() -> list[Any]:
     return [gr.skip()] * (4 + 3 * MOST + 3)
 
 
-def lay_out(shelf: gr.State, empty: gr.Column) -> Mixer:
+def lay_out(model: gr.Dropdown, shelf: gr.State, empty: gr.Column) -> Mixer:
     """The dropdown and the rows of sliders, within the current layout; `about` is for its owner to render."""
     chosen = gr.Dropdown(
         [],
@@ -120,7 +178,7 @@ def lay_out(shelf: gr.State, empty: gr.Column) -> Mixer:
                     value=DEFAULT_STRENGTH,
                     step=0.1,
                     label=f"Strength {number}",
-                    info="0 is off, 1 the usual dose, −1 the opposite",
+                    info=_STRENGTH_HELP,
                     interactive=True,
                     scale=5,
                 )
@@ -139,4 +197,4 @@ def lay_out(shelf: gr.State, empty: gr.Column) -> Mixer:
     )
     about = gr.HTML(elem_id="about", elem_classes="ns-flush", render=False)
     several = (tuple(rows), tuple(sliders), tuple(downloads))
-    return Mixer(shelf, gr.State([]), empty, chosen, *several, overlap, apart, about)
+    return Mixer(model, shelf, gr.State([]), empty, chosen, *several, overlap, apart, about)

@@ -7,15 +7,17 @@ from typing import Any
 import gradio as gr
 from gradio.themes import Base, Default
 
-from neurosteer.errors import UsageError
-from neurosteer.ui import build_tab, render, steer_tab
+from neurosteer.catalog import find_model
+from neurosteer.errors import NeuroSteerError, UsageError
+from neurosteer.ui import about_tab, build_tab, library_tab, render, steer_tab
 from neurosteer.ui.build_tab import BuildHandlers
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.loading import ModelHolder
-from neurosteer.ui.steer_tab import SteerHandlers
+from neurosteer.ui.library_tab import LibraryHandlers
+from neurosteer.ui.limits import MAX_VISITORS, on_a_space
+from neurosteer.ui.loading import ModelHolder, Models
+from neurosteer.ui.steer_handlers import SteerHandlers
 
 MAX_UPLOAD = "64mb"
-_MAX_WAITING = 32
 _STATUS_EVERY_S = 1.0
 _CACHE_S = (3600, 24 * 3600)
 _SANS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -25,23 +27,26 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 class PageHandlers:
     """What happens around the tabs."""
 
-    def __init__(self, holder: ModelHolder, jobs: Jobs) -> None:
-        self.holder = holder
+    def __init__(self, models: Models, jobs: Jobs) -> None:
+        self.models = models
         self.jobs = jobs
 
-    def status(self) -> list[Any]:
+    def status(self, model: str | None = None) -> list[Any]:
         """The model's line; the timer that asks for it (until loading is over); the button to try again."""
-        status = self.holder.status
+        try:
+            status = self.models.holder(model).status
+        except NeuroSteerError:  # not on offer: choosing it said so
+            return [gr.skip(), gr.Timer(_STATUS_EVERY_S, active=False), gr.skip()]
         return [
             render.status_line(status),
             gr.Timer(_STATUS_EVERY_S, active=not status.settled),
             gr.update(visible=status.failed),
         ]
 
-    def retry(self) -> list[Any]:
+    def retry(self, model: str | None = None) -> list[Any]:
         """Load the model again after a failure."""
-        self.holder.start()
-        return self.status()
+        self.models.holder(model).start()
+        return self.status(model)
 
     def leave(self, request: gr.Request) -> None:
         """A visitor closed the page: nobody waits for their work any more."""
@@ -50,31 +55,63 @@ class PageHandlers:
 
 def create_app(model_name: str | None = None, *, holder: ModelHolder | None = None) -> gr.Blocks:
     """The page. The model begins to load here, in a thread of its own; the page answers meanwhile."""
-    holder, jobs = holder or ModelHolder(model_name), Jobs()
-    handlers = PageHandlers(holder, jobs)
-    building = BuildHandlers(holder, jobs)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    models, jobs = Models(model_name) if holder is None else Models.of(holder, model_name), Jobs()
+    building = BuildHandlers(models, jobs)
+    steering = SteerHandlers(models, jobs, building)
     with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
         gr.HTML(render.heading(), elem_classes="ns-flush")
         with gr.Row(elem_classes="ns-model"):
-            status = gr.HTML(render.status_line(holder.status), elem_id="model-status", elem_classes="ns-flush")
-            retry = gr.Button("Load the model again", size="sm", visible=False, scale=0, min_width=180)
-        timer = gr.Timer(_STATUS_EVERY_S)
+            model = gr.Dropdown(
+                [(model_label(name), name) for name in models.names],
+                value=models.default,
+                label="Model",
+                scale=0,
+                min_width=420,
+                elem_id="model",
+            )
+            with gr.Column():
+                status = gr.HTML(
+                    render.status_line(models.holder().status), elem_id="model-status", elem_classes="ns-flush"
+                )
+                retry = gr.Button("Load the model again", size="sm", visible=False, min_width=180)
         shelf = gr.State({})
         with gr.Tabs() as tabs:
+            with gr.Tab("Steer", id="steer"):
+                steer = steer_tab.lay_out(model, shelf)
             with gr.Tab("Build", id="build"):
                 build = build_tab.lay_out()
-            with gr.Tab("Steer", id="steer"):
-                steer = steer_tab.lay_out(shelf)
+            with gr.Tab("Library", id="library") as entry:
+                library = library_tab.lay_out()
+            with gr.Tab("About", id="about-tab"):
+                about_tab.lay_out()
         build_tab.wire(build, steer.mixer, tabs, page, building)
-        steer_tab.wire(steer, SteerHandlers(holder, jobs, building))
-        line = [status, timer, retry]
-        timer.tick(handlers.status, None, line, **quiet)
-        page.load(handlers.status, None, line, **quiet)
-        retry.click(handlers.retry, None, line, **quiet)
-        page.unload(handlers.leave)
-    holder.start()
+        steer_tab.wire(steer, steering)
+        steer_tab.wire_arrival(steer, page, steering)
+        library_tab.wire(library, steer.mixer, tabs, entry, LibraryHandlers(models))
+        _wire_status(page, PageHandlers(models, jobs), model, status, retry)
+    models.holder().start()
     return page
+
+
+def _wire_status(
+    page: gr.Blocks, handlers: PageHandlers, model: gr.Dropdown, status: gr.HTML, retry: gr.Button
+) -> None:
+    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    timer = gr.Timer(_STATUS_EVERY_S)
+    line = [status, timer, retry]
+    timer.tick(handlers.status, model, line, **quiet)
+    page.load(handlers.status, model, line, **quiet)
+    model.change(handlers.status, model, line, **quiet)
+    retry.click(handlers.retry, model, line, **quiet)
+    page.unload(handlers.leave)
+
+
+def model_label(name: str) -> str:
+    """'SmolLM2-135M-Instruct (chat, 0.6 GB)'."""
+    known = find_model(name)
+    if known is None:
+        return name
+    return f"{known.name} ({'chat' if known.chat else 'base'}, {known.memory_gb:g} GB, {known.licence})"
 
 
 def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None, **options: Any) -> Any:
@@ -83,10 +120,10 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
 
     Raises `UsageError` when it cannot be served there.
     """
-    everywhere = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    everywhere = "0.0.0.0" if on_a_space() else "127.0.0.1"
     server = host or os.environ.get("GRADIO_SERVER_NAME") or everywhere
     try:
-        return page.queue(max_size=_MAX_WAITING).launch(
+        return page.queue(max_size=2 * MAX_VISITORS).launch(
             server_name=server,
             server_port=port,
             theme=_theme(),

@@ -230,6 +230,11 @@ def _alike(cosine: float) -> str:
     return "they are nearly the same" if cosine > 0 else "they are nearly each other’s opposite"
 
 
+def signed(number: float) -> str:
+    """'+1', '−0.5' or '0', with a true minus."""
+    return _signed(f"{number:+g}") if number else "0"
+
+
 def _signed(number: str) -> str:
     return number.replace("-", "−")
 

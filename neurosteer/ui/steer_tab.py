@@ -1,73 +1,33 @@
 """The Steer tab: a prompt, sliders, and the unsteered and the steered text side by side."""
 
-import time
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
-from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.examples import neutral_prompts, read_examples
-from neurosteer.progress import check_cancelled
+from neurosteer.errors import NeuroSteerError
+from neurosteer.examples import neutral_prompts
+from neurosteer.ui import colours, render
 from neurosteer.ui import mixer as mixing
-from neurosteer.ui import render
 from neurosteer.ui.build_tab import KIND as BUILD_KIND
-from neurosteer.ui.build_tab import PROGRESS, BuildHandlers, Settings, in_words
-from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
-from neurosteer.ui.loading import ModelHolder
-from neurosteer.ui.mixer import Mix, Mixer, unchanged
-from neurosteer.ui.shelf import put
-
-if TYPE_CHECKING:
-    from neurosteer.decoding import Sampling
-    from neurosteer.steering import Row, Step
-
-KIND = "steer"
-SIDES = ("unsteered", "steered")
-EXAMPLE_SET = "sentiment"
-MAX_NEW_TOKENS = 512
+from neurosteer.ui.jobs import guarded
+from neurosteer.ui.limits import MAX_BUILDS, MAX_NEW_TOKENS, MAX_PROMPT, MAX_VISITORS
+from neurosteer.ui.mixer import Mixer
+from neurosteer.ui.presets import PRESETS
+from neurosteer.ui.steer_handlers import EXAMPLE_SET, KIND, SIDES, UNSTEERED_SIDE, SteerHandlers, new_talk
 
 _MODES = [("One prompt", "prompt"), ("Chat", "chat")]
 _NOTHING_YET = (
-    "Nothing to steer with yet. Build something from your own texts on the Build tab, upload an artifact that you or "
-    "somebody else downloaded, or begin with the example:"
+    "Nothing to steer this model with yet. Build something from your own texts on the Build tab, find something on the "
+    "Library tab, upload an artifact that somebody gave you, or begin with the example:"
 )
 _OWN_PROMPTS = ("Tell me about your day.", "What was the new restaurant like?", "Write a postcard from the seaside.")
-_UPDATE_S = 0.06  # faster than anyone reads, slow enough for any connection
-_POLL_S = 0.3
-
-Talk = dict[str, list[dict[str, str]]]
-"""A conversation per side, as messages with `role` and `content`."""
-
-
-class Ask(NamedTuple):
-    """What to write: the values of the components, in their order."""
-
-    mode: str
-    prompt: str
-    talk: Talk
-    max_new_tokens: float
-    temperature: float
-    top_p: float
-    seed: int
-    greedy: bool
-
-
-class View(NamedTuple):
-    """Updates for the components that a run changes, in their order; by default none."""
-
-    run: Any = gr.skip()
-    stop: Any = gr.skip()
-    error: Any = gr.skip()
-    note: Any = gr.skip()
-    unsteered: Any = gr.skip()
-    steered: Any = gr.skip()
-    unsteered_chat: Any = gr.skip()
-    steered_chat: Any = gr.skip()
-    talk: Any = gr.skip()
-    prompt: Any = gr.skip()
+_COPY_LINK = """(query) => {
+  if (!query) return "";
+  const link = window.location.origin + window.location.pathname + query;
+  if (navigator.clipboard) navigator.clipboard.writeText(link).catch(() => {});
+  return link;
+}"""
 
 
 def example_prompts() -> list[str]:
@@ -79,193 +39,28 @@ def example_prompts() -> list[str]:
     return [*_OWN_PROMPTS, *neutral[3:4], *neutral[20:21]]
 
 
-def new_talk() -> Talk:
-    return {side: [] for side in SIDES}
-
-
-class SteerHandlers:
-    """What happens on the Steer tab."""
-
-    def __init__(self, holder: ModelHolder, jobs: Jobs, building: BuildHandlers) -> None:
-        self.holder = holder
-        self.jobs = jobs
-        self.building = building
-
-    def begin(self, request: gr.Request) -> View:
-        """At once, before the work has its turn: Stop works from here on."""
-        self.jobs.begin(request.session_hash, KIND)
-        waiting = render.note_line("Waiting for its turn…")
-        return View(run=gr.update(interactive=False), stop=gr.update(interactive=True), error="", note=waiting)
-
-    def give_up(self) -> View:
-        """When the server could not even begin: the buttons as they were."""
-        return self._ended(error=render.error_line(BUSY), note="")
-
-    def stop(self, request: gr.Request) -> None:
-        self.jobs.cancel(request.session_hash, KIND)
-
-    def run(self, request: gr.Request, *values: Any) -> Iterator[View]:
-        """Stream both texts. Whatever goes wrong becomes one line; what was written and entered stays."""
-        ask, mix = Ask(*values[: len(Ask._fields)]), Mix.of(values[len(Ask._fields) :])
-        try:
-            yield from self._write(ask, mix, request.session_hash)
-        except Exception as error:
-            yield self._ended(error=render.error_line(problem(error)), note="")
-
-    def _write(self, ask: Ask, mix: Mix, visitor: str | None) -> Iterator[View]:
-        if not ask.prompt.strip():
-            raise UsageError("The prompt is empty; write at least one character.")
-        if not mix.chosen:
-            raise UsageError("No artifact is chosen: choose one to steer with, build one, or upload one.")
-        cancel = self.jobs.current(visitor, KIND)
-        yield from self._wait(cancel)
-        session = self.holder.wait(cancel=cancel)
-        page, started = _Page(ask), time.monotonic()
-        length, sampling = int(ask.max_new_tokens), _sampling(ask)
-        stream = session.stream(_rows(page, mix), max_new_tokens=length, sampling=sampling, cancel=cancel)
-        rows = yield from _growing(stream, page)
-        note = render.run_note(rows, time.monotonic() - started)
-        yield self._ended(**page.view(done=True)._asdict() | {"error": "", "note": note})
-
-    def _wait(self, cancel: Any) -> Iterator[View]:
-        """Says what loading is at until it is over."""
-        self.holder.start_if_new()
-        while not (status := self.holder.status).settled:
-            yield View(note=render.note_line(f"Waiting for the model: {status.text}…"))
-            cancel.wait(_POLL_S)
-            check_cancelled(cancel, "Waiting for the model")
-        yield View(note=render.note_line("Reading the prompt…"))
-
-    def _ended(self, **updates: Any) -> View:
-        return View(**updates | {"run": gr.update(interactive=True), "stop": gr.update(interactive=False)})
-
-    def clear(self) -> list[Any]:
-        """Begin a new conversation."""
-        return [new_talk(), [], []]
-
-    def show_mode(self, mode: str) -> list[Any]:
-        """The panes of the mode."""
-        chat = mode == "chat"
-        return [gr.update(visible=not chat), gr.update(visible=chat), gr.update(visible=chat)]
-
-    def remix(self, *values: Any) -> list[Any]:
-        """After the visitor chose other artifacts: a slider for each."""
-        return Mix.of(values).updates()
-
-    def upload(self, path: str | None, *values: Any) -> list[Any]:
-        """Put an uploaded zip on the shelf: `[error, note, *mixer]`. What does not fit the model is refused."""
-        if not path:
-            return [gr.skip(), gr.skip(), *unchanged()]
-        mix = Mix.of(values)
-        try:
-            from neurosteer.artifacts import check_model
-            from neurosteer.storage import unpack
-
-            artifact = unpack(Path(path))
-            warning = check_model(artifact, self.holder.wait().lm.reference)
-            shelf, label = put(mix.shelf, artifact)
-            chosen = mix.chosen if len(mix.chosen) == mixing.MOST else (*mix.chosen, label)
-            return ["", render.added(artifact, label, warning), *mix.choosing(shelf, chosen).updates()]
-        except Exception as error:
-            return [render.error_line(f"{Path(path).name}: {problem(error)}"), "", *unchanged()]
-
-    def begin_example(self, request: gr.Request) -> list[Any]:
-        """At once, before the work has its turn: `[button, error, note]`."""
-        self.jobs.begin(request.session_hash, BUILD_KIND)
-        return [gr.update(interactive=False), "", render.note_line("Building…")]
-
-    def give_up_example(self) -> list[Any]:
-        """When the server could not even begin."""
-        return [gr.update(interactive=True), render.error_line(BUSY), ""]
-
-    def build_example(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
-        """One click to something to steer with: `[button, error, note, *mixer]`."""
-        mix, button = Mix.of(values), gr.update(interactive=True)
-        try:
-            examples = read_examples(EXAMPLE_SET)
-            artifact, _ = self.building.make(examples, Settings(), in_words(progress), request.session_hash)
-            shelf, label = put(mix.shelf, artifact)
-            ready = render.note_line(f"{label} is ready: press Run.")
-            return [button, "", ready, *mix.choosing(shelf, [label]).updates()]
-        except Exception as error:
-            return [button, render.error_line(problem(error)), "", *unchanged()]
-
-
-def _rows(page: "_Page", mix: Mix) -> "list[Row]":
-    """The unsteered and the steered text, in that order: they decode together."""
-    from neurosteer.combining import orthogonalised
-    from neurosteer.recipes import Recipe
-    from neurosteer.steering import Row
-
-    recipe = Recipe.of(*((mix.shelf[label], float(mix.strength(label))) for label in mix.chosen))
-    if mix.apart:
-        recipe = orthogonalised(recipe)
-    plain, steered = (page.asked(side) for side in SIDES)
-    return [Row(plain), Row(steered, recipe, strength=1.0)]
-
-
-def _sampling(ask: Ask) -> "Sampling":
-    from neurosteer.decoding import Sampling
-
-    return Sampling(greedy=bool(ask.greedy), temperature=float(ask.temperature), top_p=float(ask.top_p), seed=ask.seed)
-
-
-def _growing(stream: "Iterator[Step]", page: "_Page") -> "Generator[View, None, list[Row]]":
-    """Views of the texts as they grow; returns the finished rows."""
-    shown, note = 0.0, render.note_line("Writing…")
-    while True:
-        try:
-            step = next(stream)
-        except StopIteration as finished:
-            return finished.value
-        page.take(step.first, step.pieces)
-        if time.monotonic() - shown >= _UPDATE_S:
-            yield page.view()._replace(note=note)
-            shown, note = time.monotonic(), gr.skip()  # the note once: a screen reader would say it every time
-
-
-class _Page:
-    """Both texts of a run as they grow, and what the panes of its mode show of them."""
-
-    def __init__(self, ask: Ask) -> None:
-        self.chat = ask.mode == "chat"
-        self.prompt = ask.prompt
-        self.before = ask.talk
-        self.texts = ["", ""]
-
-    def asked(self, side: str) -> Any:
-        """The prompt of a side: the text alone, or that side's conversation with it."""
-        return [*self.before[side], {"role": "user", "content": self.prompt}] if self.chat else self.prompt
-
-    def take(self, first: int, pieces: tuple[str, ...]) -> None:
-        for row, piece in enumerate(pieces, start=first):
-            self.texts[row] += piece
-
-    def view(self, *, done: bool = False) -> View:
-        if not self.chat:
-            return View(unsteered=self.texts[0], steered=self.texts[1])
-        talk = {
-            side: [*self.asked(side), {"role": "assistant", "content": text}]
-            for side, text in zip(SIDES, self.texts, strict=True)
-        }
-        chats = [[{**message, "content": render.chat_text(message["content"])} for message in talk[s]] for s in SIDES]
-        return View(unsteered_chat=chats[0], steered_chat=chats[1], talk=talk if done else gr.skip(), prompt="")
-
-
 @dataclass(frozen=True)
 class SteerTab:
     """The components that handlers read and write."""
 
+    presets: tuple[gr.Button, ...]
     mixer: Mixer
     example: gr.Button
     upload: gr.UploadButton
+    keep: gr.Button
+    kept: gr.State
+    against: gr.Radio
     mix_error: gr.HTML
     mix_note: gr.HTML
     mode: gr.Radio
     prompt: gr.Textbox
     settings: tuple[Any, ...]
     run: gr.Button
+    again: gr.Button
     stop: gr.Button
+    share: gr.Button
+    query: gr.Textbox
+    link: gr.Textbox
     clear: gr.Button
     error: gr.HTML
     note: gr.HTML
@@ -273,45 +68,79 @@ class SteerTab:
     texts: tuple[gr.Textbox, gr.Textbox]
     chat_panes: gr.Row
     chats: tuple[gr.Chatbot, gr.Chatbot]
+    colour: gr.Radio
+    coloured: gr.HTML
     talk: gr.State
-    shelf: gr.State
+    last: gr.State
+
+    @property
+    def ask(self) -> list[Any]:
+        """In the order of `Ask`'s fields."""
+        return [self.mode, self.prompt, self.talk, self.against, self.kept, self.colour, *self.settings]
+
+    @property
+    def view(self) -> list[Any]:
+        """In the order of `View`'s fields."""
+        before = [self.run, self.again, self.stop, self.error, self.note, *self.texts, *self.chats]
+        return [*before, self.talk, self.prompt, self.settings[3], self.last, self.coloured]
 
 
-def lay_out(shelf: gr.State) -> SteerTab:
+def lay_out(model: gr.Dropdown, shelf: gr.State) -> SteerTab:
     """The tab's components, within the current layout."""
+    gr.Markdown("### How should it write? One click shows the difference.")
+    with gr.Row(elem_classes="ns-presets", elem_id="presets"):
+        presets = tuple(gr.Button(preset.label, min_width=120, variant="primary") for preset in PRESETS)
     with gr.Row(elem_classes="ns-columns"):
         with gr.Column(min_width=320):
-            gr.Markdown("### 1. What to steer with")
+            mode, prompt, settings = _prompt_inputs()
+            with gr.Row():
+                run = gr.Button("Run", variant="primary", min_width=80, elem_id="run")
+                again = gr.Button("Again", min_width=80, elem_id="again")
+                stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="stop")
+                share = gr.Button("Copy link", min_width=80, elem_id="share")
+                clear = gr.Button("New chat", visible=False, min_width=80, elem_id="clear")
+        with gr.Column(min_width=320):
             with gr.Column() as empty:
                 gr.HTML(render.hint(_NOTHING_YET), elem_classes="ns-flush")
                 example = gr.Button(f"Build the {EXAMPLE_SET} example", variant="primary", elem_id="build-example")
-            mixer = mixing.lay_out(shelf, empty)
+            mixer = mixing.lay_out(model, shelf, empty)
+            against = gr.Radio(
+                [("the unsteered model", UNSTEERED_SIDE)], value=UNSTEERED_SIDE, label="Compare with", visible=False,
+                elem_id="against", elem_classes="ns-stacked",
+            )  # fmt: skip
+            with gr.Row():
+                keep = gr.Button("Keep for comparison", size="sm", elem_id="keep")
+                upload = gr.UploadButton("Upload an artifact (.zip)", size="sm", elem_id="upload")
             mix_error = gr.HTML(elem_id="mix-error", elem_classes="ns-flush")
             mix_note = gr.HTML(elem_id="mix-note", elem_classes="ns-flush")
-            upload = gr.UploadButton("Upload an artifact (.zip)", size="sm", elem_id="upload")
-        with gr.Column(min_width=320):
-            gr.Markdown("### 2. What to write about")
-            mode = gr.Radio(_MODES, value="prompt", label="Mode")
-            prompts = example_prompts()
-            prompt = gr.Textbox(prompts[0], label="Prompt", info="Enter runs it", max_lines=8, elem_id="prompt")
-            gr.Examples(prompts, prompt, label="Ideas", api_visibility="private")
-            settings = _settings_inputs()
-            with gr.Row():
-                run = gr.Button("Run", variant="primary", min_width=90, elem_id="run")
-                stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="stop")
-                clear = gr.Button("New chat", visible=False, min_width=90, elem_id="clear")
     error = gr.HTML(elem_id="steer-error", elem_classes="ns-flush")
     note = gr.HTML(elem_id="steer-note", elem_classes="ns-flush")
+    query = gr.Textbox("", label="Link's query", visible=False)
+    link = gr.Textbox(
+        "", label="The link (copied where the browser allows it)", visible=False, buttons=["copy"], elem_id="link"
+    )
     with gr.Row(elem_classes="ns-columns") as panes:
         texts = tuple(_pane(side) for side in SIDES)
     with gr.Row(elem_classes="ns-columns", visible=False) as chat_panes:
         chats = tuple(_chat_pane(side) for side in SIDES)
+    colour = gr.Radio(colours.KINDS, value="", label="Colour the words", elem_id="colour")
+    coloured = gr.HTML(elem_id="coloured", elem_classes="ns-flush")
     mixer.about.render()
-    talk = gr.State(new_talk())
     return SteerTab(
-        mixer, example, upload, mix_error, mix_note, mode, prompt, settings, run, stop, clear, error, note,
-        panes, (texts[0], texts[1]), chat_panes, (chats[0], chats[1]), talk, shelf,
+        presets, mixer, example, upload, keep, gr.State(None), against, mix_error, mix_note, mode, prompt, settings,
+        run, again, stop, share, query, link, clear, error, note, panes, (texts[0], texts[1]), chat_panes,
+        (chats[0], chats[1]), colour, coloured, gr.State(new_talk()), gr.State(()),
     )  # fmt: skip
+
+
+def _prompt_inputs() -> tuple[gr.Radio, gr.Textbox, tuple[Any, ...]]:
+    prompts = example_prompts()
+    prompt = gr.Textbox(
+        prompts[0], label="Prompt", info="Enter runs it", max_lines=8, max_length=MAX_PROMPT, elem_id="prompt"
+    )
+    gr.Examples(prompts, prompt, label="Ideas", api_visibility="private")
+    mode = gr.Radio(_MODES, value="prompt", label="Mode")
+    return mode, prompt, _settings_inputs()
 
 
 def _pane(side: str) -> gr.Textbox:
@@ -349,16 +178,26 @@ def _settings_inputs() -> tuple[Any, ...]:
 def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
     """Connect the components with the handlers."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    writing = {**quiet, "concurrency_limit": MAX_VISITORS, "concurrency_id": KIND}
     mixer = tab.mixer
-    view = [tab.run, tab.stop, tab.error, tab.note, *tab.texts, *tab.chats, tab.talk, tab.prompt]
-    gr.on([tab.run.click, tab.prompt.submit], handlers.begin, None, view, queue=False, **quiet).then(
-        handlers.run, [tab.mode, tab.prompt, tab.talk, *tab.settings, *mixer.inputs], view, **quiet
-    ).failure(handlers.give_up, None, view, queue=False, **quiet)
+    given, mixed = [*tab.ask, *mixer.inputs], [tab.mix_error, tab.mix_note, *mixer.outputs]
+    events = [gr.on([tab.run.click, tab.prompt.submit], handlers.run, given, tab.view, **writing)]
+    events.append(tab.again.click(handlers.again, given, tab.view, **writing))
+    for button, preset in zip(tab.presets, PRESETS, strict=True):
+        both = [*tab.view, *mixer.outputs]
+        events.append(button.click(handlers.runner(preset), given, both, **writing))
+    for event in events:
+        event.failure(handlers.give_up, None, tab.view, queue=False, **quiet)
     tab.stop.click(handlers.stop, None, None, queue=False, **quiet)
     gr.on([tab.clear.click, *(chat.clear for chat in tab.chats)], handlers.clear, None, [tab.talk, *tab.chats], **quiet)
     tab.mode.change(handlers.show_mode, tab.mode, [tab.panes, tab.chat_panes, tab.clear], queue=False, **quiet)
+    tab.colour.input(handlers.colour, [tab.colour, tab.last, *mixer.inputs], tab.coloured, **quiet)
+    tab.keep.click(handlers.keep, mixer.inputs, [tab.kept, tab.against, tab.mix_error], **quiet)
+    tab.share.click(handlers.share, given, [tab.query, tab.error], **quiet).success(
+        lambda query: gr.update(visible=bool(query)), tab.query, tab.link, **quiet
+    ).success(None, tab.query, tab.link, js=_COPY_LINK, **quiet)
     mixer.chosen.input(guarded(handlers.remix), mixer.inputs, mixer.outputs, **quiet)
-    mixed = [tab.mix_error, tab.mix_note, *mixer.outputs]
+    mixer.model.input(handlers.choose_model, mixer.inputs, [tab.mix_error, *mixer.outputs], **quiet)
     tab.upload.upload(handlers.upload, [tab.upload, *mixer.inputs], mixed, **quiet)
     example = [tab.example, tab.mix_error, tab.mix_note]
     tab.example.click(handlers.begin_example, None, example, queue=False, **quiet).then(
@@ -367,5 +206,13 @@ def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
         [tab.example, *mixed],
         show_progress_on=tab.mix_note,
         concurrency_id=BUILD_KIND,
+        concurrency_limit=MAX_BUILDS,
         api_visibility="private",
     ).failure(handlers.give_up_example, None, example, queue=False, **quiet)
+
+
+def wire_arrival(tab: SteerTab, page: gr.Blocks, handlers: SteerHandlers) -> None:
+    """What a visitor finds: the released artifacts, and what their link says."""
+    mixer = tab.mixer
+    arrived = [mixer.model, tab.mode, tab.prompt, *tab.settings, tab.mix_error, *mixer.outputs]
+    page.load(handlers.arrive, mixer.inputs, arrived, show_progress="hidden", api_visibility="private")

@@ -1,0 +1,30 @@
+"""What a visitor may ask of a page that others use too."""
+
+import os
+from typing import Protocol
+
+
+MAX_NEW_TOKENS = 512
+MAX_PROMPT = 8_000  # characters
+MAX_SECONDS = 300.0  # of one run or build
+MAX_VISITORS = 64  # runs and builds that the page takes on at once; most of them wait for their turn
+MAX_BUILDS = 2  # at once
+
+
+def on_a_space() -> bool:
+    """Whether this is a Hugging Face Space, whose visitors are strangers."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+class Login(Protocol):
+    """What gradio hands over of a visitor who logged in."""
+
+    token: str
+
+
+def visitors_token(login: Login | None) -> str | bool | None:
+    """The token to use for a visitor: their own; on a machine of one's own that of the login there (None). A Space's
+    own token is never lent to visitors: False, none at all."""
+    if login is not None:
+        return login.token
+    return False if on_a_space() else None
