@@ -171,8 +171,9 @@ def _cut_layer(layer: Any, rows: Tensor, cut: int) -> None:
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length -= cut
         first = max(0, layer.keys.shape[-2] - layer.cumulative_length)
-    rows = rows.to(layer.keys.device)
-    layer.keys, layer.values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
+    for name in ("keys", "values"):
+        states = getattr(layer, name)
+        setattr(layer, name, states[rows.to(states.device), :, first:])
 
 
 def _contiguous_head(lm: LanguageModel) -> list[Hook]:

@@ -85,7 +85,7 @@ class Plan:
 
     def select(self, rows: Sequence[int]) -> "Plan":
         """The plan of these rows alone."""
-        kept = torch.tensor(rows)
+        kept = torch.tensor(rows, dtype=torch.long)
         return Plan(
             additions={layer: _rows(tensor, kept) for layer, tensor in self.additions.items()},
             ablations={

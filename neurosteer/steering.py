@@ -61,7 +61,7 @@ class Options:
     raw: bool
 
     def __post_init__(self) -> None:
-        _check_count("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
+        check_count("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
         if self.positions not in POSITIONS:
             raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
 
@@ -124,7 +124,7 @@ class Session:
             UsageError: an option out of its range, or a prompt that is too long for the model.
             MismatchError: an artifact was made on a model of another shape.
         """
-        _check_count("batch_rows", batch_rows, MAX_BATCH_ROWS)
+        check_count("batch_rows", batch_rows, MAX_BATCH_ROWS)
         begun = self.begin(rows, recipe, Options(max_new_tokens, sampling or Sampling(), positions, raw))
 
         def decode(first: int, writings: Sequence[Writing]) -> Generator[Step, None, None]:
@@ -213,6 +213,12 @@ def drained(stream: Generator[Step, None, list[Row]]) -> list[Row]:
             return finished.value
 
 
+def check_count(name: str, count: int, most: int) -> None:
+    """Raise `UsageError` unless `count` is a whole number from 1 to `most`."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1 to {most}.")
+
+
 def is_set(cancel: threading.Event | None) -> bool:
     return cancel is not None and cancel.is_set()
 
@@ -227,11 +233,6 @@ def sweep_rows(recipe: Recipe, strengths: Sequence[float], prompts: Sequence[Pro
         for prompt in prompts
         for sample in range(samples)
     ]
-
-
-def _check_count(name: str, count: int, most: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-        raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1 to {most}.")
 
 
 def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from neurosteer.artifacts import Calibration, FeatureEncoder, ModelReference, NeuronCircuit, SteeringVector
@@ -228,6 +229,34 @@ def make_tiny(architecture: str, *, chat: bool = True, bos: bool = False, seed: 
 def tiny(architecture: str) -> Tiny:
     """The shared model of an architecture; tests leave its weights alone. The Gemmas' texts begin with a BOS."""
     return make_tiny(architecture, bos=architecture.startswith("gemma"))
+
+
+@cache
+def tiny_next() -> Tiny:
+    """A model most of whose layers keep a state that each token changes, instead of keys and values by position."""
+    common = tiny_config("qwen3").to_dict()
+    given = {key: common[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    config = Qwen3NextConfig(
+        **given,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        mlp_only_layers=list(range(N_LAYERS)),
+        num_experts=0,
+        max_position_embeddings=256,
+        initializer_range=0.35,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = random_model(config)
+    lm = describe_model(model, byte_tokenizer(), name="tiny/next", revision="r1")
+    blocks = list(model.model.layers)
+    return Tiny("next", lm, blocks, [block.mlp.down_proj for block in blocks], model.model.norm)
 
 
 def hook_count(model: Module) -> int:
