@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from neurosteer.artifacts import Feature, FeatureContext
+from neurosteer.artifacts import Calibration, Feature, FeatureContext
 from neurosteer.catalog import default_model
 from neurosteer.errors import NeuroSteerError
 from neurosteer.sources import locate
-from neurosteer.storage import pack, unpack
+from neurosteer.storage import load, pack, unpack
 
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 PATIENCE_MS = 60_000
+TABS = ("Steer", "Build", "Library", "About")
 HOSTILE = "<img src=x onerror=document.title='taken'> ${1+1} {{1+1}}"
 
 THINGS = ["film", "meal", "room", "book", "concert", "walk", "teacher", "garden", "train", "market"]
@@ -96,6 +97,10 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     assert not outside
 
 
+def go(page: Any, tab: str) -> None:
+    page.get_by_role("tab", name=tab).click()
+
+
 def _is_outside(url: str, address: str) -> bool:
     return not url.startswith((f"{address}/", "data:", "blob:"))
 
@@ -124,6 +129,7 @@ def test_from_a_file_of_texts_to_steered_text_and_back(page: Any, tmp_path: Path
             for form in forms for thing in THINGS]  # fmt: skip
     table.write_text("\n".join(["text,label", *rows, rows[0]]), encoding="utf-8")
 
+    go(page, "Build")
     page.get_by_label("Upload one file").check()
     page.locator("#file input[type=file]").set_input_files(table)
     page.locator("#preview").get_by_text("20 texts show it, 20 don’t").wait_for()
@@ -169,6 +175,7 @@ def test_from_a_file_of_texts_to_steered_text_and_back(page: Any, tmp_path: Path
 def test_a_broken_file_is_one_line_and_the_rest_is_kept(page: Any, tmp_path: Path) -> None:
     table = tmp_path / "broken.csv"
     table.write_text("text,label\nhappy,positive\nsad,maybe\n", encoding="utf-8")
+    go(page, "Build")
     page.get_by_label("Name", exact=True).fill("kept")
     page.get_by_label("Upload one file").check()
     page.locator("#file input[type=file]").set_input_files(table)
@@ -180,17 +187,15 @@ def test_a_broken_file_is_one_line_and_the_rest_is_kept(page: Any, tmp_path: Pat
     assert page.get_by_label("Name", exact=True).input_value() == "kept"
 
 
-def test_the_first_visit_takes_three_clicks_to_a_steered_text(page: Any) -> None:
-    page.get_by_role("tab", name="Steer").click()
-    page.locator("#build-example").click()
-    page.locator("#mix-note").get_by_text("press Run").wait_for()
-    page.locator("#run").click()
+def test_the_first_visit_takes_one_click_to_a_steered_text(page: Any) -> None:
+    page.get_by_role("button", name="Delighted").click()
     page.wait_for_function("document.querySelector('#steered textarea').value.length > 15")
     page.locator("#stop").click()
     page.locator("#steer-note").get_by_text("tokens/s").wait_for()
 
 
 def test_what_visitors_and_models_write_is_shown_as_it_is(page: Any) -> None:
+    go(page, "Build")
     page.get_by_label("Paste texts").check()
     page.get_by_label("Texts that show it").last.fill(f"{HOSTILE}\nglad\nhappy")
     page.get_by_label("Texts that don’t").last.fill("sad\nlow\ndown")
@@ -211,6 +216,7 @@ def test_what_visitors_and_models_write_is_shown_as_it_is(page: Any) -> None:
 
 
 def test_readable_features_are_listed_and_steer(page: Any) -> None:
+    go(page, "Build")
     page.get_by_label("sae:").check()
     page.locator("#build").click()
     features = page.locator("#features")
@@ -235,9 +241,8 @@ def test_readable_features_are_listed_and_steer(page: Any) -> None:
 
 
 def test_an_uploaded_slider_tells_what_it_is_made_of_and_what_it_shares_with_another(page: Any, tmp_path: Path) -> None:
-    page.get_by_role("tab", name="Steer").click()
-    page.locator("#build-example").click()
-    page.locator("#mix-note").get_by_text("press Run").wait_for()
+    page.get_by_role("button", name="Delighted").click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").first.click()
     own: Any = unpack(Path(download.value.path()))
@@ -251,7 +256,7 @@ def test_an_uploaded_slider_tells_what_it_is_made_of_and_what_it_shares_with_ano
     with page.expect_file_chooser() as chooser:
         page.locator("#upload").click()
     chooser.value.set_files(tmp_path / "other.zip")
-    page.locator("#overlap").get_by_text("sentiment-caa and other: overlap 0.").wait_for()
+    page.locator("#overlap").get_by_text("sentiment and other: overlap 0.").wait_for()
 
     page.get_by_text("About other").click()
     page.locator("#about").get_by_text("Where it fires most").click()
@@ -269,6 +274,80 @@ def test_an_uploaded_slider_tells_what_it_is_made_of_and_what_it_shares_with_ano
 
 def test_the_page_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
-    for tab in ("Build", "Steer"):
-        page.get_by_role("tab", name=tab).click()
+    for tab in TABS:
+        go(page, tab)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_two_recipes_are_compared_and_the_words_coloured(page: Any) -> None:
+    page.get_by_role("button", name="Formal", exact=True).click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    page.locator("#keep").click()
+    page.get_by_label("kept: formality +1").wait_for()
+    page.get_by_role("button", name="Casual").click()
+    page.locator("#unsteered").get_by_text("Kept: formality +1").wait_for()
+    page.locator("#steered").get_by_text("Steered: formality −1").wait_for()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    left, right = text_of(page, "unsteered"), text_of(page, "steered")
+    assert left and right and left != right
+    for kind in ("by what is steered with", "by how much steering changes them"):
+        page.get_by_label(kind).check()
+        page.locator("#coloured .ns-token").first.wait_for()
+        shown = page.locator("#coloured .ns-coloured").all_inner_texts()
+        assert [" ".join(text.split()) for text in shown] == [" ".join(text.split()) for text in (left, right)]
+
+
+def test_a_circuits_multiplier_is_moved(page: Any, tmp_path: Path) -> None:
+    """A circuit that scales its neurons: 1 is the unsteered model, 0 switches them off."""
+    own: Any = load(ROOT / "vectors" / "sentiment-circuit")
+    (tmp_path / "c.zip").write_bytes(pack(replace(own, name="scaled", operation="scale", calibration=Calibration(2.0))))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#upload").click()
+    chooser.value.set_files(tmp_path / "c.zip")
+    number = page.get_by_label("number input for scaled: multiplier")
+    number.wait_for()
+    page.get_by_text("Settings").first.click()
+    page.get_by_label("Greedy").check()
+    texts = {}
+    for multiplier in ("1", "0"):
+        number.fill(multiplier)
+        number.blur()
+        page.locator("#run:not([disabled])").click()
+        page.locator("#steer-note").get_by_text("Writing").wait_for()
+        page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+        texts[multiplier] = (text_of(page, "unsteered"), text_of(page, "steered"))
+    assert texts["1"][0] == texts["1"][1] == texts["0"][0] != texts["0"][1]
+
+
+def test_a_shared_link_opens_the_same_recipe(page: Any, address: str) -> None:
+    page.get_by_role("button", name="Grateful").click()
+    page.locator("#prompt textarea").fill("Write to <b>me</b> & Bob.")
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    page.locator("#share").click()
+    page.wait_for_function("(document.querySelector('#link textarea, #link input') || {}).value?.startsWith('http')")
+    link = page.locator("#link textarea, #link input").first.input_value()
+    assert link.startswith(f"{address}/?use=gratitude:1&prompt=Write")
+    page.goto(link)
+    page.get_by_label("gratitude").first.wait_for()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('Write to')")
+    assert page.locator("#prompt textarea").input_value() == "Write to <b>me</b> & Bob."
+    page.locator("#run").click()
+    page.wait_for_function("document.querySelector('#steered textarea').value.length > 15")
+
+
+def test_a_link_that_leads_nowhere_says_so(page: Any, address: str) -> None:
+    page.goto(f"{address}/?use=../etc/passwd:1&prompt=x")
+    page.locator("#mix-error .ns-error").get_by_text("no artifact at a strength").wait_for()
+    page.get_by_role("button", name="Delighted").click()
+    page.wait_for_function("document.querySelector('#steered textarea').value.length > 3")
+
+
+def test_the_page_can_be_used_by_keyboard_alone(page: Any) -> None:
+    page.locator("#presets button").first.focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.innerText") == "Disappointed"
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#steered textarea').value.length > 3")
+    page.get_by_role("tab", name="Build").focus()
+    page.keyboard.press("Enter")
+    page.locator("#build").wait_for()

@@ -17,7 +17,7 @@ from neurosteer.progress import Progress, check_cancelled, silent
 
 if TYPE_CHECKING:
     from neurosteer.models import LanguageModel
-    from neurosteer.steering import Session
+    from neurosteer.serving import SharedSession
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Status:
 
 
 class ModelHolder:
-    """Loads one model in the background and hands out a `Session` for it."""
+    """Loads one model in the background and hands out a session for it, which all visitors share."""
 
     def __init__(self, model_name: str | None = None, load: Loader | None = None) -> None:
         self._name = model_name
@@ -54,7 +54,7 @@ class ModelHolder:
         self._imported = threading.Event()
         self._settled = threading.Event()
         self._status = Status("starting")
-        self._session: Session | None = None
+        self._session: SharedSession | None = None
 
     @property
     def status(self) -> Status:
@@ -75,7 +75,7 @@ class ModelHolder:
         if not self._begun:
             self.start()
 
-    def wait(self, progress: Progress = silent, cancel: threading.Event | None = None) -> "Session":
+    def wait(self, progress: Progress = silent, cancel: threading.Event | None = None) -> "SharedSession":
         """The session, as soon as the model is there; `progress` hears what it is waiting for.
 
         Raises `ModelError` when loading failed and `Cancelled` when `cancel` is set.
@@ -99,10 +99,11 @@ class ModelHolder:
         try:
             self._status = Status("loading the libraries")
             from neurosteer import building, storage  # noqa: F401  so that the first click need not
+            from neurosteer.serving import SharedSession
             from neurosteer.steering import Session
 
             self._imported.set()
-            self._session = Session(self._load(self._name, self._report))
+            self._session = SharedSession(Session(self._load(self._name, self._report)))
             self._status = Status(_described(self._session.lm), ready=True)
         except NeuroSteerError as error:
             self._status = Status(str(error), failed=True)

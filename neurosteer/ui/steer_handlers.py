@@ -383,12 +383,21 @@ def _growing(stream: "Iterator[Step]", page: "_Page", cancel: threading.Event) -
             step = next(stream)
         except StopIteration as finished:
             return finished.value
+        if step.waiting is not None:
+            yield View(note=render.note_line(_before_you(step.waiting)))
+            continue
         page.take(step.first, step.pieces)
         if time.monotonic() - started > MAX_SECONDS:
             cancel.set()
         if time.monotonic() - shown >= _UPDATE_S:
             yield page.view()._replace(note=note)
             shown, note = time.monotonic(), gr.skip()  # the note once: a screen reader would say it every time
+
+
+def _before_you(count: int) -> str:
+    if not count:
+        return "You are next…"
+    return f"Waiting for its turn: {count} {'visitor is' if count == 1 else 'visitors are'} before you…"
 
 
 class _Page:
