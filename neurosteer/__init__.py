@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neurosteer.errors import NeuroSteerError
     from neurosteer.examples import ContrastSet, paste_examples, read_examples
     from neurosteer.features import feature_vector
+    from neurosteer.hub import pull, push, search
     from neurosteer.models import LanguageModel, load_model
     from neurosteer.recipes import Recipe, Use
     from neurosteer.saes import SparseAutoencoder, load_sae
@@ -42,8 +43,11 @@ _HOMES = {
     "load_sae": "saes",
     "orthogonalise": "combining",
     "paste_examples": "examples",
+    "pull": "hub",
+    "push": "hub",
     "read_examples": "examples",
     "save": "storage",
+    "search": "hub",
 }
 
 __all__ = [
@@ -67,8 +71,11 @@ __all__ = [
     "load_sae",
     "orthogonalise",
     "paste_examples",
+    "pull",
+    "push",
     "read_examples",
     "save",
+    "search",
 ]
 
 

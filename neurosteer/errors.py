@@ -25,5 +25,20 @@ class UsageError(NeuroSteerError):
     """An argument is not one of the allowed values."""
 
 
+class HubError(NeuroSteerError):
+    """The Hub refused something, or holds something else than was asked for.
+
+    `status` is the HTTP status it answered with, where that was the reason.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HubUnreachable(HubError):
+    """The Hub could not be reached, did not answer in time, or failed."""
+
+
 class Cancelled(NeuroSteerError):
     """The caller asked for the work to stop."""

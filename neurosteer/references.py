@@ -1,5 +1,5 @@
-"""What people write for an artifact: a folder, a name in `vectors/` or a feature of an SAE, with `:strength` behind it
-where one applies."""
+"""What people write for an artifact: a folder, a name in `vectors/`, a repo on the Hub or a feature of an SAE, with
+`:strength` behind it where one applies."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neurosteer.artifacts import Artifact
-from neurosteer.errors import ArtifactError, UsageError
+from neurosteer.errors import ArtifactError, HubError, UsageError
 from neurosteer.examples import assets_folder
 from neurosteer.progress import Progress, silent
 from neurosteer.recipes import Use
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 VECTORS_FOLDER = "vectors"
 
+_EMBEDDED_SAES = "embedded/"
+_NOWHERE = f"There is no artifact {{!r}}: neither a folder nor a name in {VECTORS_FOLDER}/, nor on the Hub (user/repo)."
 _FEATURE = re.compile(r"(?P<sae>.+)#(?P<index>[0-9]{1,12})(?:=(?P<value>[^#/\\]*))?", re.DOTALL)
 
 
@@ -34,14 +36,33 @@ class FeatureUse:
     strength: float = 1.0
 
 
-def resolve(reference: str) -> Artifact:
-    """The artifact that `reference` names. Raises `ArtifactError` saying where it was looked for."""
+def resolve(reference: str, *, progress: Progress = silent) -> Artifact:
+    """The artifact that `reference` names: a folder, a name in `vectors/`, or else one on the Hub, which is pulled with
+    the token of the login on this machine.
+
+    Raises `ArtifactError` saying where it was looked for, and what `pull` raises.
+    """
     folder = _artifact_folder(reference)
     if folder is not None:
         return load(folder)
     if _FEATURE.fullmatch(reference):
         raise UsageError(f"{reference[:200]!r} is a feature of an SAE, no artifact; steer with it (--use).")
-    raise ArtifactError(f"There is no artifact {reference[:200]!r}: neither a folder nor a name in {VECTORS_FOLDER}/.")
+    if "/" in reference and not reference.startswith(_EMBEDDED_SAES):
+        return _pulled(reference, progress)
+    raise ArtifactError(_NOWHERE.format(reference[:200]))
+
+
+def _pulled(reference: str, progress: Progress) -> Artifact:
+    from neurosteer.hub import parse_reference, pull
+
+    try:
+        parse_reference(reference)
+    except UsageError:
+        raise ArtifactError(_NOWHERE.format(reference[:200])) from None
+    try:
+        return pull(reference, progress=progress)
+    except HubError as error:
+        raise type(error)(f"There is no folder {reference[:200]!r}. {error}", error.status) from error
 
 
 def parse_use(text: str) -> Use | FeatureUse:

@@ -32,7 +32,7 @@ from neurosteer.artifacts import (
     SteeringVector,
     provenance_data,
 )
-from neurosteer.cards import render_card
+from neurosteer.cards import is_generated, render_card
 from neurosteer.errors import ArtifactError
 
 CONFIG_FILE = "config.json"
@@ -43,7 +43,9 @@ SCHEMA_VERSION = 1
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_WEIGHTS_BYTES = 64 << 20  # 80 layers of 8,192 dimensions need 3 MB
 _MAX_CARD_BYTES = 4 << 20
-_LIMITS = {CONFIG_FILE: _MAX_CONFIG_BYTES, WEIGHTS_FILE: _MAX_WEIGHTS_BYTES, CARD_FILE: _MAX_CARD_BYTES}
+FILE_LIMITS = {CONFIG_FILE: _MAX_CONFIG_BYTES, WEIGHTS_FILE: _MAX_WEIGHTS_BYTES, CARD_FILE: _MAX_CARD_BYTES}
+"""The files of an artifact, and the bytes up to which each is read."""
+
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -122,7 +124,7 @@ def unpack(data: bytes | Path) -> Artifact:
             tempfile.TemporaryDirectory() as temporary,
         ):
             for name, member in _members(archive).items():
-                _extract(archive, member, Path(temporary) / name, _LIMITS[name])
+                _extract(archive, member, Path(temporary) / name, FILE_LIMITS[name])
             return load(temporary)
     except _ZIP_ERRORS as error:
         raise ArtifactError(
@@ -135,9 +137,9 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     found: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.filename.replace("\\", "/").rsplit("/", 1)[-1]
-        if name in _LIMITS and name in found:
+        if name in FILE_LIMITS and name in found:
             raise ArtifactError(f"The zip holds {name} twice; zip the folder of one artifact.")
-        if name in _LIMITS:
+        if name in FILE_LIMITS:
             found[name] = member
     for needed in (CONFIG_FILE, WEIGHTS_FILE):
         if needed not in found:
@@ -188,18 +190,14 @@ def _card_to_write(artifact: Artifact, target: Path) -> bytes:
     if not existing.is_file():
         return fresh
     card = existing.read_bytes()
-    try:
-        untouched = card == render_card(load(present)).encode()
-    except ArtifactError:
-        untouched = False
-    return fresh if untouched else card
+    return fresh if is_generated(card.decode(errors="replace")) else card
 
 
 def _keep_other_files(target: Path, new: Path) -> None:
     """Copy what else lies beside an artifact (pictures, a repository's own files)."""
     present = _present(target)
     for entry in present.iterdir() if present.is_dir() else ():
-        if entry.name in _LIMITS:
+        if entry.name in FILE_LIMITS:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)
@@ -213,7 +211,7 @@ def _write(artifact: Artifact, card: bytes, folder: Path) -> None:
     save_file(_tensors(artifact), folder / WEIGHTS_FILE)
     (folder / CARD_FILE).write_bytes(card)
     folder.chmod(0o755)
-    for name in _LIMITS:
+    for name in FILE_LIMITS:
         (folder / name).chmod(0o644)
         with (folder / name).open("rb") as opened:
             os.fsync(opened.fileno())

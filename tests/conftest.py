@@ -9,6 +9,7 @@ import pytest
 import tiny as tinies
 import torch
 from checks import Ran, Run
+from hub_server import FakeHub, running
 from tiny import ARCHITECTURES, Tiny, hook_count
 
 from neurosteer import cli
@@ -53,6 +54,25 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ran(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[FakeHub]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    """A Hub of our own with nothing in it, asked over HTTP by the real client; alice is logged in."""
+    hub_server.reset()
+    monkeypatch.setenv("HF_ENDPOINT", hub_server.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # for processes that a test starts; here it was read long ago
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    return hub_server
 
 
 @pytest.fixture(scope="session")

@@ -535,7 +535,7 @@ def test_folders_named_like_our_files_are_refused(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("limit", [CONFIG, WEIGHTS, CARD])
 def test_a_zip_bomb_is_refused_at_the_limit(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_LIMITS", dict.fromkeys(FILES["vector"], 1 << 20))
+    monkeypatch.setattr(storage, "FILE_LIMITS", dict.fromkeys(FILES["vector"], 1 << 20))
     others = [(name, data) for name, data in FILES["vector"].items() if name != limit]
     bomb = zipped([*others, (limit, b"\0" * (64 << 20))], compression=zipfile.ZIP_DEFLATED)
     assert len(bomb) < 200_000

@@ -13,7 +13,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "catalog"),
     ("progress", "_examples_parsing"),
     ("examples", "artifacts", "hooks", "sources"),
-    ("models", "cards"),
+    ("models", "cards", "plots"),
     ("storage", "activations", "saes", "recipes"),
     ("methods.base", "plans", "decoding", "combining"),
     (
@@ -37,7 +37,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 # Packages whose modules may also import one another.
-ROOMS_OF_SEVERAL = ("ui", "cli", "evaluation", "circuits")
+ROOMS_OF_SEVERAL = ("ui", "cli", "hub", "evaluation", "circuits")
 
 
 def module_name(path: Path) -> str:

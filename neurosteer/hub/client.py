@@ -1,0 +1,130 @@
+"""The Hub as one caller sees it. Every request goes through `Hub.ask`, which limits it in time, tries it again where
+that helps, and says in one line what went wrong."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, get_token
+
+from neurosteer.errors import HubError
+from neurosteer.hub.faults import LOG_IN, Asked, explain, is_passing, retry_after
+from neurosteer.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+Token = str | bool | None
+"""A token; None for that of `HF_TOKEN` or the stored login; False for none at all."""
+
+QUICK_S = 30.0
+TRIES = 3
+LONGEST_PAUSE_S = 60.0
+_FIRST_PAUSE_S = 1.0
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where the Hub is, and with which token it is asked (None: without)."""
+
+    endpoint: str
+    token: str | None = field(repr=False)
+
+    def ask(
+        self, to: str, request: Callable[[HfApi], Answer], *, repo: str | None = None, seconds: float = QUICK_S
+    ) -> Answer:
+        """The answer to `request`, which gets the Hub's client.
+
+        Args:
+            to: what it is for, as in "read user/repo"; for messages.
+            repo: the repo it is about.
+            seconds: how long one try may take.
+
+        Raises:
+            HubUnreachable: no connection, no answer in time, or a failing Hub, also after `TRIES` tries.
+            HubError: everything else that the Hub refuses.
+        """
+        for attempt in range(1, TRIES + 1):
+            try:
+                return _within(seconds, lambda: request(self._api()))
+            except Exception as error:
+                pause = _pause(error, attempt)
+                if pause is None or attempt == TRIES:
+                    raise explain(error, Asked(to, self.endpoint, self.token, repo)) from error
+                logger.info("Trying again in %.0f s to %s (%s).", pause, to, type(error).__name__)
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def url(self, repo: str) -> str:
+        """The page of `repo`."""
+        return f"{self.endpoint}/{repo}"
+
+    def user(self) -> dict[str, Any]:
+        """Whose token it is, as the Hub describes them. Raises `HubError` without a token or with a bad one."""
+        if self.token is None:
+            raise HubError(f"You are not logged in to the Hub; {LOG_IN}.")
+        return self.ask("see who you are", lambda api: api.whoami())
+
+    def _api(self) -> HfApi:
+        return HfApi(
+            endpoint=self.endpoint, token=self.token or False, library_name="neurosteer", library_version=VERSION
+        )
+
+
+def connect(token: Token = None) -> Hub:
+    """The Hub that `HF_ENDPOINT` names, or huggingface.co. Raises `HubError` for a token that cannot be one."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    given = (get_token() if token is None or token is True else token) or None
+    if given is not None and not (given.isascii() and given.isprintable() and " " not in given):
+        raise HubError("The token holds characters that no token has; copy it again from the Hub's settings.")
+    return Hub(endpoint, given)
+
+
+def whoami(token: Token = None) -> str | None:
+    """The user's name on the Hub; None when not logged in. Raises `HubError` for a token that is no longer good."""
+    hub = connect(token)
+    return None if hub.token is None else str(hub.user().get("name"))
+
+
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids asking the Hub."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _within(seconds: float, work: Callable[[], Answer]) -> Answer:
+    """The result of `work`, which is left to itself after `seconds`.
+
+    The client waits without limit for a server that says nothing, or that asks it to come back in an hour.
+    """
+    results: list[Answer] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return results[0]
+
+
+def _pause(error: Exception, attempt: int) -> float | None:
+    """How many seconds to wait before trying again; None where that is of no use."""
+    if not is_passing(error):
+        return None
+    asked = retry_after(error)
+    if asked is not None:
+        return asked if asked <= LONGEST_PAUSE_S else None
+    return _FIRST_PAUSE_S * 3 ** (attempt - 1)

@@ -1,0 +1,245 @@
+"""Fetching artifacts: only the files they need, looked at before they are downloaded, kept for use without the Hub."""
+
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.file_download import repo_folder_name
+from tqdm.auto import tqdm
+
+from neurosteer.artifacts import Artifact
+from neurosteer.errors import ArtifactError, HubError, HubUnreachable
+from neurosteer.hub.client import Hub, Token, connect, is_offline
+from neurosteer.hub.repos import (
+    MAIN,
+    Reference,
+    RemoteFile,
+    files_at,
+    is_commit,
+    no_artifact,
+    pack_names,
+    parse_reference,
+    repo_info,
+    top_entries,
+)
+from neurosteer.progress import Progress, silent
+from neurosteer.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
+
+logger = logging.getLogger(__name__)
+
+MAX_CARD_BYTES = 1 << 20
+_LEAST_S, _BYTES_PER_S = 60.0, 50_000  # how slow a download may be
+
+
+def pull(reference: str, *, token: Token = None, offline: bool | None = None, progress: Progress = silent) -> Artifact:
+    """The artifact at `reference`: `user/repo`, or `user/repo/name` in a pack, with `@revision` where one is meant.
+
+    Args:
+        token: None for that of `HF_TOKEN` or the stored login, False for none.
+        offline: True for what was pulled before, without asking the Hub; None as `HF_HUB_OFFLINE` says. When the Hub
+                cannot be reached, what was pulled before is used with a warning, unless `token` is given.
+
+    Raises:
+        HubError: there is no such artifact, or it may not be read; a pack, without a name, lists its names.
+        HubUnreachable: the Hub cannot be reached and it was not pulled before.
+        ArtifactError: what lies there is damaged, too large or not valid.
+        UsageError: `reference` names nothing on the Hub.
+    """
+    folder = pull_folder(reference, token=token, offline=offline, progress=progress)
+    try:
+        return load(folder)
+    except ArtifactError as error:
+        reason = str(error).replace(f"{folder.resolve()}{os.sep}", "")
+        raise ArtifactError(f"{parse_reference(reference)} cannot be used: {reason}") from error
+
+
+def pull_folder(
+    reference: str, *, token: Token = None, offline: bool | None = None, progress: Progress = silent
+) -> Path:
+    """The folder in the cache that holds the artifact's files, not to be written to. As `pull`, without reading it."""
+    wanted = parse_reference(reference)
+    kept = _kept_folder(wanted)
+    # One process may pull for several people, each with a token: what one of them may read is not the others'.
+    trusted = kept if token is None else None
+    if trusted is not None and is_commit(wanted.revision):
+        return trusted
+    if is_offline() if offline is None else offline:
+        if kept is None:
+            raise HubUnreachable(f"{wanted} was not pulled before, so it cannot be used offline; pull it once online.")
+        return kept
+    hub = connect(token)
+    try:
+        return fetch(hub, wanted, progress)
+    except HubUnreachable as error:
+        if trusted is None:
+            raise
+        logger.warning("%s Using %s as it was pulled before.", error, wanted)
+        return trusted
+
+
+def list_artifacts(repo_reference: str, *, token: Token = None) -> list[str]:
+    """The names of the artifacts in a pack; none for a repo that holds one artifact. Raises as `pull` does."""
+    wanted, hub = parse_reference(repo_reference), connect(token)
+    to = f"list {wanted.repo}"
+    commit = _commit(hub, wanted, to)
+    files, folders = top_entries(hub, wanted.repo, commit, to)
+    if CONFIG_FILE in files and WEIGHTS_FILE in files:
+        return []
+    names = pack_names(hub, wanted.repo, commit, folders, to)
+    if not names:
+        raise no_artifact(wanted.repo, files)
+    return names
+
+
+def read_card(reference: str, *, token: Token = None) -> str:
+    """The card at `reference` as its authors wrote it: Markdown that may hold anything, to be shown without its HTML.
+
+    Empty where there is none. Raises as `pull` does, and `HubError` for a card above 1 MB.
+    """
+    wanted, hub = parse_reference(reference), connect(token)
+    to = f"read the card of {wanted}"
+    commit, path = _commit(hub, wanted, to), wanted.path(CARD_FILE)
+    card = files_at(hub, wanted.repo, commit, [path], to).get(path)
+    if card is None:
+        return ""
+    if card.size > MAX_CARD_BYTES:
+        raise HubError(f"The card of {wanted} has {card.size / 1e6:.1f} MB; only cards up to 1 MB are shown.")
+    return download(hub, wanted.repo, commit, card).read_text(encoding="utf-8", errors="replace")
+
+
+def _commit(hub: Hub, wanted: Reference, to: str) -> str:
+    """The commit that is meant, and that its files may be read."""
+    info = repo_info(hub, wanted.repo, wanted.revision, to)
+    if info.gated:  # everybody sees that it is there; files in the cache may be another one's who got access
+        hub.ask(to, lambda api: api.auth_check(wanted.repo), repo=wanted.repo)
+    if info.sha is None:
+        raise HubError(f"{wanted.repo} is empty: it has no commit yet.")
+    return info.sha
+
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+
+
+def fetch(hub: Hub, wanted: Reference, progress: Progress) -> Path:
+    """The folder of the cache with the files of `wanted`, downloaded where they are not there. Raises as `pull`."""
+    to = f"pull {wanted}"
+    progress(f"Looking at {wanted}")
+    commit = _commit(hub, wanted, to)
+    paths = {file: wanted.path(file) for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
+    files = files_at(hub, wanted.repo, commit, list(paths.values()), to)
+    if paths[CONFIG_FILE] not in files or paths[WEIGHTS_FILE] not in files:
+        raise _nothing_there(hub, wanted, commit, to)
+    _check_sizes(wanted, files)
+    for done, file in enumerate(files.values()):
+        progress(f"Fetching {wanted}", done / len(files))
+        download(hub, wanted.repo, commit, file)
+    progress(f"Fetched {wanted}", 1.0)
+    _remember(wanted, commit)
+    return _snapshot(wanted, commit)
+
+
+def _nothing_there(hub: Hub, wanted: Reference, commit: str, to: str) -> HubError:
+    """What there is instead."""
+    files, folders = top_entries(hub, wanted.repo, commit, to)
+    names = pack_names(hub, wanted.repo, commit, folders, to)
+    if not names and CONFIG_FILE in files and WEIGHTS_FILE in files:
+        return HubError(f"{wanted.repo} holds one artifact, at its top; leave the name {wanted.name!r} out.")
+    if not names:
+        return no_artifact(wanted.repo, files)
+    known = f"{wanted.repo} is a pack of {len(names)}: {', '.join(names)}"
+    if wanted.name is None:
+        return HubError(f"{known}; name one, like {wanted.repo}/{names[0]}.")
+    return HubError(f"{known}; there is no {wanted.name!r} in it.")
+
+
+def _check_sizes(wanted: Reference, files: Mapping[str, RemoteFile]) -> None:
+    for path, file in files.items():
+        limit = FILE_LIMITS[path.rpartition("/")[2]]
+        if file.size > limit:
+            raise ArtifactError(
+                f"{path} of {wanted.repo} has {file.size / 1e6:.0f} MB, and at most {limit / 1e6:.0f} MB are read; it "
+                "was not downloaded."
+            )
+
+
+def download(hub: Hub, repo: str, commit: str, file: RemoteFile) -> Path:
+    """The file in the cache, its content compared with what the Hub says it is; what came wrong is fetched again."""
+    for _ in range(2):
+        path = Path(
+            hub.ask(
+                f"fetch {file.path} of {repo}",
+                lambda _: hf_hub_download(
+                    repo,
+                    file.path,
+                    revision=commit,
+                    endpoint=hub.endpoint,
+                    token=hub.token or False,
+                    cache_dir=_cache(),
+                    tqdm_class=_NoBar,
+                ),
+                repo=repo,
+                seconds=_LEAST_S + file.size / _BYTES_PER_S,
+            )
+        )
+        if path.stat().st_size == file.size and file.is_same(path.read_bytes()):
+            return path
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    raise HubError(f"{file.path} of {repo} arrived damaged twice (its hash is not the Hub's); try again later.")
+
+
+class _NoBar(tqdm):
+    """No progress bar of the client's: progress is reported by file."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.pop("name", None)
+        kwargs["disable"] = True
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    """The cache that every program of this user shares for the Hub."""
+    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+
+
+def _snapshot(wanted: Reference, commit: str) -> Path:
+    return _repo_folder(wanted) / "snapshots" / commit / (wanted.name or "")
+
+
+def _repo_folder(wanted: Reference) -> Path:
+    return _cache() / repo_folder_name(repo_id=wanted.repo, repo_type="model")
+
+
+def _kept_folder(wanted: Reference) -> Path | None:
+    """Where the artifact lies in the cache, whole, if it was pulled before."""
+    commit = wanted.revision if is_commit(wanted.revision) else _remembered(wanted)
+    folder = _snapshot(wanted, commit) if commit else None
+    return folder if folder is not None and is_artifact(folder) else None
+
+
+def _remembered(wanted: Reference) -> str | None:
+    try:
+        commit = (_repo_folder(wanted) / "refs" / (wanted.revision or MAIN)).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return commit if is_commit(commit) else None
+
+
+def _remember(wanted: Reference, commit: str) -> None:
+    """Note which commit a branch or tag was, as the client does, so that it is found again offline."""
+    if wanted.revision == commit:
+        return
+    note = _repo_folder(wanted) / "refs" / (wanted.revision or MAIN)
+    temporary = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(commit, encoding="utf-8")
+        temporary.replace(note)
+    except OSError as error:
+        logger.warning("%s was pulled, but is not found offline: its revision could not be noted (%s).", wanted, error)

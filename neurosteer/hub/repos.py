@@ -1,0 +1,123 @@
+"""What a reference to the Hub names, and what lies in a repo: looked at, with nothing downloaded."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
+
+from neurosteer.errors import HubError, UsageError
+from neurosteer.hub.client import Hub
+from neurosteer.storage import CONFIG_FILE, WEIGHTS_FILE
+
+MOST_ARTIFACTS = 100
+MAIN = "main"
+
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_REFERENCE = re.compile(
+    rf"(?P<repo>{_WORD}/{_WORD})(?:/(?P<name>{_NAME}))?(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MOST_ENTRIES, _MOST_FOLDERS = 1000, 300
+_RUNS_CODE = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".py")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An artifact on the Hub: `name` is its folder in a pack, `revision` a branch, a tag or a commit (None: main)."""
+
+    repo: str
+    name: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.repo, self.name))) + (f"@{self.revision}" if self.revision else "")
+
+    def path(self, file: str) -> str:
+        """Where `file` of the artifact lies in the repo."""
+        return f"{self.name}/{file}" if self.name else file
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the Hub lists it, its content known by `sha256` (large files) or git's `blob` hash."""
+
+    path: str
+    size: int
+    blob: str
+    sha256: str | None
+
+    def is_same(self, data: bytes) -> bool:
+        """Whether the file holds `data`."""
+        if self.sha256 is not None:
+            return hashlib.sha256(data).hexdigest() == self.sha256
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == self.blob
+
+
+def parse_reference(text: str) -> Reference:
+    """`user/repo[/name][@revision]`. Raises `UsageError` for anything else."""
+    found = _REFERENCE.fullmatch(text.strip())
+    repo, revision = (found["repo"], found["revision"]) if found else ("", None)
+    # A revision becomes a path in the cache, so it must not lead out of it.
+    odd = any(bad in repo for bad in ("..", "--")) or any(bad in f"{revision or ''}/" for bad in ("..", "//", "./"))
+    if not found or odd:
+        raise UsageError(
+            f"{text[:200]!r} names nothing on the Hub; write user/repo, user/repo/name or user/repo@revision."
+        )
+    return Reference(repo, found["name"], revision)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether `revision` is a whole commit hash, whose files never change."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def repo_info(hub: Hub, repo: str, revision: str | None, to: str) -> ModelInfo:
+    """What the Hub says of `repo` at `revision`, its commit (`sha`) above all. Raises as `Hub.ask` does."""
+    return hub.ask(to, lambda api: api.model_info(repo, revision=revision), repo=repo)
+
+
+def files_at(hub: Hub, repo: str, commit: str, paths: Sequence[str], to: str) -> dict[str, RemoteFile]:
+    """Those of `paths` that are files of `repo` at `commit`."""
+    found = hub.ask(to, lambda api: api.get_paths_info(repo, list(paths), revision=commit), repo=repo)
+    return _files(found)
+
+
+def top_entries(hub: Hub, repo: str, commit: str, to: str) -> tuple[dict[str, RemoteFile], list[str]]:
+    """The files and the folders at the top of `repo`, `_MOST_ENTRIES` of them at most: a repo may hold any number."""
+    entries = hub.ask(to, lambda api: list(islice(api.list_repo_tree(repo, revision=commit), _MOST_ENTRIES)), repo=repo)
+    return _files(entries), sorted(entry.path for entry in entries if isinstance(entry, RepoFolder))
+
+
+def pack_names(hub: Hub, repo: str, commit: str, folders: Iterable[str], to: str) -> list[str]:
+    """Those of `folders` that hold an artifact, `MOST_ARTIFACTS` at most."""
+    named = [folder for folder in folders if re.fullmatch(_NAME, folder)][:_MOST_FOLDERS]
+    if not named:
+        return []
+    wanted = [f"{folder}/{file}" for folder in named for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    there = files_at(hub, repo, commit, wanted, to)
+    whole = [one for one in named if f"{one}/{CONFIG_FILE}" in there and f"{one}/{WEIGHTS_FILE}" in there]
+    return whole[:MOST_ARTIFACTS]
+
+
+def no_artifact(repo: str, files: Mapping[str, RemoteFile]) -> HubError:
+    """The error for a repo without an artifact; says so where it holds what NeuroSteer never reads."""
+    risky = next((path for path in sorted(files) if path.lower().endswith(_RUNS_CODE)), None)
+    more = f"; its {risky[:60]!r} is never read, since loading such a file can run code" if risky else ""
+    return HubError(f"{repo} holds no artifact of NeuroSteer (no {CONFIG_FILE} and {WEIGHTS_FILE}){more}.")
+
+
+def _files(entries: Iterable[RepoFile | RepoFolder]) -> dict[str, RemoteFile]:
+    return {
+        entry.path: RemoteFile(
+            entry.path,
+            entry.lfs.size if entry.lfs else entry.size,
+            entry.blob_id,
+            entry.lfs.sha256 if entry.lfs else None,
+        )
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
