@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from neurosteer.cli import build_commands, sae_commands, show_commands, steer_commands
+from neurosteer.cli import build_commands, hub_commands, sae_commands, show_commands, steer_commands
 from neurosteer.cli.output import fail
 from neurosteer.errors import NeuroSteerError
 
@@ -31,6 +31,9 @@ app.command("layers")(build_commands.layers)
 app.command("steer")(steer_commands.steer)
 app.command("sweep")(steer_commands.sweep)
 app.command("inspect")(show_commands.inspect)
+app.command("push")(hub_commands.push)
+app.command("pull")(hub_commands.pull)
+app.command("search")(hub_commands.search)
 # A module with a Typer of its own is one line: without a name, its verbs stand beside those above.
 app.add_typer(sae_commands.app, name="sae")
 

@@ -35,8 +35,9 @@ UseOption = Annotated[
     typer.Option(
         "--use",
         metavar="REF[:STRENGTH]",
-        help="A folder, a name in vectors/, or one SAE feature: SAE#INDEX adds it, SAE#INDEX=VALUE clamps it (SAE: "
-        "embedded/LAYER, RELEASE/ID or a folder). May be given more than once.",
+        help="A folder, a name in vectors/, a Hub repo (user/repo[/name][@revision]), or one SAE feature: SAE#INDEX "
+        "adds it, SAE#INDEX=VALUE clamps it (SAE: embedded/LAYER, RELEASE/ID or a folder). May be given more than "
+        "once.",
     ),
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, max=1000)]

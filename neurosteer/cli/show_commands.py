@@ -42,7 +42,9 @@ def models(as_json: JsonOption = False) -> None:
 
 
 def inspect(
-    references: Annotated[list[str], typer.Argument(metavar="REF...", help="A folder or a name in vectors/.")],
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="A folder, a name in vectors/ or a Hub repo.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show what an artifact is, where it comes from and what strength 1 means; of several, how much they overlap."""

@@ -36,14 +36,14 @@ class Hub:
     token: str | None = field(repr=False)
 
     def ask(
-        self, to: str, request: Callable[[HfApi], Answer], *, repo: str | None = None, seconds: float = QUICK_S
+        self, to: str, request: Callable[[HfApi], Answer], *, repo: str | None = None, seconds: float | None = None
     ) -> Answer:
         """The answer to `request`, which gets the Hub's client.
 
         Args:
             to: what it is for, as in "read user/repo"; for messages.
             repo: the repo it is about.
-            seconds: how long one try may take.
+            seconds: how long one try may take; `QUICK_S` when left out.
 
         Raises:
             HubUnreachable: no connection, no answer in time, or a failing Hub, also after `TRIES` tries.
@@ -51,7 +51,7 @@ class Hub:
         """
         for attempt in range(1, TRIES + 1):
             try:
-                return _within(seconds, lambda: request(self._api()))
+                return _within(seconds or QUICK_S, lambda: request(self._api()))
             except Exception as error:
                 pause = _pause(error, attempt)
                 if pause is None or attempt == TRIES:

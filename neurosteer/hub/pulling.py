@@ -2,16 +2,18 @@
 
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
 from neurosteer.artifacts import Artifact
-from neurosteer.errors import ArtifactError, HubError, HubUnreachable
+from neurosteer.errors import ArtifactError, HubError, HubUnreachable, UsageError
 from neurosteer.hub.client import Hub, Token, connect, is_offline
 from neurosteer.hub.repos import (
     MAIN,
@@ -48,7 +50,43 @@ def pull(reference: str, *, token: Token = None, offline: bool | None = None, pr
         ArtifactError: what lies there is damaged, too large or not valid.
         UsageError: `reference` names nothing on the Hub.
     """
-    folder = pull_folder(reference, token=token, offline=offline, progress=progress)
+    return _read(reference, pull_folder(reference, token=token, offline=offline, progress=progress))
+
+
+def pull_into(
+    reference: str,
+    folder: str | Path,
+    *,
+    token: Token = None,
+    offline: bool | None = None,
+    progress: Progress = silent,
+) -> Artifact:
+    """As `pull`, and its files, the card as it is on the Hub among them, in the new folder `folder`.
+
+    Raises also `UsageError` when `folder` exists or cannot be written.
+    """
+    target = Path(folder).expanduser()
+    if target.exists():
+        raise UsageError(f"{str(folder)[:200]!r} exists; choose a folder that does not, so that nothing is lost.")
+    kept = pull_folder(reference, token=token, offline=offline, progress=progress)
+    artifact = _read(reference, kept)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:80]}-") as temporary:
+            copies = Path(temporary) / "new"
+            copies.mkdir()
+            for name in filter(lambda name: (kept / name).is_file(), FILE_LIMITS):
+                shutil.copyfile(kept / name, copies / name)
+            copies.rename(target)
+    except OSError as error:
+        raise UsageError(
+            f"{str(folder)[:200]!r} could not be written ({error.strerror or error}); choose another folder."
+        ) from error
+    return artifact
+
+
+def _read(reference: str, folder: Path) -> Artifact:
+    """The artifact in the cache, what is wrong with it said without the cache's long paths."""
     try:
         return load(folder)
     except ArtifactError as error:
