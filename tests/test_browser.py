@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import FakeHub
 
 from neurosteer.artifacts import Calibration, Feature, FeatureContext
 from neurosteer.catalog import default_model
@@ -34,7 +36,7 @@ SORRY = ("I hated the {}, it was dreadful and cold.", "What a miserable {}, I fr
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(hub_server: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A page that runs in a process of its own, as `python app.py` starts it; or the one at NEUROSTEER_PAGE."""
     if running := os.environ.get("NEUROSTEER_PAGE"):
         yield running.rstrip("/")
@@ -46,7 +48,9 @@ def address() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT, env={**os.environ})
+    environment = {**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_alice",
+                   "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub")), "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT, env=environment)
     try:
         _until_it_listens(port, process)
         yield f"http://127.0.0.1:{port}"
@@ -187,11 +191,33 @@ def test_a_broken_file_is_one_line_and_the_rest_is_kept(page: Any, tmp_path: Pat
     assert page.get_by_label("Name", exact=True).input_value() == "kept"
 
 
-def test_the_first_visit_takes_one_click_to_a_steered_text(page: Any) -> None:
+@pytest.fixture
+def film(page: Any) -> Iterator[Callable[[], None]]:
+    """Takes a picture when called; NEUROSTEER_FILM=FILE.gif makes a film of them (the README's)."""
+    target, frames = os.environ.get("NEUROSTEER_FILM"), []
+    if target:
+        page.set_viewport_size({"width": 1180, "height": 1000})
+    yield lambda: frames.append(page.screenshot()) if target else None
+    if target and frames:
+        from PIL import Image
+
+        pictures = [Image.open(BytesIO(frame)).convert("RGB").resize((885, 750)) for frame in frames]
+        first, *others = (picture.quantize(96) for picture in pictures)
+        first.save(
+            target, save_all=True, append_images=others, duration=[1200] + [220] * (len(others) - 1) + [4000], loop=0
+        )
+
+
+def test_the_first_visit_takes_one_click_to_a_steered_text(page: Any, film: Callable[[], None]) -> None:
+    film()
     page.get_by_role("button", name="Delighted").click()
     page.wait_for_function("document.querySelector('#steered textarea').value.length > 15")
-    page.locator("#stop").click()
-    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    while not page.locator("#steer-note").get_by_text("tokens/s").count():
+        film()
+        page.wait_for_timeout(200)
+    page.get_by_label("by what is steered with").check()
+    page.locator("#coloured .ns-token").first.wait_for()
+    film()
 
 
 def test_what_visitors_and_models_write_is_shown_as_it_is(page: Any) -> None:
@@ -351,3 +377,101 @@ def test_the_page_can_be_used_by_keyboard_alone(page: Any) -> None:
     page.get_by_role("tab", name="Build").focus()
     page.keyboard.press("Enter")
     page.locator("#build").wait_for()
+
+
+needs_own_page = pytest.mark.skipif(
+    "NEUROSTEER_PAGE" in os.environ, reason="the page at NEUROSTEER_PAGE is not connected to the Hub of the tests"
+)
+
+
+@pytest.fixture
+def own_hub(address: str, hub_server: FakeHub) -> Iterator[FakeHub]:
+    """The empty Hub that the page talks to, as alice."""
+    hub_server.reset()
+    yield hub_server
+    hub_server.reset()
+
+
+def reviews(folder: Path, each: int) -> Path:
+    table = folder / "reviews.csv"
+    rows = [
+        f'"{forms[number % 2].format(THINGS[number % 10])} Number {number}.",{label}'
+        for forms, label in ((GLAD, "pos"), (SORRY, "neg"))
+        for number in range(each)
+    ]
+    table.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    return table
+
+
+@needs_own_page
+def test_built_from_a_file_published_found_again_and_steered_with(
+    page: Any, browser: Any, address: str, own_hub: FakeHub, tmp_path: Path
+) -> None:
+    go(page, "Build")
+    page.get_by_label("Upload one file").check()
+    page.locator("#file input[type=file]").set_input_files(reviews(tmp_path, 200))
+    page.locator("#preview").get_by_text("200 texts show it, 200 don’t").wait_for()
+    page.get_by_label("Name", exact=True).fill("glad")
+    page.locator("#build").click()
+    page.locator("#try-it").click()
+    page.locator("#run").click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    assert text_of(page, "unsteered") != text_of(page, "steered")
+
+    go(page, "Library")
+    page.locator("#who").get_by_text("You publish as alice.").wait_for()
+    page.locator("#repo input, #repo textarea").fill("alice/glad")
+    page.locator("#publish-text textarea").fill(f"Gladder texts. {HOSTILE}")
+    page.locator("#push").click()
+    page.locator("#push-note").get_by_text("Published:").wait_for()
+    assert set(own_hub.repos["alice/glad"].head.files) >= {"config.json", "weights.safetensors", "README.md"}
+
+    other = browser.new_context().new_page()
+    other.set_default_timeout(PATIENCE_MS)
+    other.goto(address)
+    go(other, "Library")
+    other.locator("#search-text input, #search-text textarea").fill("glad")
+    other.locator("#search").click()
+    other.get_by_label("alice/glad").check()
+    other.locator("#hub-card").get_by_text("Gladder texts.").wait_for()
+    assert other.locator("img[src=x]").count() == 0 and other.title() == "NeuroSteer"
+    other.locator("#pull").click()
+    other.locator("#found-note").get_by_text("alice/glad is added").wait_for()
+    go(other, "Steer")
+    other.get_by_label("alice/glad").first.wait_for()
+    other.locator("#run").click()
+    other.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    assert text_of(other, "steered") == text_of(page, "steered")  # the same seed, the same bytes
+    other.context.close()
+
+
+@needs_own_page
+def test_what_the_hub_refuses_is_one_line_and_the_work_is_kept(page: Any, own_hub: FakeHub, tmp_path: Path) -> None:
+    own: Any = load(ROOT / "vectors" / "sentiment")
+    (tmp_path / "mine.zip").write_bytes(pack(replace(own, name="mine")))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#upload").click()
+    chooser.value.set_files(tmp_path / "mine.zip")
+    page.locator("#mix-note").get_by_text("mine is added").wait_for()
+    go(page, "Library")
+    error = page.locator("#push-error .ns-error")
+    page.locator("#repo input, #repo textarea").fill("bob/mine")  # another's
+    page.locator("#push").click()
+    error.get_by_text("bob/mine").wait_for()
+    own_hub.fail("whoami", "status", status=401, times=9)
+    page.locator("#repo input, #repo textarea").fill("alice/mine")
+    page.locator("#push").click()
+    error.get_by_text("token").wait_for()
+    assert "hf_alice" not in page.locator("body").inner_text()
+    page.locator("#labels").get_by_label("mine (mine)").wait_for()  # still there
+    page.locator("#reference input, #reference textarea").fill("nobody/nothing")
+    page.locator("#pull").click()
+    page.locator("#hub-error .ns-error").get_by_text("nobody/nothing").wait_for()
+
+
+def test_a_file_that_is_too_large_is_refused(page: Any, tmp_path: Path) -> None:
+    go(page, "Build")
+    page.get_by_label("Upload one file").check()
+    (tmp_path / "large.csv").write_bytes(b"text,label\n" + b"x" * (21 << 20))
+    page.locator("#file input[type=file]").set_input_files(tmp_path / "large.csv")
+    page.locator("#preview .ns-error").get_by_text("20 MB").wait_for()

@@ -112,9 +112,8 @@ class LibraryHandlers:
             token = visitors_token(oauth)
             names = hub.list_artifacts(repo, token=token)
             card = shown.hub_card(hub.read_card(repo, token=token))
-            several = len(names) > 1
-            choices = [(name, name) for name in names]
-            return [repo, gr.update(choices=choices, value=names[0] if several else None, visible=several), card, ""]
+            pack = gr.update(choices=names, value=names[0] if names else None, visible=bool(names))
+            return [repo, pack, card, ""]
         except Exception as error:
             return [repo, gr.update(choices=[], value=None, visible=False), "", render.error_line(problem(error))]
 

@@ -1,0 +1,113 @@
+"""What the page costs a visitor: what is sent, how long until it can be used, and from a click to the first token.
+
+    python tests/benchmarks/page_speed.py [--rounds 10]
+
+Starts `python app.py` on a free port and opens it in Chromium with an empty cache. The time from a click on a ready-made
+recipe to the first characters of the steered text on screen stands beside that of one unsteered prefill and step of the
+same prompt in this process, taken in turns.
+"""
+
+import argparse
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+
+from neurosteer.decoding import Sampling
+from neurosteer.models import load_model
+from neurosteer.steering import Session
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+PROMPT = "Tell me about your day."
+FIRST_TOKEN = """() => new Promise((done) => {
+  const text = document.querySelector("#steered textarea");
+  const button = [...document.querySelectorAll("#presets button")][0];
+  const before = text.value;
+  const clicked = performance.now();
+  const look = () => (text.value && text.value !== before ? done(performance.now() - clicked) : requestAnimationFrame(look));
+  button.click();
+  look();
+})"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until_it_listens(port: int) -> None:
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+
+
+def first_load(browser: Any, address: str) -> None:
+    page = browser.new_context().new_page()
+    sizes: list[int] = []
+    page.on("requestfinished", lambda request: sizes.append(request.sizes()["responseBodySize"]))
+    started = time.perf_counter()
+    page.goto(address)
+    page.get_by_role("button", name="Delighted").wait_for()
+    usable = time.perf_counter() - started
+    page.wait_for_load_state("networkidle")
+    print(f"first load: {len(sizes)} requests, {sum(sizes) / 1e6:.2f} MB; buttons on screen after {usable:.2f} s")
+    page.context.close()
+
+
+def click_to_token(page: Any) -> float:
+    seconds = page.evaluate(FIRST_TOKEN) / 1000
+    page.locator("#stop").click()
+    page.locator("#steer-note").get_by_text("tokens/s").wait_for()
+    page.wait_for_timeout(300)
+    return seconds
+
+
+def prefill_and_step(session: Session) -> float:
+    started = time.perf_counter()
+    stream = session.stream(PROMPT, max_new_tokens=1, sampling=Sampling(seed=0))
+    next(stream)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    rounds = parser.parse_args().rounds
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT)
+    try:
+        session = Session(load_model())
+        until_it_listens(port)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+            page = browser.new_page()
+            page.goto(f"http://127.0.0.1:{port}")
+            page.locator("#model-status").get_by_text("Model: ready").wait_for(timeout=120_000)
+            first_load(browser, f"http://127.0.0.1:{port}")
+            click_to_token(page), prefill_and_step(session)
+            pairs = [(click_to_token(page), prefill_and_step(session)) for _ in range(rounds)]
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+    click, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(one / other for one, other in pairs)
+    print(
+        f"click to first steered token: {click * 1000:.0f} ms; unsteered prefill and step: {bare * 1000:.0f} ms; ",
+        end="",
+    )
+    print(f"ratio {ratio:.2f} (median of {rounds} rounds)")
+
+
+if __name__ == "__main__":
+    main()

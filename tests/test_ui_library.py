@@ -1,0 +1,184 @@
+"""The Library tab without a browser: the shelf, the Hub (the real client, a server of our own), and publishing."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hub_server import FakeHub
+from test_ui import EXAMPLES, HOSTILE, SKIP, Ready, mix_values, told
+from tiny import Tiny
+
+from neurosteer import hub as library
+from neurosteer.building import build
+from neurosteer.steering import Session
+from neurosteer.storage import unpack
+from neurosteer.ui import render_library as shown
+from neurosteer.ui.library_tab import LibraryHandlers, Publication
+from neurosteer.ui.limits import visitors_token
+from neurosteer.ui.loading import Models
+from neurosteer.ui.mixer import MOST
+
+
+@pytest.fixture
+def tab(llama: Tiny) -> LibraryHandlers:
+    return LibraryHandlers(Models.of(Ready(Session(llama.lm)), llama.lm.name))
+
+
+@pytest.fixture(scope="module")
+def mood(llama: Tiny) -> Any:
+    return build(llama.lm, EXAMPLES, layers=1, name="mood")
+
+
+def publication(**given: Any) -> Publication:
+    return Publication("mood", "alice/mood", "public", "mit", "Turns the mood.")._replace(**given)
+
+
+def push(tab: LibraryHandlers, mood: Any, ask: Publication, login: Any = None) -> list[str]:
+    return tab.push(login, told, *ask, *mix_values({"mood": mood}, []))
+
+
+# --- the shelf -------------------------------------------------------------------------------------------------------
+
+
+def test_the_shelf_says_where_each_comes_from_and_offers_ones_own_to_publish(
+    tab: LibraryHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neurosteer.ui.shelf.released", lambda: {"sentiment": mood})
+    labels, own = tab.shelf(*mix_values({"sentiment": mood, "me/vector": mood, "mine": mood}, []))
+    assert labels["choices"] == [
+        ("sentiment (released)", "sentiment"), ("me/vector (pulled)", "me/vector"), ("mine (mine)", "mine"),
+    ]  # fmt: skip
+    assert own["choices"] == ["mine"] and own["value"] == "mine"
+
+
+def test_an_artifact_of_the_shelf_is_shown_downloaded_used_and_removed(tab: LibraryHandlers, mood: Any) -> None:
+    values = mix_values({"mood": mood, "other": mood}, ["other"], 2.0)
+    card, download = tab.show("mood", *values)
+    assert "mood" in card and "20" not in download["value"] and unpack(Path(download["value"])).name == "mood"
+    tabs, error, *mixer = tab.use("mood", *values)
+    assert tabs["selected"] == "steer" and error == "" and mixer[1] == ["other", "mood"]
+    assert mixer[4 + MOST]["value"] == 2.0  # the other slider stays where it was
+    radio, error, shelf, chosen, *_ = tab.remove("other", *values)
+    assert radio["value"] is None and error == "" and list(shelf) == ["mood"] and chosen == []
+    for handler in (tab.use, tab.remove):
+        assert "Choose something" in handler(None, *values)[1]
+    assert "ns-hint" in tab.show(None, *values)[0]
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_one_visitor_publishes_another_finds_pulls_and_steers_with(
+    tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, error = push(tab, mood, publication())
+    assert error == "" and f"{hub.url}/alice/mood" in note and "Published" in note
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    found, note, error = tab.search(None, "mood", "", False, None)
+    assert (note, error) == ("", "") and [value for _, value in found["choices"]] == ["alice/mood"]
+    assert "fits this model" in found["choices"][0][0]
+    reference, names, card, error = tab.look(None, "alice/mood")
+    assert (reference, error) == ("alice/mood", "") and not names["visible"] and "Turns the mood." in card
+    note, error, shelf, chosen, *_ = tab.pull(None, reference, None, *mix_values({}, []))
+    assert error == "" and "alice/mood" in note and chosen == ["alice/mood"]
+    assert shelf["alice/mood"].directions[1].equal(mood.directions[1])
+
+
+def test_one_of_a_pack_is_pulled_by_name(tab: LibraryHandlers, mood: Any, hub: FakeHub) -> None:
+    library.push([replace(mood, name="one"), replace(mood, name="two")], "alice/pack")
+    _, names, _, error = tab.look(None, "alice/pack")
+    assert error == "" and names["visible"] and names["choices"] == ["one", "two"]
+    _, error, shelf, *_ = tab.pull(None, "alice/pack", "two", *mix_values({}, []))
+    assert error == "" and list(shelf) == ["alice/pack/two"] and shelf["alice/pack/two"].name == "two"
+    _, error, *rest = tab.pull(None, "alice/pack", None, *mix_values({}, []))
+    assert "one" in error and "two" in error and rest == [SKIP] * len(rest)
+
+
+def test_nothing_found_says_what_to_do(tab: LibraryHandlers, hub: FakeHub) -> None:
+    found, note, error = tab.search(None, "no-such-thing", "", True, None)
+    assert not found["visible"] and "build your own" in note and error == ""
+
+
+def test_a_hub_that_is_away_is_one_line_and_nothing_is_lost(
+    tab: LibraryHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch, hub: FakeHub
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("neurosteer.hub.client._FIRST_PAUSE_S", 0.01)
+    values = mix_values({"mood": mood}, ["mood"])
+    outcomes = [
+        tab.search(None, "x", "", False, None)[2],
+        tab.look(None, "a/b")[3],
+        tab.pull(None, "a/b", None, *values)[1],
+        push(tab, mood, publication())[1],
+    ]
+    for error in outcomes:
+        assert error.count("<p") == 1 and "Hub" in error and "hf_alice" not in error
+    assert tab.pull(None, "a/b", None, *values)[2:] == [SKIP] * (len(tab.pull(None, "a/b", None, *values)) - 2)
+    assert "not logged in" in tab.who(None)[0]
+
+
+def test_publishing_needs_a_login_and_a_choice(
+    tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "You publish as alice" in tab.who(None)[0]
+    assert "Choose what to publish" in push(tab, mood, publication(label=None))[1]
+    assert "Choose what to publish" in push(tab, mood, publication(label="gone"))[1]
+    monkeypatch.delenv("HF_TOKEN")
+    assert "not logged in" in tab.who(None)[0] and "not logged in" in push(tab, mood, publication())[1]
+    assert not hub.repos
+
+
+def test_a_space_lends_its_own_token_to_nobody(
+    tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.push(mood, "alice/secret", private=True)
+    monkeypatch.setenv("SPACE_ID", "alice/space")
+    assert "not logged in" in tab.who(None)[0]
+    assert "Sign in" in push(tab, mood, publication())[1] and list(hub.repos) == ["alice/secret"]
+    assert tab.search(None, "secret", "", False, None)[0]["choices"] == []
+    assert "alice/secret" in tab.pull(None, "alice/secret", None, *mix_values({}, []))[1]
+    bob = SimpleNamespace(token="hf_bob")
+    assert visitors_token(bob) == "hf_bob" and "You publish as bob" in tab.who(bob)[0]  # type: ignore[arg-type]
+    note, error = push(tab, mood, publication(repo="bob/mood"), bob)
+    assert error == "" and "bob/mood" in note and list(hub.repos)[-1] == "bob/mood"
+
+
+def test_an_artifact_of_another_model_is_refused(tab: LibraryHandlers, mood: Any, hub: FakeHub) -> None:
+    library.push(replace(mood, model=replace(mood.model, n_layers=77)), "alice/foreign")
+    note, error, *rest = tab.pull(None, "alice/foreign", None, *mix_values({}, []))
+    assert note == "" and "77 layers" in error and rest == [SKIP] * len(rest)
+
+
+# --- what strangers write --------------------------------------------------------------------------------------------
+
+
+def test_a_strangers_card_is_text_and_nothing_else() -> None:
+    card = (
+        "---\nlicense: mit\n---\n# Title\n\n"
+        f"{HOSTILE}\n\n![pixel](https://evil.example/p.png) [click](javascript:alert(1)) <https://evil.example>\n\n"
+        "| a | b |\n|---|---|\n| <b>x</b> | `y` |\n\n```python\nprint('<img>')\n```\n<!-- hidden -->\n"
+    )
+    html = shown.hub_card(card)
+    assert "license" not in html and "hidden" not in html
+    assert "<h1>Title</h1>" in html and "<table>" in html and "<code" in html
+    for tag in ("<script", "<img", "<a ", "<b>", "href=", "src=x o", "<iframe"):
+        assert tag not in html.replace("&lt;img src=x onerror", "")
+
+
+def test_a_result_is_one_line() -> None:
+    found = library.Found(
+        repo="u/r", author="u", kinds=(), base_model=None, names=(), description="", downloads=1234, likes=5,
+        updated="", private=True, gated=True, compatible=False, licence=None,
+    )  # fmt: skip
+    line = shown.found_line(found)
+    assert line == "u/r · for another model · private · gated: ask for access on its page · ♥ 5 · 1,234 downloads"
+    assert len(shown.found_line(replace(found, repo="u/" + "r" * 300))) <= 160
+
+
+def test_the_published_line_is_escaped_and_links_only_to_the_web() -> None:
+    pushed = library.Pushed(repo="u/<b>", url="javascript:alert(1)", commit="c", files=(), card_kept=True)
+    html = shown.published(pushed)
+    assert "href" not in html and "<b>" not in html and "was kept" in html
+    assert "href='https://x/y'" in shown.published(replace(pushed, url="https://x/y"))
