@@ -56,9 +56,8 @@ def pull(
     if as_json:
         print_json({"artifact": place, "name": artifact.name, "kind": artifact.kind, "model": artifact.model.name})
         return
-    out.print(
-        f"Pulled {artifact.name}, a {artifact.kind} for {artifact.model.name}. Try: neurosteer steer --use {place}"
-    )
+    out.print(f"Pulled {artifact.name}, a {artifact.kind} for {artifact.model.name}.")
+    out.print(f"Try: neurosteer steer --use {place}:1 --prompt 'Tell me a story.' --compare")
 
 
 def search(
@@ -93,8 +92,7 @@ def search(
 
 
 def _quiet_client() -> None:
-    """The client's own bars and its notes on every try stay out of the way: what matters is said by us."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    """The client's own notes on every try stay out of the way: what matters is said by us."""
+    from huggingface_hub.utils import logging
 
-    disable_progress_bars()
     logging.set_verbosity_error()

@@ -83,6 +83,8 @@ def explain(error: BaseException, asked: Asked) -> HubError:
     root = root_of(error)
     if isinstance(root, HubError):
         return root
+    if isinstance(error, ValueError) and "metadata in README" in str(error):
+        return HubError(f"The Hub refuses the card's metadata when asked to {asked.to}: {_shown(str(error), asked)}")
     if isinstance(root, HfHubHTTPError):
         return _explain_answer(root, asked)
     if isinstance(root, OfflineModeIsEnabled):
@@ -102,8 +104,6 @@ def explain(error: BaseException, asked: Asked) -> HubError:
         return HubError(
             f"The Hub's cache could not be used to {asked.to} ({root.strerror}); check the folder that HF_HOME names."
         )
-    if isinstance(root, ValueError) and "metadata in README" in str(root):
-        return HubError(f"The Hub refuses the card's metadata when asked to {asked.to}: {_shown(str(root), asked)}")
     return HubError(
         f"{asked.endpoint} did not answer like the Hub when asked to {asked.to} ({type(root).__name__}); check "
         "HF_ENDPOINT and proxies, or try again later."
@@ -166,13 +166,13 @@ def _not_found(asked: Asked) -> str:
 
 
 def _said(error: HfHubHTTPError, asked: Asked) -> str:
-    return _shown(error.server_message or "it gave no reason.", asked)
+    return _shown(error.server_message or "it gave no reason", asked)
 
 
 def _shown(text: str, asked: Asked) -> str:
-    """What a server said, on one line, not too long, and without the token whatever happens."""
+    """What a server said, as a sentence on one line, not too long, and without the token whatever happens."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return (line.replace(asked.token, "(token)") if asked.token else line)[:200]
+    return (line.replace(asked.token, "(token)") if asked.token else line)[:200].rstrip(".") + "."
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -2,13 +2,15 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
 from neurosteer.cards import LIBRARY, SEPARATION_PLOT, is_generated, render_card, render_pack_card
@@ -170,7 +172,7 @@ def _make_repo(hub: Hub, repo: str, private: bool) -> bool:
     try:
         info = repo_info(hub, repo, None, f"push to {repo}")
     except HubError as error:
-        if error.status not in (401, 404):
+        if error.status != 404:
             raise
         hub.ask(f"create {repo}", lambda api: api.create_repo(repo, private=private, exist_ok=True), repo=repo)
         return True
@@ -216,9 +218,23 @@ def _send(work: _Publication, upload: _Upload, head: str | None) -> str:
         add = [CommitOperationAdd(path, data) for path, data in sorted(upload.files.items())]
         remove = [CommitOperationDelete(path) for path in upload.removed]
         message = f"Upload {names} with NeuroSteer"
-        return api.create_commit(work.repo, [*add, *remove], commit_message=message, parent_commit=head).oid
+        with _without_bars():
+            return api.create_commit(work.repo, [*add, *remove], commit_message=message, parent_commit=head).oid
 
     return work.hub.ask(f"push to {work.repo}", commit, repo=work.repo, seconds=_LEAST_S + size / _BYTES_PER_S)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The client's progress bars off, where it can only be told so for the whole process."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _prepare(work: _Publication, head: str | None) -> _Upload:
