@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from neurosteer.decoding import RowText, Sampler, next_tokens
 from neurosteer.hooks import Hook, InputHook, hooked
 from neurosteer.models import LanguageModel
-from neurosteer.plans import Plan, applied, compile_plan
+from neurosteer.plans import applied, compile_rows, join_plans
 from neurosteer.recipes import Positions, Recipe
 
 
@@ -63,7 +63,8 @@ class Batch:
         self.writings = list(writings)
         self.ids, self.mask = ids.to(lm.device), mask.to(lm.device)
         self.cache = DynamicCache(config=lm.model.config) if use_cache else None
-        self.plan = _plan(lm, writings)
+        self._plans = compile_rows(lm, [one.recipe for one in writings], [one.positions for one in writings])
+        self.plan = join_plans(self._plans)
         self._can_change = not use_cache or can_change(lm)
 
     @property
@@ -117,7 +118,8 @@ class Batch:
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             _join_layers(mine, theirs)
         self.writings += other.writings
-        self.plan = _plan(self.lm, self.writings)
+        self._plans += other._plans
+        self.plan = join_plans(self._plans)
 
     @torch.inference_mode()
     def leave(self, writings: Collection[Writing]) -> None:
@@ -132,17 +134,14 @@ class Batch:
         self.ids, self.mask = self.ids[here, cut:], self.mask[here, cut:]
         for layer in self._layers:
             _cut_layer(layer, rows, cut)
-        self.plan = self.plan.select(kept)
+        self._plans = [self._plans[row] for row in kept]
+        self.plan = join_plans(self._plans)
 
 
 def can_change(lm: LanguageModel) -> bool:
     """Whether rows can join and leave a batch of this model: whether all it remembers are keys and values by column."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in plain for layer in DynamicCache(config=lm.model.config).layers)
-
-
-def _plan(lm: LanguageModel, writings: Sequence[Writing]) -> Plan:
-    return compile_plan(lm, [writing.recipe for writing in writings], [writing.positions for writing in writings])
 
 
 def _widened(rows: Tensor, width: int, value: int) -> Tensor:

@@ -11,7 +11,8 @@ whatever the others do to it; then pushes are added, which a clamp at that block
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,50 +84,40 @@ class Plan:
     def is_empty(self) -> bool:
         return not (self.additions or self.ablations or self.clamps or self.changes)
 
-    def select(self, rows: Sequence[int]) -> "Plan":
-        """The plan of these rows alone."""
-        kept = torch.tensor(rows, dtype=torch.long)
-        return Plan(
-            additions={layer: _rows(tensor, kept) for layer, tensor in self.additions.items()},
-            ablations={
-                layer: Ablation(_rows(found.basis, kept), _rows(found.shares, kept))
-                for layer, found in self.ablations.items()
-            },
-            clamps={
-                layer: Clamp(*(_rows(getattr(clamp, entry.name), kept) for entry in fields(clamp)))
-                for layer, clamp in self.clamps.items()
-            },
-            changes={
-                layer: NeuronChange(change.neurons, _rows(change.multipliers, kept), _rows(change.shifts, kept))
-                for layer, change in self.changes.items()
-            },
-            positions=tuple(self.positions[row] for row in rows),
-        )
-
 
 def compile_plan(
     lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions | Sequence[Positions] = "all"
 ) -> Plan:
     """One plan for a batch whose row i follows `recipes[i]`, at the same positions in all rows or at `positions[i]`."""
-    vectors: dict[str, list[list[Use]]] = {operation: [] for operation in VECTOR_OPERATIONS}
-    circuits: list[list[Use]] = []
-    for recipe in recipes:
-        uses = [use for use in recipe.uses if use.has_effect]
-        for operation, rows in vectors.items():
-            rows.append([use for use in uses if use.artifact.operation == operation])
-        circuits.append([use for use in uses if isinstance(use.artifact, NeuronCircuit)])
-    additions = _additions(vectors["add"], lm.shape.d_model)
-    ablations = _ablations(vectors["ablate"], lm.shape.d_model)
-    clamps = _clamps(vectors["clamp"], lm.shape.d_model)
+    return join_plans(compile_rows(lm, recipes, positions))
+
+
+def compile_rows(
+    lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions | Sequence[Positions] = "all"
+) -> list[Plan]:
+    """A plan of a single row for each recipe; for `join_plans`, where rows come and go."""
+    wanted = [positions] * len(recipes) if isinstance(positions, str) else positions
+    different = {id(recipe): recipe for recipe in recipes}  # many rows often share one
+    compiled = {key: _compile_row(lm, recipe) for key, recipe in different.items()}
+    return [
+        replace(compiled[id(recipe)], positions=(position,)) for recipe, position in zip(recipes, wanted, strict=True)
+    ]
+
+
+def join_plans(plans: Sequence[Plan]) -> Plan:
+    """One plan whose rows are those of `plans`, one after another."""
+    rows = [len(plan.positions) for plan in plans]
+
+    def by_layer(name: str, join: Callable[[Sequence[Any], Sequence[int]], Any]) -> dict[int, Any]:
+        parts = [getattr(plan, name) for plan in plans]
+        return {layer: join([part.get(layer) for part in parts], rows) for layer in sorted(set().union(*parts))}
+
     return Plan(
-        additions={layer: tensor.to(lm.device, lm.dtype) for layer, tensor in additions.items()},
-        ablations={
-            layer: Ablation(found.basis.to(lm.device, lm.dtype), found.shares.to(lm.device, lm.dtype))
-            for layer, found in ablations.items()
-        },
-        clamps={layer: clamp.to(lm.device) for layer, clamp in clamps.items()},
-        changes=_changes(circuits, lm.device, lm.dtype),
-        positions=(positions,) * len(recipes) if isinstance(positions, str) else tuple(positions),
+        additions=by_layer("additions", _join_tensors),
+        ablations=by_layer("ablations", partial(_join_fields, Ablation)),
+        clamps=by_layer("clamps", partial(_join_fields, Clamp)),
+        changes=by_layer("changes", _join_changes),
+        positions=tuple(position for plan in plans for position in plan.positions),
     )
 
 
@@ -226,91 +217,131 @@ def _neuron_writer(change: NeuronChange, window: _Window) -> Callable[[Tensor], 
     return write
 
 
-def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    return tensor[rows.to(tensor.device)]
+# --- joining ---------------------------------------------------------------------------------------------------------
 
 
-# --- compiling -------------------------------------------------------------------------------------------------------
+def _join_tensors(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:
+    """`[rows[i], a, b]` tensors one after another, with zeros where one is smaller or missing."""
+    present = [part for part in parts if part is not None]
+    sizes = [max(part.shape[dim] for part in present) for dim in (1, 2)]
+    whole = present[0].new_zeros(sum(rows), *sizes)
+    for part, place in zip(parts, whole.split(list(rows)), strict=True):
+        if part is not None:
+            place[:, : part.shape[1], : part.shape[2]] = part
+    return whole
 
 
-def _additions(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Tensor]:
-    """Per layer the sum of the row's pushes: dose × median norm × unit direction; a vector's layers share its dose."""
-    sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(rows), 1, width))
-    for row, uses in enumerate(rows):
-        for use in uses:
-            vector = use.artifact
-            assert isinstance(vector, SteeringVector)
-            for layer, direction in vector.directions.items():
-                push = use.amount / len(vector.directions) * vector.norms[layer]
-                sums[layer][row, 0] += push * unit(direction)
+def _join_fields(kind: type, parts: Sequence[Any], rows: Sequence[int]) -> Any:
+    """An `Ablation` or a `Clamp`, tensor by tensor: zeros stand for none."""
+    named = [entry.name for entry in fields(kind)]
+    return kind(*(_join_tensors([getattr(part, name, None) for part in parts], rows) for name in named))
+
+
+def _join_changes(parts: Sequence[NeuronChange | None], rows: Sequence[int]) -> NeuronChange:
+    """Over the union of the neurons; where a part does not name one, it stays as it is."""
+    present = [part for part in parts if part is not None]
+    neurons = torch.unique(torch.cat([part.neurons for part in present]))
+    multipliers = present[0].multipliers.new_ones(sum(rows), 1, len(neurons))
+    shifts = torch.zeros_like(multipliers)
+    each = zip(parts, multipliers.split(list(rows)), shifts.split(list(rows)), strict=True)
+    for part, its_multipliers, its_shifts in each:
+        if part is not None:
+            places = torch.searchsorted(neurons, part.neurons)
+            its_multipliers[..., places] = part.multipliers
+            its_shifts[..., places] = part.shifts
+    return NeuronChange(neurons, multipliers, shifts)
+
+
+# --- compiling a row -------------------------------------------------------------------------------------------------
+
+
+def _compile_row(lm: LanguageModel, recipe: Recipe) -> Plan:
+    uses = [use for use in recipe.uses if use.has_effect]
+    vectors = {name: [use for use in uses if use.artifact.operation == name] for name in VECTOR_OPERATIONS}
+    circuits = [use for use in uses if isinstance(use.artifact, NeuronCircuit)]
+    width, device, dtype = lm.shape.d_model, lm.device, lm.dtype
+    return Plan(
+        additions={layer: push.to(device, dtype) for layer, push in _additions(vectors["add"], width).items()},
+        ablations={
+            layer: Ablation(found.basis.to(device, dtype), found.shares.to(device, dtype))
+            for layer, found in _ablations(vectors["ablate"], width).items()
+        },
+        clamps={layer: clamp.to(device) for layer, clamp in _clamps(vectors["clamp"], width).items()},
+        changes=_changes(circuits, device, dtype),
+        positions=("all",),
+    )
+
+
+def _additions(uses: Sequence[Use], width: int) -> dict[int, Tensor]:
+    """Per layer the sum of the pushes: dose × median norm × unit direction; a vector's layers share its dose."""
+    sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(1, 1, width))
+    for use in uses:
+        vector = use.artifact
+        assert isinstance(vector, SteeringVector)
+        for layer, direction in vector.directions.items():
+            push = use.amount / len(vector.directions) * vector.norms[layer]
+            sums[layer][0, 0] += push * unit(direction)
     return dict(sums)
 
 
-def _ablations(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Ablation]:
-    by_layer: dict[int, list[list[tuple[Tensor, float]]]] = defaultdict(lambda: [[] for _ in rows])
-    for row, uses in enumerate(rows):
-        for use in uses:
-            assert isinstance(use.artifact, SteeringVector)
-            for layer, direction in use.artifact.directions.items():
-                by_layer[layer][row].append((direction, use.amount))
-    return {layer: _stacked_bases(found, width) for layer, found in by_layer.items()}
+def _ablations(uses: Sequence[Use], width: int) -> dict[int, Ablation]:
+    by_layer: dict[int, list[tuple[Tensor, float]]] = defaultdict(list)
+    for use in uses:
+        assert isinstance(use.artifact, SteeringVector)
+        for layer, direction in use.artifact.directions.items():
+            by_layer[layer].append((direction, use.amount))
+    return {layer: _basis(found, width) for layer, found in by_layer.items()}
 
 
-def _stacked_bases(rows: Sequence[Sequence[tuple[Tensor, float]]], width: int) -> Ablation:
-    """Gram-Schmidt per row, so that two overlapping directions are not taken out twice."""
-    most = max(map(len, rows))
-    basis, shares = torch.zeros(len(rows), most, width), torch.zeros(len(rows), 1, most)
-    for row, found in enumerate(rows):
-        for place, (direction, share) in enumerate(found):
-            whole = unit(direction)
-            rest = whole - basis[row].T @ (basis[row] @ whole)
-            if rest.norm() > 1e-4:  # else it lies within the directions before it
-                basis[row, place] = rest / rest.norm()
-                shares[row, 0, place] = share
+def _basis(directions: Sequence[tuple[Tensor, float]], width: int) -> Ablation:
+    """Gram-Schmidt, so that two overlapping directions are not taken out twice."""
+    basis, shares = torch.zeros(1, len(directions), width), torch.zeros(1, 1, len(directions))
+    for place, (direction, share) in enumerate(directions):
+        whole = unit(direction)
+        rest = whole - basis[0].T @ (basis[0] @ whole)
+        if rest.norm() > 1e-4:  # else it lies within the directions before it
+            basis[0, place] = rest / rest.norm()
+            shares[0, 0, place] = share
     return Ablation(basis, shares)
 
 
-def _clamps(rows: Sequence[Sequence[Use]], width: int) -> dict[int, Clamp]:
-    by_layer: dict[int, list[list[Use]]] = defaultdict(lambda: [[] for _ in rows])
-    for row, uses in enumerate(rows):
-        for use in uses:
-            for layer in use.artifact.layers:
-                by_layer[layer][row].append(use)
-    return {layer: _stacked_clamps(layer, found, width) for layer, found in by_layer.items()}
+def _clamps(uses: Sequence[Use], width: int) -> dict[int, Clamp]:
+    by_layer: dict[int, list[Use]] = defaultdict(list)
+    for use in uses:
+        for layer in use.artifact.layers:
+            by_layer[layer].append(use)
+    return {layer: _clamp(layer, found, width) for layer, found in by_layer.items()}
 
 
-def _stacked_clamps(layer: int, rows: Sequence[Sequence[Use]], width: int) -> Clamp:
-    most = max(map(len, rows))
-    encoders, directions = torch.zeros(2, len(rows), most, width)
-    biases, thresholds, values, shares = torch.zeros(4, len(rows), 1, most)
-    for row, uses in enumerate(rows):
-        for place, use in enumerate(uses):
-            assert isinstance(use.artifact, SteeringVector)
-            encoder = use.artifact.encoders[layer]
-            # Reading x without its mean is the same as reading x with weights without theirs.
-            encoders[row, place] = encoder.weights - encoder.weights.mean() if encoder.centred else encoder.weights
-            directions[row, place] = use.artifact.directions[layer]
-            biases[row, 0, place] = encoder.bias
-            thresholds[row, 0, place] = max(encoder.threshold, 0.0)
-            values[row, 0, place] = torch.tensor(use.amount)  # beyond what float32 holds it is infinite
-            shares[row, 0, place] = use.share
+def _clamp(layer: int, uses: Sequence[Use], width: int) -> Clamp:
+    encoders, directions = torch.zeros(2, 1, len(uses), width)
+    biases, thresholds, values, shares = torch.zeros(4, 1, 1, len(uses))
+    for place, use in enumerate(uses):
+        assert isinstance(use.artifact, SteeringVector)
+        encoder = use.artifact.encoders[layer]
+        # Reading x without its mean is the same as reading x with weights without theirs.
+        encoders[0, place] = encoder.weights - encoder.weights.mean() if encoder.centred else encoder.weights
+        directions[0, place] = use.artifact.directions[layer]
+        biases[0, 0, place] = encoder.bias
+        thresholds[0, 0, place] = max(encoder.threshold, 0.0)
+        values[0, 0, place] = torch.tensor(use.amount)  # beyond what float32 holds it is infinite
+        shares[0, 0, place] = use.share
     return Clamp(encoders, directions, biases, thresholds, values, shares)
 
 
-def _changes(rows: Sequence[Sequence[Use]], device: torch.device, dtype: torch.dtype) -> dict[int, NeuronChange]:
+def _changes(uses: Sequence[Use], device: torch.device, dtype: torch.dtype) -> dict[int, NeuronChange]:
     """Per layer the union of the circuits' neurons; multipliers of circuits that share one multiply, shifts add up."""
     wanted: dict[int, set[int]] = defaultdict(set)
-    for use in (use for uses in rows for use in uses):
+    for use in uses:
         assert isinstance(use.artifact, NeuronCircuit)
         for layer, neuron in zip(use.artifact.neuron_layers.tolist(), use.artifact.neurons.tolist(), strict=True):
             wanted[layer].add(neuron)
     changes = {}
     for layer, neurons in sorted(wanted.items()):
         ordered = torch.tensor(sorted(neurons))
-        multipliers, shifts = torch.ones(len(rows), 1, len(ordered)), torch.zeros(len(rows), 1, len(ordered))
-        for row, uses in enumerate(rows):
-            for use in uses:
-                _apply_circuit(use, layer, ordered, multipliers[row, 0], shifts[row, 0])
+        multipliers, shifts = torch.ones(1, 1, len(ordered)), torch.zeros(1, 1, len(ordered))
+        for use in uses:
+            _apply_circuit(use, layer, ordered, multipliers[0, 0], shifts[0, 0])
         changes[layer] = NeuronChange(ordered.to(device), multipliers.to(device, dtype), shifts.to(device, dtype))
     return changes
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from neurosteer.artifacts import Calibration
 from neurosteer.batches import Batch, Writing, can_change
 from neurosteer.decoding import RowText, Sampler, Sampling
-from neurosteer.plans import applied, compile_plan
+from neurosteer.plans import applied, compile_plan, compile_rows, join_plans
 from neurosteer.recipes import UNSTEERED, Positions, Recipe
 
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀", "never again, it"]
@@ -214,18 +214,18 @@ def test_rows_of_one_plan_are_steered_at_their_own_positions(each: Tiny) -> None
         assert relative(found[row], wanted) < 1e-4, (positions, ends)
 
 
-def test_some_rows_of_a_plan_are_the_plan_of_these_rows(llama: Tiny) -> None:
+def test_joined_plans_are_the_plan_of_all_their_rows(llama: Tiny) -> None:
+    """Each of one row or several, with and without layers and neurons that others have too."""
     whole = recipes(llama)
     positions: list[Positions] = ["all", "prompt", "generated", "all", "all", "prompt", "all"]
     ids = torch.tensor([llama.lm.prompt_ids(PROMPTS[2])])
-    for kept in ([6, 1], [0], [5, 4, 3, 2]):
-        plans = [
-            compile_plan(llama.lm, whole, positions).select(kept),
-            compile_plan(llama.lm, [whole[row] for row in kept], [positions[row] for row in kept]),
-        ]
-        assert plans[0].positions == plans[1].positions
-        found = []
-        for plan in plans:
-            with torch.no_grad(), applied(llama.lm, plan, prompt_width=4):
-                found.append(llama.model(ids.repeat(len(kept), 1), use_cache=False).logits)
-        assert relative(found[0], found[1]) < 1e-5
+    rows = compile_rows(llama.lm, whole, positions)
+    for parts in ([[0], [1, 2], [3, 4, 5, 6]], [[6, 1, 6]], [[5], [0]], [[2, 3], [0, 0], [6, 4]]):
+        order = [row for part in parts for row in part]
+        joined = join_plans([join_plans([rows[row] for row in part]) for part in parts])
+        assert joined.positions == tuple(positions[row] for row in order)
+        with torch.no_grad(), applied(llama.lm, joined, prompt_width=4):
+            found = llama.model(ids.repeat(len(order), 1), use_cache=False).logits
+        for place, row in enumerate(order):
+            wanted = naive_logits(llama, ids[0].tolist(), writes_of(whole[row].uses), steered(positions[row], 4))
+            assert relative(found[place], wanted) < 1e-4, (parts, row)
