@@ -1,5 +1,6 @@
 """The Build tab: examples in, artifact out."""
 
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -257,7 +258,8 @@ class BuildHandlers:
             if examples is None:
                 raise UsageError(f"There are no examples yet. {_NOTHING_YET[source.kind]}")
             report = in_words(progress)
-            artifact, seconds = self.make(examples, settings, report, request.session_hash, mix.model)
+            cancel = self.jobs.current(request.session_hash, KIND)
+            artifact, seconds = self.make(examples, settings, report, cancel, mix.model)
             shelf, label = put(mix.shelf, artifact)
             shown = Built(artifact, label, seconds, examples)
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
@@ -273,11 +275,10 @@ class BuildHandlers:
         examples: ContrastSet,
         settings: Settings,
         progress: Progress,
-        visitor: str | None,
+        cancel: threading.Event,
         model: str | None = None,
     ) -> tuple[Any, float]:
         """The artifact, once the model is there, and the seconds that building took. Raises the library's errors."""
-        cancel = self.jobs.current(visitor, KIND)
         session = self.models.holder(model).wait(progress, cancel)
         from neurosteer.building import build
 

@@ -3,7 +3,9 @@
 import functools
 import logging
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -37,6 +39,16 @@ class Jobs:
         """The event that `begin` made, or a fresh one."""
         with self._lock:
             return self._events.setdefault((visitor, kind), threading.Event())
+
+    @contextmanager
+    def alone(self, visitor: str | None) -> Iterator[threading.Event]:
+        """The event of work beside which the same visitor may have more of its kind; forgotten after."""
+        kind = uuid.uuid4().hex
+        try:
+            yield self.begin(visitor, kind)
+        finally:
+            with self._lock:
+                self._events.pop((visitor, kind), None)
 
     def cancel(self, visitor: str | None, kind: str) -> None:
         with self._lock:

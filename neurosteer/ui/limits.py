@@ -3,7 +3,6 @@
 import os
 from typing import Protocol
 
-
 MAX_NEW_TOKENS = 512
 MAX_PROMPT = 8_000  # characters
 MAX_SECONDS = 300.0  # of one run or build

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neurosteer.catalog import catalog, default_model, find_model
@@ -126,7 +127,8 @@ class Models:
     """
 
     def __init__(self, default: str | None = None, *, load: Loader | None = None, most: int = _MOST_LOADED) -> None:
-        self.default = default or default_model()
+        self._given = default or default_model()
+        self.default = _name_of(self._given)
         self._load, self._most = load, most
         self._holders: OrderedDict[str, ModelHolder] = OrderedDict()
         self._lock = threading.Lock()
@@ -152,7 +154,7 @@ class Models:
         with self._lock:
             if name not in self._holders:
                 self._check(name)
-                self._holders[name] = ModelHolder(name, self._load)
+                self._holders[name] = ModelHolder(self._given if name == self.default else name, self._load)
             self._holders.move_to_end(name)
             while len(self._holders) > self._most:
                 oldest = next(known for known in self._holders if known != self.default)
@@ -171,6 +173,14 @@ class Models:
                 f"{name} needs about {known.memory_gb + _SPARE_GB:.1f} GB of memory and {free:.1f} GB are free on this "
                 "machine; choose a smaller model, or run NeuroSteer on a larger machine."
             )
+
+
+def _name_of(model: str) -> str:
+    """What visitors know a model by: for a folder or file of this machine, its last part alone."""
+    path = Path(model).expanduser()
+    if find_model(model) is not None or not path.exists():
+        return model
+    return path.stem if path.is_file() else path.resolve().name
 
 
 def free_memory_gb() -> float:

@@ -1,6 +1,7 @@
 """The page: its tabs, the line that says where the model is, and launching it."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.ui import about_tab, build_tab, library_tab, render, steer_tab
 from neurosteer.ui.build_tab import BuildHandlers
+from neurosteer.ui.endpoints import Endpoints, serve
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.library_tab import LibraryHandlers
 from neurosteer.ui.limits import MAX_VISITORS, on_a_space
@@ -59,6 +61,7 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
     building = BuildHandlers(models, jobs)
     steering = SteerHandlers(models, jobs, building)
     with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
+        serve(Endpoints(building))  # before all others, who would take their names
         gr.HTML(render.heading(), elem_classes="ns-flush")
         with gr.Row(elem_classes="ns-model"):
             model = gr.Dropdown(
@@ -132,6 +135,7 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
             footer_links=[],
             run_history=False,
             ssr_mode=False,
+            mcp_server=find_spec("mcp") is not None,  # an extra of gradio's
             **options,
         )
     except OSError as error:

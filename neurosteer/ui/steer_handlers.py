@@ -316,7 +316,8 @@ class SteerHandlers:
         try:
             examples = read_examples(EXAMPLE_SET)
             report = in_words(progress)
-            artifact, _ = self.building.make(examples, Settings(), report, request.session_hash, mix.model)
+            cancel = self.jobs.current(request.session_hash, BUILD_KIND)
+            artifact, _ = self.building.make(examples, Settings(), report, cancel, mix.model)
             shelf, label = put(mix.shelf, artifact)
             ready = render.note_line(f"{label} is ready: press Run.")
             return [button, "", ready, *mix.choosing(shelf, [label]).updates()]
