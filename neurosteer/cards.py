@@ -256,7 +256,7 @@ def _text(value: object) -> str:
 
 def _cell(value: object) -> str:
     """`value` as Markdown inside a table."""
-    return f"{value:.4g}" if isinstance(value, float) else _text(_one_line(value)[:_LONGEST_CELL])
+    return f"{value:.4g}" if _is_number(value) else _text(_one_line(value)[:_LONGEST_CELL])
 
 
 def _code(token: str) -> str:
