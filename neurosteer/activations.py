@@ -278,7 +278,7 @@ class TokenText(Protocol):
     """Whatever has token ids."""
 
     @property
-    def ids(self) -> list[int]: ...
+    def ids(self) -> Sequence[int]: ...
 
 
 def length_batches(framed: Sequence[TokenText], budget: int) -> Iterator[list[int]]:

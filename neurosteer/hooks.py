@@ -34,7 +34,16 @@ class CallHook:
     function: Callable[[tuple[Any, ...], dict[str, Any]], None]
 
 
-Hook = InputHook | OutputHook | CallHook
+@dataclass(frozen=True)
+class PassHook:
+    """Sees the first positional input of `module` and the hidden states that it returns; what the function returns,
+    unless None, replaces the latter."""
+
+    module: Module
+    function: Callable[[Tensor, Tensor], Tensor | None]
+
+
+Hook = InputHook | OutputHook | CallHook | PassHook
 
 
 @contextmanager
@@ -59,6 +68,8 @@ def _register(hook: Hook, owner: int) -> Any:
     if isinstance(hook, InputHook):
         return hook.module.register_forward_pre_hook(_input_hook(hook.function, owner))
     if isinstance(hook, OutputHook):
+        return hook.module.register_forward_hook(_output_hook(lambda _input, output: hook.function(output), owner))
+    if isinstance(hook, PassHook):
         return hook.module.register_forward_hook(_output_hook(hook.function, owner))
     return hook.module.register_forward_pre_hook(_call_hook(hook.function, owner), with_kwargs=True)
 
@@ -73,14 +84,15 @@ def _input_hook(function: Callable[[Tensor], Tensor | None], owner: int) -> Call
     return run
 
 
-def _output_hook(function: Callable[[Tensor], Tensor | None], owner: int) -> Callable[..., Any]:
-    def run(_module: Module, _arguments: tuple[Any, ...], output: Any) -> Any:
+def _output_hook(function: Callable[[Any, Tensor], Tensor | None], owner: int) -> Callable[..., Any]:
+    def run(_module: Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
         # A block returns its hidden states alone or as the first of a tuple, depending on the architecture.
+        given = arguments[0] if arguments else None
         if not isinstance(output, tuple):
-            return function(output)
-        changed = function(output[0])
+            return function(given, output)
+        changed = function(given, output[0])
         return None if changed is None else (changed, *output[1:])
 
     return run

@@ -135,17 +135,18 @@ class LanguageModel:
 
     # --- formatting ---------------------------------------------------------------------------------------------
 
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, seed_response: str = "") -> list[int]:
         """Token ids of a prompt (or a conversation) up to where the model is to write.
 
-        A chat model gets its chat template unless `raw`. Raises `UsageError` for a conversation without a template.
+        A chat model gets its chat template unless `raw`. `seed_response` is how the answer begins. Raises `UsageError`
+        for a conversation without a template.
         """
         if raw or not self.chat:
             if not isinstance(prompt, str):
                 raise UsageError(f"{self.name} is used without a chat template: give the prompt as one text.")
-            return self._ids(prompt)
+            return self._ids(prompt + seed_response)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        return self._ids(self._render(messages), special=False)
+        return self._ids(self._render(messages) + seed_response, special=False)
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a text by itself, without special tokens."""

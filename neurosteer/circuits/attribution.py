@@ -1,0 +1,397 @@
+"""`relp`: which MLP neurons a next token is owed to, by gradient × activation through the linearised model."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neurosteer.activations import length_batches
+from neurosteer.artifacts import (
+    ModelReference,
+    NeuronCircuit,
+    Provenance,
+    check_model,
+    default_calibration,
+    safe_name,
+)
+from neurosteer.circuits.choices import Choice, NextToken, next_tokens
+from neurosteer.circuits.linearised import Attention, linear_logits, linear_pass
+from neurosteer.circuits.selection import Selection
+from neurosteer.circuits.universal import UniversalNeurons, find_universal
+from neurosteer.errors import UsageError
+from neurosteer.models import LanguageModel, Prompt
+from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.version import VERSION
+
+Metric = Literal["difference", "logit"]
+METRICS: tuple[Metric, ...] = ("difference", "logit")
+Aggregate = Literal["mean", "union"]
+AGGREGATES: tuple[Aggregate, ...] = ("mean", "union")
+
+PER_POSITION = 200
+"""How many neurons of a layer are kept at each position, the strongest ones."""
+
+_GRAPH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+
+
+class NeuronScore(NamedTuple):
+    """A neuron at a position of the prompt, and its share in the metric."""
+
+    layer: int
+    position: int
+    neuron: int
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class PromptAttribution:
+    """The shares of one prompt's neurons in its metric.
+
+    `layers`, `positions`, `neurons` int32 and `scores` float32, all `[n]`, strongest first, hold the `per_position`
+    strongest of each layer and position; the first position is left out. `strongest` float32 `[n_layers, d_mlp]` is
+    each neuron's score at the position where it is largest in absolute value, `activations` the neuron's activation
+    there. `by_token` float32 `[n_layers, seq]` adds up all scores of a layer at a position.
+    """
+
+    choice: Choice
+    counterfactual: NextToken | None
+    metric: float
+    layers: Tensor
+    positions: Tensor
+    neurons: Tensor
+    scores: Tensor
+    strongest: Tensor
+    activations: Tensor
+    by_token: Tensor
+
+    @property
+    def target(self) -> NextToken:
+        return self.choice.target
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """What `attribute` found. Universal neurons are there, but left out of rows and circuits unless `keep_universal`
+    (`dataclasses.replace` switches it)."""
+
+    model: ModelReference
+    prompts: tuple[PromptAttribution, ...]
+    tokens: tuple[tuple[str, ...], ...]
+    universal: UniversalNeurons | None = None
+    keep_universal: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows(self, select: Selection | None = None, *, prompt: int = 0) -> list[NeuronScore]:
+        """The neurons of one prompt by position, strongest first; all that were kept where nothing is selected."""
+        one = self.prompts[prompt]
+        scores = torch.where(self._excluded()[one.layers.long(), one.neurons.long()], 0.0, one.scores)
+        kept = select(scores, one.layers, one.metric) if select is not None else scores.nonzero()[:, 0]
+        columns = (one.layers, one.positions, one.neurons, one.scores)
+        return [NeuronScore(*row) for row in zip(*(column[kept].tolist() for column in columns), strict=True)]
+
+    def neuron_scores(self, aggregate: Aggregate = "mean") -> Tensor:
+        """Every neuron's score, float32 `[n_layers, d_mlp]`; 0 for those left out.
+
+        From what is strongest over each prompt's positions, `mean` takes the mean over prompts, `union` the strongest.
+        """
+        scores = torch.stack([one.strongest for one in self.prompts])
+        strongest = scores.abs().argmax(0, keepdim=True)
+        joined = scores.mean(0) if aggregate == "mean" else scores.gather(0, strongest)[0]
+        return joined.masked_fill(self._excluded(), 0.0)
+
+    def circuit(
+        self,
+        name: str | None = None,
+        *,
+        select: Selection | None = None,
+        aggregate: Aggregate = "mean",
+        description: str = "",
+    ) -> NeuronCircuit:
+        """The neurons of all prompts as a circuit that scales; by default the 200 strongest.
+
+        `mean` selects by the mean over prompts; `union` selects in each prompt, by its own metric, and keeps what any
+        of them selected with its strongest score. A circuit's `differences` are the neurons' activations, averaged.
+        Raises `UsageError` where nothing is selected.
+        """
+        if aggregate not in AGGREGATES:
+            raise UsageError(f"aggregate is {aggregate!r:.60}; it must be one of {', '.join(AGGREGATES)}.")
+        select = select or Selection()
+        scores = self._selected(select) if aggregate == "union" else self._mean_selected(select)
+        chosen = scores.flatten().abs().argsort(descending=True, stable=True)[: int(scores.count_nonzero())]
+        if not len(chosen):
+            raise UsageError(f"No neuron reaches {select.rule} {select.amount:g}; choose a smaller amount.")
+        activations = torch.stack([one.activations for one in self.prompts]).mean(0)
+        return NeuronCircuit(
+            name=safe_name(name or f"{self.prompts[0].target.text.strip()}-relp"),
+            model=self.model,
+            method="relp",
+            parameters=self._circuit_parameters(select, aggregate),
+            neuron_layers=(chosen // self.model.d_mlp).int(),
+            neurons=(chosen % self.model.d_mlp).int(),
+            scores=scores.flatten()[chosen],
+            differences=activations.flatten()[chosen],
+            operation="scale",
+            description=description,
+            calibration=default_calibration("scale"),
+            provenance=Provenance(
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                version=VERSION,
+                framing="raw" if self.parameters.get("raw") else "prompt",
+                tokens="last",
+            ),
+        )
+
+    def data(self, select: Selection | None = None, *, prompt: int = 0) -> dict[str, Any]:
+        """One prompt's attribution as JSON-ready data; the 200 strongest neurons unless selected otherwise."""
+        one = self.prompts[prompt]
+        return {
+            "metric": one.metric,
+            "target": one.target.text,
+            "counterfactual": one.counterfactual.text if one.counterfactual else None,
+            "neurons": [list(row) for row in self.rows(select or Selection(), prompt=prompt)],
+        }
+
+    def _excluded(self) -> Tensor:
+        """Which neurons are left out, bool `[n_layers, d_mlp]`."""
+        mask = torch.zeros(self.model.n_layers, self.model.d_mlp, dtype=torch.bool)
+        if self.universal is not None and not self.keep_universal:
+            for layer, neuron in self.universal.neurons:
+                mask[layer, neuron] = True
+        return mask
+
+    def _mean_selected(self, select: Selection) -> Tensor:
+        metric = sum(one.metric for one in self.prompts) / len(self.prompts)
+        return _kept(self.neuron_scores(), select, metric)
+
+    def _selected(self, select: Selection) -> Tensor:
+        """The strongest over prompts of what each prompt's selection keeps, `[n_layers, d_mlp]`."""
+        excluded = self._excluded()
+        union = torch.zeros_like(self.prompts[0].strongest)
+        for one in self.prompts:
+            kept = _kept(one.strongest.masked_fill(excluded, 0.0), select, one.metric)
+            union = torch.where(kept.abs() > union.abs(), kept, union)
+        return union
+
+    def _circuit_parameters(self, select: Selection, aggregate: Aggregate) -> dict[str, Any]:
+        return {
+            **self.parameters,
+            "prompts": [one.choice.prompt for one in self.prompts],
+            "targets": [_token_data(one.target) for one in self.prompts],
+            "counterfactuals": [_token_data(one.counterfactual) for one in self.prompts],
+            "metrics": [round(one.metric, 6) for one in self.prompts],
+            "select": [select.rule, select.amount],
+            "aggregate": aggregate,
+            "keep_universal": self.keep_universal,
+            "universal": [list(pair) for pair in self.universal.neurons] if self.universal is not None else [],
+        }
+
+
+def attribute(
+    lm: LanguageModel,
+    prompts: Prompt | Sequence[Prompt],
+    targets: str | Sequence[str],
+    counterfactuals: str | Sequence[str] | None = None,
+    *,
+    metric: Metric = "difference",
+    attention: Attention = "full",
+    raw: bool = False,
+    seed_response: str = "",
+    keep_universal: bool = False,
+    universal: UniversalNeurons | None = None,
+    within: NeuronCircuit | None = None,
+    per_position: int = PER_POSITION,
+    batch_tokens: int | None = None,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> Attribution:
+    """Gradient × activation of every MLP neuron towards each prompt's next token, in one pass forth and back per batch.
+
+    Args:
+        targets: the next token, its leading space included; one for all prompts, or one each. Of a text of several
+            tokens the first is taken (`NextToken.is_part`).
+        counterfactuals: what the target is held against; by default each prompt's best other token.
+        metric: `difference` (target logit minus counterfactual logit) or `logit` (the target's alone).
+        attention: differentiated in `full`, or with its pattern `frozen`.
+        raw: no chat template.
+        seed_response: how the answer begins, before the target.
+        keep_universal: count universal neurons too.
+        universal: the universal neurons to leave out; by default what `find_universal` finds.
+        within: score this circuit's neurons only, all of them at every position.
+        per_position: how many neurons of a layer are kept at each position.
+        batch_tokens: how many tokens, padding included, go through the model at once.
+
+    Raises:
+        UsageError: as `next_tokens`, an option out of its range, or a prompt of one token, whose only position is the
+            first.
+        MismatchError: `within` was made on a model of another shape.
+        Cancelled: `cancel` was set.
+    """
+    _check(metric, counterfactuals, per_position)
+    choices = next_tokens(lm, prompts, targets, counterfactuals, raw=raw, seed_response=seed_response)
+    if any(len(choice.ids) < 2 for choice in choices):
+        raise UsageError("A prompt has one token only; the first position is never counted, so write a longer one.")
+    if within is not None:
+        check_model(within, lm.reference)
+    if universal is None and not keep_universal:
+        universal = find_universal(lm, progress=progress, cancel=cancel)
+    found: dict[int, PromptAttribution] = {}
+    for indices in length_batches(choices, batch_tokens or _batch_tokens(lm)):
+        check_cancelled(cancel, "Attribution")
+        batch = [choices[index] for index in indices]
+        found.update(zip(indices, _attribute(lm, batch, metric, attention, per_position, within), strict=True))
+        progress(f"Attributing {len(choices)} prompts", len(found) / len(choices))
+    return Attribution(
+        model=lm.reference,
+        prompts=tuple(found[index] for index in range(len(choices))),
+        tokens=tuple(tuple(lm.tokenizer.decode([token]) for token in choice.ids) for choice in choices),
+        universal=universal,
+        keep_universal=keep_universal,
+        parameters={"metric": metric, "attention": attention, "raw": raw, "seed_response": seed_response},
+    )
+
+
+def _attribute(
+    lm: LanguageModel,
+    batch: Sequence[Choice],
+    metric: Metric,
+    attention: Attention,
+    per_position: int,
+    within: NeuronCircuit | None,
+) -> Iterator[PromptAttribution]:
+    linear = linear_pass(lm, [choice.ids for choice in batch], attention)
+    lasts = torch.tensor([len(choice.ids) - 1 for choice in batch], device=linear.hidden.device)
+    with torch.enable_grad():
+        logits = linear_logits(lm, linear.hidden[torch.arange(len(batch), device=lasts.device), lasts])
+        others = _others(lm, batch, logits) if metric == "difference" else [None] * len(batch)
+        metrics = _metrics(batch, others, logits)
+        gradients = torch.autograd.grad(metrics.sum(), linear.neurons)
+    layers = [
+        _LayerScores.of(gradient, neurons.detach(), per_position, _members(within, layer, lm.shape.d_mlp))
+        for layer, (gradient, neurons) in enumerate(zip(gradients, linear.neurons, strict=True))
+    ]
+    values = metrics.tolist()
+    return (
+        _prompt_attribution(choice, other, values[row], [scores.row(row) for scores in layers])
+        for row, (choice, other) in enumerate(zip(batch, others, strict=True))
+    )
+
+
+def _others(lm: LanguageModel, batch: Sequence[Choice], logits: Tensor) -> list[NextToken | None]:
+    """The counterfactuals named, or the best token that is not the target."""
+    targets = torch.tensor([[choice.target.id] for choice in batch], device=logits.device)
+    best = logits.detach().scatter(1, targets, -torch.inf).argmax(-1).tolist()
+    return [
+        choice.counterfactual or NextToken(other, lm.tokenizer.decode([other]))
+        for choice, other in zip(batch, best, strict=True)
+    ]
+
+
+def _metrics(batch: Sequence[Choice], others: Sequence[NextToken | None], logits: Tensor) -> Tensor:
+    """Each row's metric, `[batch]`, from `logits` `[batch, vocabulary]`."""
+    rows = torch.arange(len(batch), device=logits.device)
+    values = logits[rows, torch.tensor([choice.target.id for choice in batch], device=logits.device)]
+    named = [other.id for other in others if other is not None]
+    return values - logits[rows, torch.tensor(named, device=logits.device)] if named else values
+
+
+@dataclass(frozen=True)
+class _LayerScores:
+    """One layer's scores of a batch, reduced. The strongest neurons of each position and their scores are `[batch, seq,
+    k]`, `by_token` `[batch, seq]`, `strongest` and `activations` `[batch, d_mlp]`."""
+
+    neurons: Tensor
+    scores: Tensor
+    by_token: Tensor
+    strongest: Tensor
+    activations: Tensor
+
+    @classmethod
+    def of(cls, gradient: Tensor, neurons: Tensor, per_position: int, members: Tensor | None) -> "_LayerScores":
+        scores = gradient.float() * neurons.float()
+        scores[:, 0] = 0.0
+        if members is not None:
+            scores[..., ~members.to(scores.device)] = 0.0
+            per_position = int(members.sum())
+        kept = scores.abs().topk(min(per_position, scores.shape[-1]), dim=-1, sorted=False).indices
+        places = scores.abs().argmax(dim=1, keepdim=True)
+        parts = (
+            kept.int(),
+            scores.gather(-1, kept),
+            scores.sum(-1),
+            scores.gather(1, places)[:, 0],
+            neurons.float().gather(1, places)[:, 0],
+        )
+        return cls(*(part.cpu() for part in parts))
+
+    def row(self, row: int) -> "_LayerScores":
+        parts = (self.neurons, self.scores, self.by_token, self.strongest, self.activations)
+        return _LayerScores(*(part[row] for part in parts))
+
+
+def _prompt_attribution(
+    choice: Choice, other: NextToken | None, metric: float, layers: Sequence[_LayerScores]
+) -> PromptAttribution:
+    length = len(choice.ids)
+    scores = torch.cat([one.scores[:length].flatten() for one in layers])
+    neurons = torch.cat([one.neurons[:length].flatten() for one in layers])
+    numbers, places = [], []
+    for layer, one in enumerate(layers):
+        width = one.neurons.shape[-1]
+        numbers.append(torch.full((length * width,), layer, dtype=torch.int32))
+        places.append(torch.arange(length, dtype=torch.int32).repeat_interleave(width))
+    order = scores.abs().argsort(descending=True, stable=True)
+    order = order[scores[order] != 0]
+    return PromptAttribution(
+        choice=choice,
+        counterfactual=other,
+        metric=metric,
+        layers=torch.cat(numbers)[order],
+        positions=torch.cat(places)[order],
+        neurons=neurons[order],
+        scores=scores[order],
+        strongest=torch.stack([one.strongest for one in layers]),
+        activations=torch.stack([one.activations for one in layers]),
+        by_token=torch.stack([one.by_token[:length] for one in layers]),
+    )
+
+
+def _members(circuit: NeuronCircuit | None, layer: int, width: int) -> Tensor | None:
+    """Which neurons of a layer belong to the circuit, bool `[d_mlp]`; None where all are asked for."""
+    if circuit is None:
+        return None
+    members = torch.zeros(width, dtype=torch.bool)
+    members[circuit.neurons[circuit.neuron_layers == layer].long()] = True
+    return members
+
+
+def _kept(scores: Tensor, select: Selection, metric: float) -> Tensor:
+    """`scores` `[n_layers, d_mlp]` with 0 for what is not selected."""
+    layers = torch.arange(scores.shape[0]).repeat_interleave(scores.shape[1])
+    flat = scores.flatten()
+    places = select(flat, layers, metric)
+    return torch.zeros_like(flat).index_copy(0, places, flat[places]).view_as(scores)
+
+
+def _token_data(token: NextToken | None) -> dict[str, Any] | None:
+    if token is None:
+        return None
+    return {"id": token.id, "text": token.text, "given": token.given, "n_tokens": token.n_tokens}
+
+
+def _batch_tokens(lm: LanguageModel) -> int:
+    """As many tokens as what the backward pass needs of them leaves within a gigabyte (eight on a GPU)."""
+    per_token = lm.n_layers * (6 * lm.shape.d_mlp + 12 * lm.shape.d_model) * lm.dtype.itemsize
+    return max(64, _GRAPH_BYTES.get(lm.device.type, 1 << 30) // per_token)
+
+
+def _check(metric: str, counterfactuals: object, per_position: object) -> None:
+    if metric not in METRICS:
+        raise UsageError(f"metric is {metric!r:.60}; it must be one of {', '.join(METRICS)}.")
+    if metric == "logit" and counterfactuals is not None:
+        raise UsageError("The metric 'logit' is the target's alone; leave the counterfactual out.")
+    if isinstance(per_position, bool) or not isinstance(per_position, int) or per_position < 1:
+        raise UsageError(f"per_position is {per_position!r:.40}; it must be a whole number of at least 1.")
