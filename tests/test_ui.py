@@ -415,6 +415,19 @@ def test_beginning_again_stops_what_was_running() -> None:
     assert first.is_set() and not second.is_set()
 
 
+def test_a_visitors_files_go_when_they_leave_unless_another_has_the_same(tmp_path: Path) -> None:
+    jobs, own, shared = Jobs(), tmp_path / "own.csv", tmp_path / "shared.csv"
+    for file in (own, shared):
+        file.write_text("x")
+    jobs.keep("anna", str(own), str(shared), None)
+    jobs.keep("bert", str(shared))
+    jobs.leave("anna")
+    assert not own.exists() and shared.exists()
+    jobs.leave("bert")
+    jobs.leave("bert")
+    assert not shared.exists()
+
+
 def test_a_fault_of_ours_is_one_plain_sentence_and_its_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert problem(UsageError("strength is 'x'; give a number.")) == "strength is 'x'; give a number."
     with caplog.at_level(logging.ERROR):
@@ -524,13 +537,13 @@ def test_examples_are_read_from_every_source(tmp_path: Path) -> None:
 )
 def test_a_source_without_content_yet_is_asked_for(given: Source, building: BuildHandlers) -> None:
     assert read_source(given) is None
-    assert "ns-hint" in building.preview(*given)
+    assert "ns-hint" in building.preview(visitor(), *given)
 
 
 def test_a_broken_file_is_one_line_with_its_own_name(building: BuildHandlers, tmp_path: Path) -> None:
     broken = tmp_path / "my <b>texts.csv"
     broken.write_text("text,label\nhappy,positive\nsad,maybe\n")
-    html = building.preview(*source("file", file=str(broken)))
+    html = building.preview(visitor(), *source("file", file=str(broken)))
     assert html.startswith("<p class='ns-error'") and "maybe" in html and "<b>" not in html
     assert html.count("<p") == 1
 
@@ -673,7 +686,7 @@ def test_try_it_goes_to_the_steer_tab_with_the_newest_alone(building: BuildHandl
 
 
 def ask(**given: Any) -> Ask:
-    plain = Ask("prompt", "the cat", new_talk(), "unsteered", None, "", 8, 0.8, 0.95, 0, True)
+    plain = Ask("prompt", "the cat", new_talk(), "unsteered", None, 8, 0.8, 0.95, 0, True)
     return plain._replace(**given)
 
 
@@ -804,7 +817,9 @@ def test_ticked_the_overlap_is_removed_and_otherwise_not(
     recipes = []
     written = SharedSession.stream
     monkeypatch.setattr(
-        SharedSession, "stream", lambda self, rows, **given: recipes.append(rows[1].recipe) or written(self, rows, **given)
+        SharedSession,
+        "stream",
+        lambda self, rows, **given: recipes.append(rows[1].recipe) or written(self, rows, **given),
     )
     for apart in (False, True):
         run(steering, ask(), mix_values({"a": one, "b": other}, ["a", "b"], 2.0, -1.0, apart=apart))
@@ -832,7 +847,7 @@ def test_an_uploaded_artifact_shows_its_features(steering: SteerHandlers, llama:
     path = tmp_path / "glad.zip"
     vector = make_vector((1,), name="glad", model=llama.lm.reference, features=(feature(promoted=(HOSTILE,)),))
     path.write_bytes(pack(vector))
-    error, _, *mixed = steering.upload(str(path), *mix_values({}, []))
+    error, _, *mixed = steering.upload(visitor(), str(path), *mix_values({}, []))
     about = mixed[-1]
     assert error == "" and "<summary>About glad</summary>" in about and "what a <mark>lovely</mark> day" in about
     assert "&lt;script&gt;" in about and "<script" not in about
@@ -841,7 +856,7 @@ def test_an_uploaded_artifact_shows_its_features(steering: SteerHandlers, llama:
 def test_an_artifact_comes_back_from_its_zip(steering: SteerHandlers, artifact: Any, tmp_path: Path) -> None:
     path = tmp_path / "mood.zip"
     path.write_bytes(pack(artifact))
-    error, note, shelf, shown, *_ = steering.upload(str(path), *mix_values({"mood": artifact}, ["mood"]))
+    error, note, shelf, shown, *_ = steering.upload(visitor(), str(path), *mix_values({"mood": artifact}, ["mood"]))
     assert error == "" and "mood (2)" in note
     assert shown == ["mood", "mood (2)"] and shelf["mood (2)"].directions[1].equal(artifact.directions[1])
 
@@ -853,7 +868,7 @@ def test_a_wrong_zip_and_a_foreign_artifact_are_refused_in_one_line(
     junk.write_bytes(b"PK\x03\x04 not really")
     foreign.write_bytes(pack(replace(artifact, model=replace(artifact.model, n_layers=77))))
     for path, words in ((junk, "not a zip file"), (foreign, "77 layers")):
-        error, note, *rest = steering.upload(str(path), *mix_values({}, []))
+        error, note, *rest = steering.upload(visitor(), str(path), *mix_values({}, []))
         assert words in error and path.name in error and note == ""
         assert rest == [SKIP] * len(rest)
 

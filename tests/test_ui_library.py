@@ -1,5 +1,6 @@
 """The Library tab without a browser: the shelf, the Hub (the real client, a server of our own), and publishing."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,14 +158,19 @@ def test_an_artifact_of_another_model_is_refused(tab: LibraryHandlers, mood: Any
 def test_a_strangers_card_is_text_and_nothing_else() -> None:
     card = (
         "---\nlicense: mit\n---\n# Title\n\n"
-        f"{HOSTILE}\n\n![pixel](https://evil.example/p.png) [click](javascript:alert(1)) <https://evil.example>\n\n"
+        f"{HOSTILE}\n\n![pixel](https://evil.example/p.png) [click](javascript:alert(1)) [file](file:///etc/passwd) "
+        "[fine](https://ok.example/x) <https://evil.example>\n\n"
         "| a | b |\n|---|---|\n| <b>x</b> | `y` |\n\n```python\nprint('<img>')\n```\n<!-- hidden -->\n"
     )
     html = shown.hub_card(card)
     assert "license" not in html and "hidden" not in html
     assert "<h1>Title</h1>" in html and "<table>" in html and "<code" in html
-    for tag in ("<script", "<img", "<a ", "<b>", "href=", "src=x o", "<iframe"):
-        assert tag not in html.replace("&lt;img src=x onerror", "")
+    for tag in ("<script", "<img", "<b>", "<iframe"):
+        assert tag not in html
+    rest = 'target="_blank" rel="noopener noreferrer nofollow">'  # a picture becomes a link to it
+    assert re.findall(r"<a [^>]*>", html) == [
+        f'<a href="https://{where}" {rest}' for where in ("evil.example/p.png", "ok.example/x")
+    ]
 
 
 def test_a_result_is_one_line() -> None:

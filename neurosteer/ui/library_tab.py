@@ -25,7 +25,7 @@ FOUND_AT_MOST = 20
 _PUBLIC, _PRIVATE = "public", "private"
 _NOT_LOGGED_IN_SPACE = "You are not logged in: press “Sign in with Hugging Face” first."
 _NOT_LOGGED_IN_HERE = (
-    "You are not logged in to the Hugging Face Hub: run `hf auth login` in a terminal, or set HF_TOKEN, and start the "
+    "You are not logged in to the Hugging Face Hub: run “hf auth login” in a terminal, or set HF_TOKEN, and start the "
     "page again."
 )
 
@@ -225,7 +225,7 @@ def lay_out() -> LibraryTab:
                               elem_classes="ns-stacked")  # fmt: skip
             with gr.Row():
                 use = gr.Button("Steer with it", variant="primary", min_width=90, elem_id="use")
-                download = gr.DownloadButton("Download (.zip)", visible=False, min_width=90)
+                download = gr.DownloadButton("Download", visible=False, min_width=90)
                 remove = gr.Button("Remove", min_width=90, elem_id="remove")
             shelf_error = gr.HTML(elem_id="shelf-error", elem_classes="ns-flush")
         with gr.Column(min_width=320):

@@ -55,8 +55,8 @@ def published(pushed: "Pushed") -> str:
 
 
 def hub_card(markdown: str) -> str:
-    """A card as HTML: its text as it is, headings, code and tables in their form; no HTML, picture or link of its own
-    comes through."""
+    """A card as HTML: its text as it is, with headings, code, tables and links to the web; of its own HTML and pictures
+    nothing comes through."""
     return f"<div class='ns-card ns-hubcard'>{_as_html(_without_metadata(markdown[:_MAX_CARD]))}</div>"
 
 
@@ -71,12 +71,14 @@ def _without_metadata(markdown: str) -> str:
 def _as_html(markdown: str) -> str:
     from markdown_it import MarkdownIt
 
-    reader = (
-        MarkdownIt("commonmark", {"html": False, "linkify": False})
-        .enable("table")
-        .disable(["image", "link", "autolink", "html_block", "html_inline"])
-    )
-    return reader.render(_without_comments(markdown))
+    reader = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table")
+    reader.disable(["image", "autolink", "html_block", "html_inline"])
+    reader.validateLink = _is_web  # type: ignore[method-assign]
+    tokens = reader.parse(_without_comments(markdown))
+    for token in (child for block in tokens for child in block.children or ()):
+        if token.type == "link_open":
+            token.attrs |= {"target": "_blank", "rel": "noopener noreferrer nofollow"}
+    return reader.renderer.render(tokens, reader.options, {})
 
 
 def _without_comments(markdown: str) -> str:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradio.utils import get_upload_folder
+
 from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError
 from neurosteer.examples import assets_folder
@@ -73,7 +75,8 @@ def zip_file(artifact: "Artifact") -> str:
     from neurosteer.storage import pack
 
     if artifact not in _zips:
-        folder = Path(tempfile.mkdtemp(prefix="neurosteer-"))
+        Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))  # else gradio copies it there
         weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
         path = folder / f"{artifact.name}.zip"
         path.write_bytes(pack(artifact))

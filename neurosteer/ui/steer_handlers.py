@@ -56,7 +56,6 @@ class Ask(NamedTuple):
     talk: Talk
     against: str
     kept: Kept | None
-    colour: str
     max_new_tokens: float
     temperature: float
     top_p: float
@@ -159,8 +158,6 @@ class SteerHandlers:
         rows = yield from _growing(stream, page, cancel)
         note = render.run_note(rows, time.monotonic() - started)
         yield _ended(**page.view(done=True)._asdict() | {"error": "", "note": note, "last": tuple(rows)})
-        if ask.colour:
-            yield View(colours=self._coloured(ask.colour, rows, mix))
 
     def _wait(self, mix: Mix, cancel: threading.Event) -> Iterator[View]:
         """Says what loading is at until it is over."""
@@ -284,11 +281,12 @@ class SteerHandlers:
         """After the visitor chose other artifacts: a slider for each."""
         return Mix.of(values).updates()
 
-    def upload(self, path: str | None, *values: Any) -> list[Any]:
+    def upload(self, request: gr.Request, path: str | None, *values: Any) -> list[Any]:
         """Put an uploaded zip on the shelf: `[error, note, *mixer]`. What does not fit the model is refused."""
         if not path:
             return [gr.skip(), gr.skip(), *unchanged()]
         mix = Mix.of(values)
+        self.jobs.keep(request.session_hash, path)
         try:
             from neurosteer.artifacts import check_model
             from neurosteer.storage import unpack

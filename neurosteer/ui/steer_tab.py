@@ -29,6 +29,12 @@ _COPY_LINK = """(query) => {
   return link;
 }"""
 
+_LOOK_AT_TEXTS = """() => setTimeout(() => {
+  const text = document.querySelector("#steered, #steered-chat");
+  if (text && text.getBoundingClientRect().bottom > window.innerHeight)
+    document.querySelector("#steer-note")?.parentElement.scrollIntoView({ block: "start", behavior: "smooth" });
+}, 400)"""
+
 
 def example_prompts() -> list[str]:
     """A few to click on; the bundled ones ask for nothing in particular."""
@@ -76,7 +82,7 @@ class SteerTab:
     @property
     def ask(self) -> list[Any]:
         """In the order of `Ask`'s fields."""
-        return [self.mode, self.prompt, self.talk, self.against, self.kept, self.colour, *self.settings]
+        return [self.mode, self.prompt, self.talk, self.against, self.kept, *self.settings]
 
     @property
     def view(self) -> list[Any]:
@@ -186,12 +192,16 @@ def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
     for button, preset in zip(tab.presets, PRESETS, strict=True):
         both = [*tab.view, *mixer.outputs]
         events.append(button.click(handlers.runner(preset), given, both, **writing))
+    colouring = [tab.colour, tab.last, *mixer.inputs]
     for event in events:
         event.failure(handlers.give_up, None, tab.view, queue=False, **quiet)
+        event.success(handlers.colour, colouring, tab.coloured, **quiet)
+    starting = [tab.run.click, tab.again.click, tab.prompt.submit, *(button.click for button in tab.presets)]
+    gr.on(starting, None, None, None, js=_LOOK_AT_TEXTS, **quiet)
     tab.stop.click(handlers.stop, None, None, queue=False, **quiet)
     gr.on([tab.clear.click, *(chat.clear for chat in tab.chats)], handlers.clear, None, [tab.talk, *tab.chats], **quiet)
     tab.mode.change(handlers.show_mode, tab.mode, [tab.panes, tab.chat_panes, tab.clear], queue=False, **quiet)
-    tab.colour.input(handlers.colour, [tab.colour, tab.last, *mixer.inputs], tab.coloured, **quiet)
+    tab.colour.input(handlers.colour, colouring, tab.coloured, **quiet)
     tab.keep.click(handlers.keep, mixer.inputs, [tab.kept, tab.against, tab.mix_error], **quiet)
     tab.share.click(handlers.share, given, [tab.query, tab.error], **quiet).success(
         lambda query: gr.update(visible=bool(query)), tab.query, tab.link, **quiet
