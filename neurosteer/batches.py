@@ -72,6 +72,17 @@ class Batch:
         """Whether no row takes another token."""
         return all(writing.ended for writing in self.writings)
 
+    @property
+    def unread(self) -> int:
+        """How many columns the next step reads: all at first, later those of one token."""
+        return self.ids.shape[1] - (self.cache.get_seq_length() if self.cache is not None else 0)
+
+    @torch.inference_mode()
+    def read(self, columns: int) -> None:
+        """Read that many columns ahead of the next step, which must be left at least one. Needs a cache, and a model
+        of which `can_change` is true."""
+        self._run(self.ids.shape[1] - self.unread + columns)
+
     @torch.inference_mode()
     def step(self) -> dict[Writing, str]:
         """A token more for every row that has not ended; returns the text it adds. There must be such a row.
@@ -80,9 +91,7 @@ class Batch:
         """
         if self._can_change:
             self.leave([writing for writing in self.writings if writing.ended])
-        ends = [self.ids.shape[1] - len(writing.text.ids) for writing in self.writings]
-        with applied(self.lm, self.plan, prompt_width=ends):
-            scores = self._next_scores()
+        scores = self._next_scores()
         samplers = [writing.sampler for writing in self.writings]
         tokens = next_tokens(scores, samplers, [writing.ids for writing in self.writings])
         self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.device)], dim=1)
@@ -96,18 +105,23 @@ class Batch:
 
     def _next_scores(self) -> Tensor:
         """Logits of the next token, float32 `[batch, vocab]`."""
-        done = self.cache.get_seq_length() if self.cache is not None else 0
+        return self._run(self.ids.shape[1]).float()
+
+    def _run(self, end: int) -> Tensor:
+        """The model over what is unread of the columns before `end`; logits `[batch, vocab]` after the last of them."""
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        with hooked(_contiguous_head(self.lm)):
+        prompts_end = [self.ids.shape[1] - len(writing.text.ids) for writing in self.writings]
+        new = slice(self.ids.shape[1] - self.unread, end)
+        with applied(self.lm, self.plan, prompt_width=prompts_end), hooked(_contiguous_head(self.lm)):
             output = self.lm.model(
-                input_ids=self.ids[:, done:],
-                attention_mask=self.mask,
-                position_ids=positions[:, done:],
+                input_ids=self.ids[:, new],
+                attention_mask=self.mask[:, :end],
+                position_ids=positions[:, new],
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
                 logits_to_keep=1,
             )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
 
     @torch.inference_mode()
     def join(self, other: "Batch") -> None:
@@ -123,7 +137,7 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, writings: Collection[Writing]) -> None:
-        """Let go of the rows of `writings`, and of the columns that are padding in all rows left."""
+        """Let go of the rows of `writings`, and of the columns that are padding in all rows left; after a step."""
         kept = [row for row, writing in enumerate(self.writings) if writing not in writings]
         if len(kept) == len(self.writings):
             return

@@ -27,7 +27,8 @@ _IDLE_S = 1.0  # how long the thread stays when there is nothing to do
 _LAST_PATIENCE_S = 0.5  # once the program's main thread has ended
 _MOST_PADDING = 4096  # columns of a batch that may be padding, over all its rows: beyond, two batches cost less
 _PROMPT_PADDING = 512  # the same while prompts are read, where each column costs as much as a step
-_PROMPT_COLUMNS = 2048  # that are read before those under way go on
+_PROMPT_COLUMNS = {"cpu": 256}  # that are read before those under way go on: a CPU is busy with that many already
+_OTHER_PROMPT_COLUMNS = 2048
 
 
 class SharedSession:
@@ -201,9 +202,11 @@ class _Group:
 
     batch: Batch
     requests: list[_Request]
+    reading: bool = True  # the prompts; until the first step is done
 
     def step(self) -> None:
         pieces = self.batch.step()
+        self.reading = False
         for request in self.requests:
             request.deliver(pieces)
 
@@ -220,6 +223,7 @@ class _Decoder:
         self.requests: list[_Request] = []
         self._groups: list[_Group] = []
         self._can_join = can_change(lm)
+        self._prompt_columns = _PROMPT_COLUMNS.get(lm.device.type, _OTHER_PROMPT_COLUMNS)
 
     @property
     def rows(self) -> int:
@@ -227,10 +231,10 @@ class _Decoder:
         return sum(len(request.live) for request in self.requests)
 
     def step(self) -> None:
-        """A token more for every row under way; before that, newcomers whose prompts can be read together."""
+        """A token more for every row under way; before that, something of the prompts of newcomers."""
         self._read_prompts()
         for group in list(self._groups):
-            if not group.batch.ended:
+            if not group.reading and not group.batch.ended:
                 self._attempt(group.step, group.requests)
         for request in [request for request in self.requests if request.started and not request.live]:
             request.inbox.put(None)
@@ -243,7 +247,13 @@ class _Decoder:
         gone = {writing for request in leaving for writing in request.writings}
         self._forget_ended()
         for group in list(self._groups):
-            if not gone.isdisjoint(group.batch.writings):
+            if gone.isdisjoint(group.batch.writings):
+                continue
+            if group.reading:
+                self._groups.remove(group)  # those left begin anew
+                for request in group.requests:
+                    request.started = False
+            else:
                 self._attempt(partial(group.batch.leave, gone), group.requests)
 
     def fail(self, error: Exception) -> None:
@@ -253,26 +263,39 @@ class _Decoder:
         self.requests, self._groups = [], []
 
     def _read_prompts(self) -> None:
+        newcomers = self._newcomers() if not any(group.reading for group in self._groups) else []
+        if newcomers:
+            self._attempt(partial(self._begin, newcomers), newcomers)
+        for group in [group for group in self._groups if group.reading]:
+            self._attempt(partial(self._read, group), group.requests)
+
+    def _newcomers(self) -> list[_Request]:
+        """The first request that has not begun, and others whose prompts can well be read with its own."""
         new = [request for request in self.requests if not request.started]
-        if not new:
-            return
         chosen = new[:1]
         for request in new[1:]:
             together = [*chosen, request]
-            if self._may_join(together, _PROMPT_PADDING) and _columns(together) <= _PROMPT_COLUMNS:
+            if self._may_join(together, _PROMPT_PADDING) and _columns(together) <= self._prompt_columns:
                 chosen.append(request)
-        for request in chosen:
-            request.started = True
-        self._attempt(partial(self._start, chosen), chosen)
+        return chosen
 
-    def _start(self, requests: list[_Request]) -> None:
-        group = _Group(Batch(self.lm, [writing for request in requests for writing in request.live]), requests)
+    def _begin(self, requests: list[_Request]) -> None:
+        for request in requests:
+            request.started = True
+        self._groups.append(_Group(Batch(self.lm, [one for request in requests for one in request.live]), requests))
+
+    def _read(self, group: _Group) -> None:
+        columns = max(1, self._prompt_columns // len(group.batch.writings))
+        if self._can_join and group.batch.unread > columns:
+            group.batch.read(columns)
+            return
         group.step()
         for other in self._groups:
-            if self._may_join([*other.requests, *requests], _MOST_PADDING):
-                self._attempt(partial(other.join, group), [*other.requests, *requests])
+            together = [*other.requests, *group.requests]
+            if other is not group and not other.reading and self._may_join(together, _MOST_PADDING):
+                self._groups.remove(group)
+                self._attempt(partial(other.join, group), together)
                 return
-        self._groups.append(group)
 
     def _may_join(self, requests: Sequence[_Request], most_padding: int) -> bool:
         lengths = _lengths(requests)

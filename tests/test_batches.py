@@ -100,8 +100,8 @@ def watched(this: Tiny, writings: Sequence[Writing]) -> Watched:
 
 
 def test_rows_that_join_and_leave_have_the_logits_that_they_have_alone(each: Tiny) -> None:
-    """Prompts shorter and longer than a sliding window, joining batches shorter and longer than it, and leaving so that
-    columns of padding go: before the window is full and after."""
+    """Prompts shorter and longer than a sliding window, read at once or in parts, joining batches shorter and longer
+    than it, and leaving so that columns of padding go: before the window is full and after."""
     rng, whole = random.Random(5), recipes(each)
     assert min(len(each.lm.prompt_ids(prompt, raw=True)) for prompt in PROMPTS) < WINDOW
     assert max(len(each.lm.prompt_ids(prompt)) for prompt in PROMPTS) > 2 * WINDOW
@@ -122,7 +122,10 @@ def test_rows_that_join_and_leave_have_the_logits_that_they_have_alone(each: Tin
             ]
             if new:
                 newcomers = watched(each, new)
+                while rng.random() < 0.6 and newcomers.unread > 1:
+                    newcomers.read(rng.randint(1, newcomers.unread - 1))
                 newcomers.step()
+                assert newcomers.unread == 1
                 if batch is None or not batch.writings:
                     batch = newcomers
                 else:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -153,7 +154,7 @@ def test_visitors_who_come_at_different_times_get_the_texts_that_they_get_alone(
 
 
 def test_a_newcomer_does_not_wait_for_those_under_way_to_end(llama: Tiny) -> None:
-    shared = SharedSession(Session(llama.lm))
+    shared = SharedSession(Session(llama.lm), patience_s=60.0)
     with slowed(llama, 0.003):
         long = shared.stream("the cat", sampling=GREEDY, max_new_tokens=200)
         next(long)
@@ -162,6 +163,32 @@ def test_a_newcomer_does_not_wait_for_those_under_way_to_end(llama: Tiny) -> Non
     assert short == Session(llama.lm).generate("we", sampling=GREEDY, max_new_tokens=5)
     assert rows == Session(llama.lm).generate("the cat", sampling=GREEDY, max_new_tokens=200)
     assert len(steps) > 100, "the first visitor was ready before the second came, so this test shows nothing"
+
+
+def test_those_under_way_go_on_while_long_prompts_are_read(each: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With somebody who leaves while a prompt is read together with others'."""
+    monkeypatch.setattr(serving, "_PROMPT_COLUMNS", {"cpu": 16})
+    monkeypatch.setattr(serving, "_PROMPT_PADDING", 10_000)
+    options: dict[str, Any] = {"sampling": GREEDY, "raw": True}
+    long = [Row(" ".join(texts(10, seed=seed, longest=4)), recipe_number(each.lm, seed)) for seed in (1, 2)]
+    session, widths, cancel = Session(each.lm), [], threading.Event()
+    wanted = [session.generate([row], max_new_tokens=5, **options) for row in long]
+    shared = SharedSession(session, patience_s=60.0)
+    note = (each.model.get_input_embeddings(), lambda _, inputs: widths.append(tuple(inputs[0].shape)))
+    with slowed(each, 0.003), own_hooks([note], before=True), ThreadPoolExecutor(3) as visitors:
+        running: Any = shared.stream("we", max_new_tokens=150, **options)
+        next(running)
+        three = [long[0], Row("they"), long[1]]
+        leaving = visitors.submit(shared.generate, three, max_new_tokens=5, cancel=cancel, **options)
+        until(lambda: any(rows == 3 for rows, _ in widths))
+        cancel.set()
+        found = list(visitors.map(lambda row: shared.generate([row], max_new_tokens=5, **options), long))
+        assert {row.tokens for row in leaving.result()} == {0}
+        assert drain(running)[1] == session.generate("we", max_new_tokens=150, **options)
+    assert found == wanted
+    parts = [place for place, (_, width) in enumerate(widths) if width > 1]
+    assert len(parts) >= 6 and all(rows * width <= 16 for rows, width in (widths[place] for place in parts))
+    assert all(here + 1 < there for here, there in pairwise(parts)), "nobody went on between two parts"
 
 
 def test_rows_of_a_model_whose_states_cannot_be_moved_take_turns() -> None:
@@ -254,7 +281,7 @@ def test_all_decoding_is_done_in_one_thread(llama: Tiny) -> None:
 
 
 def test_who_waits_is_told_how_many_come_before_and_gets_a_place_in_order(llama: Tiny) -> None:
-    shared = SharedSession(Session(llama.lm), max_rows=2)
+    shared = SharedSession(Session(llama.lm), max_rows=2, patience_s=60.0)
     lengths, order = (40, 90, 6, 6, 6), []
     streams: list[Any] = [
         shared.stream([Row("the cat", sample=place)], max_new_tokens=n, sampling=GREEDY)
@@ -283,7 +310,7 @@ def test_who_waits_is_told_how_many_come_before_and_gets_a_place_in_order(llama:
 
 
 def test_a_visitor_who_gives_up_waiting_lets_the_others_move_up(llama: Tiny) -> None:
-    shared = SharedSession(Session(llama.lm), max_rows=1)
+    shared = SharedSession(Session(llama.lm), max_rows=1, patience_s=60.0)
     with slowed(llama, 0.005):
         first: Any = shared.stream("the cat", max_new_tokens=60, sampling=GREEDY)
         next(first)
@@ -307,7 +334,7 @@ def test_a_visitor_who_gives_up_waiting_lets_the_others_move_up(llama: Tiny) -> 
 
 @pytest.mark.parametrize("way", ["cancel", "close", "forget"])
 def test_whoever_leaves_frees_the_rows_within_a_step(each: Tiny, way: str) -> None:
-    shared, cancel = SharedSession(Session(each.lm)), threading.Event()
+    shared, cancel = SharedSession(Session(each.lm), patience_s=60.0), threading.Event()
     asked = [Row("the cat", recipe_number(each.lm, 1)), Row("the cat")]
     with slowed(each, 0.004) as sizes:
         staying: Any = shared.stream("we", max_new_tokens=60, sampling=GREEDY)
@@ -435,7 +462,7 @@ def test_where_a_joint_batch_is_too_large_all_go_on_in_batches_of_their_own(each
 
 
 def test_what_cannot_be_written_is_refused_in_the_callers_thread_and_disturbs_nobody(llama: Tiny) -> None:
-    shared = SharedSession(Session(llama.lm))
+    shared = SharedSession(Session(llama.lm), patience_s=60.0)
     other = make_tiny("llama", hidden_size=64)
     stranger = make_vector((1,), directions={1: torch.ones(64)}, norms={1: 1.0}, model=other.lm.reference)
     running: Any = shared.stream("the cat", max_new_tokens=30, sampling=GREEDY)
