@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -702,6 +703,38 @@ def test_pulling_into_a_folder_that_cannot_be_written_leaves_nothing(hub: FakeHu
     refused(lambda: pull_into("alice/mood", tmp_path / "file" / "mood"), UsageError, "could not be written")
     refused(lambda: pull_into("alice/mood", tmp_path / "file"), UsageError, "exists")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_another_process_finds_the_hub_by_its_address_alone(tmp_path: Path) -> None:
+    """The server started as a program, the command line in a process of its own."""
+    save_artifact(named("mood"), tmp_path / "mood")
+    tests = Path(__file__).parent
+    server = subprocess.Popen(
+        [sys.executable, str(tests / "hub_server.py"), "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[0]
+        settings = {
+            "HF_ENDPOINT": url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_alice",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        environment = {**os.environ, **settings}
+        ran = [
+            subprocess.run(
+                [sys.executable, "-m", "neurosteer.cli", *arguments], capture_output=True, text=True, env=environment,
+                cwd=tmp_path, timeout=120,
+            )
+            for arguments in (["push", "mood", "alice/mood"], ["pull", "alice/mood", "--out", "back"])
+        ]  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
+    assert [one.returncode for one in ran] == [0, 0], [one.stderr for one in ran]
+    assert ran[0].stderr == "" and f"Published at {url}/alice/mood" in ran[0].stdout
+    assert load(tmp_path / "back").name == "mood"
 
 
 # --- the server itself -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hub_server import FakeHub
 from tiny import make_vector
 
 from neurosteer.artifacts import Provenance
-from neurosteer.errors import HubError, HubUnreachable, NeuroSteerError
+from neurosteer.errors import ArtifactError, HubError, HubUnreachable
 from neurosteer.hub import list_artifacts, pull, pull_folder, push, read_card, search, whoami
 from neurosteer.storage import save
 
@@ -225,8 +225,8 @@ def test_a_full_disk_while_preparing_stops_before_anything_is_published(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("neurosteer.storage.save_file", full)
-    refused(lambda: push(MOOD, "alice/mood"), NeuroSteerError, "No space left on device")
-    assert "commit" not in hub.routes()
+    refused(lambda: push(MOOD, "alice/mood"), ArtifactError, "No space left on device")
+    assert hub.requests == [] and hub.repos == {}
 
 
 # --- pulling ---------------------------------------------------------------------------------------------------------

@@ -98,9 +98,10 @@ def push(
     except NeuroSteerError as error:
         if not created:
             raise
-        status = error.status if isinstance(error, HubError) else None
         left = f"The repo {hub.url(target)} was made for it and is still empty; push again, or delete it there."
-        raise HubError(f"{error} {left}", status) from error
+        if not isinstance(error, HubError):
+            raise HubError(f"{error} {left}") from error
+        raise type(error)(f"{error} {left}", error.status) from error
     progress("Comparing what arrived")
     _compare(hub, target, commit, upload.files)
     return Pushed(target, hub.url(target), commit, tuple(sorted(upload.files)), upload.card_kept, upload.note)
@@ -111,9 +112,10 @@ def push(
 
 @dataclass(frozen=True)
 class _Item:
-    """An artifact, and its card where somebody edited it here."""
+    """An artifact, its files but for the card, and its card where somebody edited it here."""
 
     artifact: Artifact
+    files: Mapping[str, bytes]
     card: str | None = None
 
 
@@ -140,15 +142,31 @@ def _items(artifacts: Artifact | str | Path | Sequence[Artifact | str | Path]) -
 
 def _item(given: Artifact | str | Path) -> _Item:
     if not isinstance(given, (str, Path)):
-        return _Item(given)
+        return _Item(given, _files_of(given))
     artifact = load(given)
+    files = _files_of(artifact)
     try:
         card = (Path(given).expanduser() / CARD_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return _Item(artifact)
+        return _Item(artifact, files)
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"The card {CARD_FILE} in {str(given)[:200]!r} cannot be read as UTF-8 text.") from error
-    return _Item(artifact, None if is_generated(card) else card)
+    return _Item(artifact, files, None if is_generated(card) else card)
+
+
+def _files_of(artifact: Artifact) -> dict[str, bytes]:
+    """What `save` writes, and the plot of how well the layers separate where several were compared."""
+    try:
+        with TemporaryDirectory() as temporary:
+            folder = save(artifact, Path(temporary) / artifact.name)
+            files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    except OSError as error:
+        raise ArtifactError(
+            f"{artifact.name} could not be prepared ({error.strerror or error}); make room in the temporary folder."
+        ) from error
+    if len(artifact.provenance.separation) > 1:
+        files[SEPARATION_PLOT] = separation_plot(artifact.provenance.separation)
+    return files
 
 
 def _writer(hub: Hub) -> str:
@@ -245,7 +263,9 @@ def _prepare(work: _Publication, head: str | None) -> _Upload:
     for item in work.items:
         folder = "" if others is None else f"{item.artifact.name}/"
         place = work.repo if others is None else f"{work.repo}/{item.artifact.name}"
-        files |= {folder + name: data for name, data in _files_of(item.artifact, place, work.licence).items()}
+        plots = tuple(name for name in item.files if name == SEPARATION_PLOT)
+        card = render_card(item.artifact, repo=place, licence=work.licence, plots=plots)
+        files |= {folder + name: data for name, data in {**item.files, CARD_FILE: card.encode()}.items()}
         if item.card is not None:
             own_cards[folder + CARD_FILE] = item.card
     if others is not None:
@@ -281,23 +301,6 @@ def _other(hub: Hub, reference: Reference) -> Artifact | None:
     except ArtifactError as error:
         logger.warning("%s is left out of the pack's card: %s", reference.name, error)
         return None
-
-
-def _files_of(artifact: Artifact, place: str, licence: str) -> dict[str, bytes]:
-    """An artifact's files by name, the card as it is at `place`, and the plot of what its layers separate."""
-    try:
-        with TemporaryDirectory() as temporary:
-            folder = save(artifact, Path(temporary) / artifact.name)
-            files = {name: (folder / name).read_bytes() for name in FILE_LIMITS}
-    except OSError as error:
-        raise ArtifactError(
-            f"{artifact.name} could not be prepared ({error.strerror or error}); make room in the temporary folder."
-        ) from error
-    plots = {}
-    if len(artifact.provenance.separation) > 1:
-        plots[SEPARATION_PLOT] = separation_plot(artifact.provenance.separation)
-    card = render_card(artifact, repo=place, licence=licence, plots=tuple(plots))
-    return files | plots | {CARD_FILE: card.encode()}
 
 
 def _with_cards(work: _Publication, head: str | None, files: dict[str, bytes], own_cards: dict[str, str]) -> _Upload:
