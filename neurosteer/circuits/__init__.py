@@ -1,17 +1,13 @@
 """Circuits: which neurons an answer is owed to, and how they feed one another."""
 
-from neurosteer.circuits.attribution import (
-    AGGREGATES,
-    METRICS,
-    Attribution,
-    NeuronScore,
-    PromptAttribution,
-    attribute,
-)
+from neurosteer.circuits.attribution import AGGREGATES, Attribution, attribute
 from neurosteer.circuits.choices import Choice, NextToken, next_tokens
+from neurosteer.circuits.edges import CircuitGraph, Edge, Hub, find_edges
 from neurosteer.circuits.linearised import ATTENTIONS, LinearPass, linear_logits, linear_pass, linearised
+from neurosteer.circuits.scores import METRICS, NeuronScore, PromptAttribution
 from neurosteer.circuits.selection import RULES, Selection
 from neurosteer.circuits.universal import UniversalNeurons, everyday_prompts, find_universal
+from neurosteer.circuits.weights import Neuron, SuperWeight, edge_weights
 
 __all__ = [
     "AGGREGATES",
@@ -20,14 +16,21 @@ __all__ = [
     "RULES",
     "Attribution",
     "Choice",
+    "CircuitGraph",
+    "Edge",
+    "Hub",
     "LinearPass",
+    "Neuron",
     "NeuronScore",
     "NextToken",
     "PromptAttribution",
     "Selection",
+    "SuperWeight",
     "UniversalNeurons",
     "attribute",
+    "edge_weights",
     "everyday_prompts",
+    "find_edges",
     "find_universal",
     "linear_logits",
     "linear_pass",

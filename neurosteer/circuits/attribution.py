@@ -1,15 +1,14 @@
 """`relp`: which MLP neurons a next token is owed to, by gradient × activation through the linearised model."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from neurosteer.activations import length_batches
 from neurosteer.artifacts import (
     ModelReference,
     NeuronCircuit,
@@ -18,65 +17,24 @@ from neurosteer.artifacts import (
     default_calibration,
     safe_name,
 )
-from neurosteer.circuits.choices import Choice, NextToken, next_tokens
-from neurosteer.circuits.linearised import Attention, linear_logits, linear_pass
+from neurosteer.circuits.choices import NextToken, next_tokens
+from neurosteer.circuits.linearised import Attention
+from neurosteer.circuits.scores import METRICS, PER_POSITION, Metric, NeuronScore, PromptAttribution, score_prompts
 from neurosteer.circuits.selection import Selection
 from neurosteer.circuits.universal import UniversalNeurons, find_universal
-from neurosteer.errors import UsageError
+from neurosteer.errors import MismatchError, UsageError
 from neurosteer.models import LanguageModel, Prompt
-from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.progress import Progress, silent
 from neurosteer.version import VERSION
 
-Metric = Literal["difference", "logit"]
-METRICS: tuple[Metric, ...] = ("difference", "logit")
 Aggregate = Literal["mean", "union"]
 AGGREGATES: tuple[Aggregate, ...] = ("mean", "union")
-
-PER_POSITION = 200
-"""How many neurons of a layer are kept at each position, the strongest ones."""
-
-_GRAPH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
-
-
-class NeuronScore(NamedTuple):
-    """A neuron at a position of the prompt, and its share in the metric."""
-
-    layer: int
-    position: int
-    neuron: int
-    score: float
-
-
-@dataclass(frozen=True, eq=False)
-class PromptAttribution:
-    """The shares of one prompt's neurons in its metric.
-
-    `layers`, `positions`, `neurons` int32 and `scores` float32, all `[n]`, strongest first, hold the `per_position`
-    strongest of each layer and position; the first position is left out. `strongest` float32 `[n_layers, d_mlp]` is
-    each neuron's score at the position where it is largest in absolute value, `activations` the neuron's activation
-    there. `by_token` float32 `[n_layers, seq]` adds up all scores of a layer at a position.
-    """
-
-    choice: Choice
-    counterfactual: NextToken | None
-    metric: float
-    layers: Tensor
-    positions: Tensor
-    neurons: Tensor
-    scores: Tensor
-    strongest: Tensor
-    activations: Tensor
-    by_token: Tensor
-
-    @property
-    def target(self) -> NextToken:
-        return self.choice.target
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What `attribute` found. Universal neurons are there, but left out of rows and circuits unless `keep_universal`
-    (`dataclasses.replace` switches it)."""
+    """What `attribute` found. Universal neurons and super weights are there, but left out of rows and circuits unless
+    `keep_universal` (`dataclasses.replace` switches it). `tokens` are each prompt's tokens as text."""
 
     model: ModelReference
     prompts: tuple[PromptAttribution, ...]
@@ -155,11 +113,24 @@ class Attribution:
             "neurons": [list(row) for row in self.rows(select or Selection(), prompt=prompt)],
         }
 
+    def check_model(self, lm: LanguageModel) -> None:
+        """Raise `MismatchError` for a model of another shape, or with other weights: scores hold for their own only."""
+        theirs = lm.reference
+        if (theirs.fingerprint, theirs.n_layers, theirs.d_mlp) != (
+            self.model.fingerprint,
+            self.model.n_layers,
+            self.model.d_mlp,
+        ):
+            raise MismatchError(
+                f"The attribution was made on {self.model.name} and not on {theirs.name} with these weights; attribute "
+                "again."
+            )
+
     def _excluded(self) -> Tensor:
         """Which neurons are left out, bool `[n_layers, d_mlp]`."""
         mask = torch.zeros(self.model.n_layers, self.model.d_mlp, dtype=torch.bool)
         if self.universal is not None and not self.keep_universal:
-            for layer, neuron in self.universal.neurons:
+            for layer, neuron in self.universal.all:
                 mask[layer, neuron] = True
         return mask
 
@@ -187,6 +158,9 @@ class Attribution:
             "aggregate": aggregate,
             "keep_universal": self.keep_universal,
             "universal": [list(pair) for pair in self.universal.neurons] if self.universal is not None else [],
+            "super_weights": [list(pair) for pair in self.universal.super_weights]
+            if self.universal is not None
+            else [],
         }
 
 
@@ -238,134 +212,25 @@ def attribute(
         check_model(within, lm.reference)
     if universal is None and not keep_universal:
         universal = find_universal(lm, progress=progress, cancel=cancel)
-    found: dict[int, PromptAttribution] = {}
-    for indices in length_batches(choices, batch_tokens or _batch_tokens(lm)):
-        check_cancelled(cancel, "Attribution")
-        batch = [choices[index] for index in indices]
-        found.update(zip(indices, _attribute(lm, batch, metric, attention, per_position, within), strict=True))
-        progress(f"Attributing {len(choices)} prompts", len(found) / len(choices))
+    found = score_prompts(
+        lm,
+        choices,
+        metric=metric,
+        attention=attention,
+        per_position=per_position,
+        within=within,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        cancel=cancel,
+    )
     return Attribution(
         model=lm.reference,
-        prompts=tuple(found[index] for index in range(len(choices))),
+        prompts=found,
         tokens=tuple(tuple(lm.tokenizer.decode([token]) for token in choice.ids) for choice in choices),
         universal=universal,
         keep_universal=keep_universal,
         parameters={"metric": metric, "attention": attention, "raw": raw, "seed_response": seed_response},
     )
-
-
-def _attribute(
-    lm: LanguageModel,
-    batch: Sequence[Choice],
-    metric: Metric,
-    attention: Attention,
-    per_position: int,
-    within: NeuronCircuit | None,
-) -> Iterator[PromptAttribution]:
-    linear = linear_pass(lm, [choice.ids for choice in batch], attention)
-    lasts = torch.tensor([len(choice.ids) - 1 for choice in batch], device=linear.hidden.device)
-    with torch.enable_grad():
-        logits = linear_logits(lm, linear.hidden[torch.arange(len(batch), device=lasts.device), lasts])
-        others = _others(lm, batch, logits) if metric == "difference" else [None] * len(batch)
-        metrics = _metrics(batch, others, logits)
-        gradients = torch.autograd.grad(metrics.sum(), linear.neurons)
-    layers = [
-        _LayerScores.of(gradient, neurons.detach(), per_position, _members(within, layer, lm.shape.d_mlp))
-        for layer, (gradient, neurons) in enumerate(zip(gradients, linear.neurons, strict=True))
-    ]
-    values = metrics.tolist()
-    return (
-        _prompt_attribution(choice, other, values[row], [scores.row(row) for scores in layers])
-        for row, (choice, other) in enumerate(zip(batch, others, strict=True))
-    )
-
-
-def _others(lm: LanguageModel, batch: Sequence[Choice], logits: Tensor) -> list[NextToken | None]:
-    """The counterfactuals named, or the best token that is not the target."""
-    targets = torch.tensor([[choice.target.id] for choice in batch], device=logits.device)
-    best = logits.detach().scatter(1, targets, -torch.inf).argmax(-1).tolist()
-    return [
-        choice.counterfactual or NextToken(other, lm.tokenizer.decode([other]))
-        for choice, other in zip(batch, best, strict=True)
-    ]
-
-
-def _metrics(batch: Sequence[Choice], others: Sequence[NextToken | None], logits: Tensor) -> Tensor:
-    """Each row's metric, `[batch]`, from `logits` `[batch, vocabulary]`."""
-    rows = torch.arange(len(batch), device=logits.device)
-    values = logits[rows, torch.tensor([choice.target.id for choice in batch], device=logits.device)]
-    named = [other.id for other in others if other is not None]
-    return values - logits[rows, torch.tensor(named, device=logits.device)] if named else values
-
-
-@dataclass(frozen=True)
-class _LayerScores:
-    """One layer's scores of a batch, reduced. The strongest neurons of each position and their scores are `[batch, seq,
-    k]`, `by_token` `[batch, seq]`, `strongest` and `activations` `[batch, d_mlp]`."""
-
-    neurons: Tensor
-    scores: Tensor
-    by_token: Tensor
-    strongest: Tensor
-    activations: Tensor
-
-    @classmethod
-    def of(cls, gradient: Tensor, neurons: Tensor, per_position: int, members: Tensor | None) -> "_LayerScores":
-        scores = gradient.float() * neurons.float()
-        scores[:, 0] = 0.0
-        if members is not None:
-            scores[..., ~members.to(scores.device)] = 0.0
-            per_position = int(members.sum())
-        kept = scores.abs().topk(min(per_position, scores.shape[-1]), dim=-1, sorted=False).indices
-        places = scores.abs().argmax(dim=1, keepdim=True)
-        parts = (
-            kept.int(),
-            scores.gather(-1, kept),
-            scores.sum(-1),
-            scores.gather(1, places)[:, 0],
-            neurons.float().gather(1, places)[:, 0],
-        )
-        return cls(*(part.cpu() for part in parts))
-
-    def row(self, row: int) -> "_LayerScores":
-        parts = (self.neurons, self.scores, self.by_token, self.strongest, self.activations)
-        return _LayerScores(*(part[row] for part in parts))
-
-
-def _prompt_attribution(
-    choice: Choice, other: NextToken | None, metric: float, layers: Sequence[_LayerScores]
-) -> PromptAttribution:
-    length = len(choice.ids)
-    scores = torch.cat([one.scores[:length].flatten() for one in layers])
-    neurons = torch.cat([one.neurons[:length].flatten() for one in layers])
-    numbers, places = [], []
-    for layer, one in enumerate(layers):
-        width = one.neurons.shape[-1]
-        numbers.append(torch.full((length * width,), layer, dtype=torch.int32))
-        places.append(torch.arange(length, dtype=torch.int32).repeat_interleave(width))
-    order = scores.abs().argsort(descending=True, stable=True)
-    order = order[scores[order] != 0]
-    return PromptAttribution(
-        choice=choice,
-        counterfactual=other,
-        metric=metric,
-        layers=torch.cat(numbers)[order],
-        positions=torch.cat(places)[order],
-        neurons=neurons[order],
-        scores=scores[order],
-        strongest=torch.stack([one.strongest for one in layers]),
-        activations=torch.stack([one.activations for one in layers]),
-        by_token=torch.stack([one.by_token[:length] for one in layers]),
-    )
-
-
-def _members(circuit: NeuronCircuit | None, layer: int, width: int) -> Tensor | None:
-    """Which neurons of a layer belong to the circuit, bool `[d_mlp]`; None where all are asked for."""
-    if circuit is None:
-        return None
-    members = torch.zeros(width, dtype=torch.bool)
-    members[circuit.neurons[circuit.neuron_layers == layer].long()] = True
-    return members
 
 
 def _kept(scores: Tensor, select: Selection, metric: float) -> Tensor:
@@ -376,16 +241,14 @@ def _kept(scores: Tensor, select: Selection, metric: float) -> Tensor:
     return torch.zeros_like(flat).index_copy(0, places, flat[places]).view_as(scores)
 
 
+def _pairs(neurons: Sequence[tuple[int, int]]) -> list[list[int]]:
+    return [list(pair) for pair in neurons]
+
+
 def _token_data(token: NextToken | None) -> dict[str, Any] | None:
     if token is None:
         return None
     return {"id": token.id, "text": token.text, "given": token.given, "n_tokens": token.n_tokens}
-
-
-def _batch_tokens(lm: LanguageModel) -> int:
-    """As many tokens as what the backward pass needs of them leaves within a gigabyte (eight on a GPU)."""
-    per_token = lm.n_layers * (6 * lm.shape.d_mlp + 12 * lm.shape.d_model) * lm.dtype.itemsize
-    return max(64, _GRAPH_BYTES.get(lm.device.type, 1 << 30) // per_token)
 
 
 def _check(metric: str, counterfactuals: object, per_position: object) -> None:

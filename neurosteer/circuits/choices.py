@@ -1,8 +1,12 @@
 """Prompts as token ids, each with the next tokens that are in question."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from neurosteer.activations import length_batches
+from neurosteer.circuits.linearised import batch_tokens_for, padded
 from neurosteer.errors import UsageError
 from neurosteer.models import LanguageModel, Prompt
 
@@ -58,6 +62,32 @@ def next_tokens(
         _choice(lm, prompt, target, other, raw, seed_response)
         for prompt, target, other in zip(asked, wanted, against, strict=True)
     )
+
+
+def likely_choices(lm: LanguageModel, prompts: Sequence[str]) -> tuple[Choice, ...]:
+    """The model's own best next token after each prompt as it is, against its second best.
+
+    Raises `UsageError` for no prompts or an empty one.
+    """
+    ids = [lm.prompt_ids(prompt, raw=True) if prompt else [] for prompt in as_prompts(prompts)]
+    if not all(ids):
+        raise UsageError("A prompt is empty; write at least one character.")
+    choices: dict[int, Choice] = {}
+    drafts = [Choice(prompt, tuple(row), NextToken(0, "")) for prompt, row in zip(prompts, ids, strict=True)]
+    for indices in length_batches(drafts, batch_tokens_for(lm)):
+        best = _two_best(lm, [drafts[index] for index in indices])
+        for index, pair in zip(indices, best, strict=True):
+            target, other = (NextToken(one, lm.tokenizer.decode([one])) for one in pair)
+            choices[index] = replace(drafts[index], target=target, counterfactual=other)
+    return tuple(choices[index] for index in range(len(drafts)))
+
+
+def _two_best(lm: LanguageModel, batch: Sequence[Choice]) -> list[list[int]]:
+    lasts = torch.tensor([len(choice.ids) - 1 for choice in batch], device=lm.device)
+    with torch.inference_mode():
+        hidden = lm.decoder(input_ids=padded(lm, [choice.ids for choice in batch]), use_cache=False)[0]
+        at_last = hidden[torch.arange(len(batch), device=hidden.device), lasts.to(hidden.device)]
+        return lm.model.get_output_embeddings()(at_last).topk(2).indices.tolist()
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

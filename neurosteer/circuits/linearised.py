@@ -29,6 +29,7 @@ from neurosteer.models import LanguageModel
 Attention = Literal["full", "frozen"]
 ATTENTIONS: tuple[Attention, ...] = ("full", "frozen")
 
+_GRAPH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 _ATTENTION_NAMES = ("self_attn", "attn")
 _ACTIVATION_NAMES = ("act_fn", "act")
 
@@ -67,8 +68,6 @@ def linear_pass(lm: LanguageModel, rows: Sequence[Sequence[int]], attention: Att
     A causal model never looks at what stands to the right, so that a row gives what it gives alone; what comes of
     padding means nothing. Weights and what lies below the first neurons get no gradients. Raises as `linearised`.
     """
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[lm.pad_id] * (longest - len(row))] for row in rows], device=lm.device)
     neurons: dict[int, Tensor] = {}
 
     def keep(layer: int, hidden: Tensor) -> Tensor:
@@ -80,8 +79,20 @@ def linear_pass(lm: LanguageModel, rows: Sequence[Sequence[int]], attention: Att
         for layer, down in enumerate(lm.down_projections)
     ]
     with torch.inference_mode(False), torch.enable_grad(), linearised(lm, attention), hooked(keeping):
-        hidden = lm.decoder(input_ids=ids, use_cache=False)[0]
+        hidden = lm.decoder(input_ids=padded(lm, rows), use_cache=False)[0]
     return LinearPass(hidden, tuple(neurons[layer] for layer in range(lm.n_layers)))
+
+
+def padded(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids as one batch filled up on the right, `[batch, seq]`."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[lm.pad_id] * (longest - len(row))] for row in rows], device=lm.device)
+
+
+def batch_tokens_for(lm: LanguageModel) -> int:
+    """As many tokens as what the backward pass needs of them leaves within a gigabyte (eight on a GPU)."""
+    per_token = lm.n_layers * (6 * lm.shape.d_mlp + 12 * lm.shape.d_model) * lm.dtype.itemsize
+    return max(64, _GRAPH_BYTES.get(lm.device.type, 1 << 30) // per_token)
 
 
 def linear_logits(lm: LanguageModel, hidden: Tensor) -> Tensor:
