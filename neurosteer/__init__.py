@@ -11,6 +11,16 @@ from neurosteer.version import VERSION as __version__
 if TYPE_CHECKING:
     from neurosteer.artifacts import NeuronCircuit, SteeringVector
     from neurosteer.building import build
+    from neurosteer.circuits import (
+        attribute,
+        compare_with_circuit,
+        decompose,
+        find_edges,
+        measure_faithfulness,
+        next_token_probs,
+        sweep_multipliers,
+        top_predictions,
+    )
     from neurosteer.combining import cosines, orthogonalise
     from neurosteer.decoding import Sampling
     from neurosteer.errors import NeuroSteerError
@@ -35,12 +45,18 @@ _HOMES = {
     "SparseAutoencoder": "saes",
     "SteeringVector": "artifacts",
     "Use": "recipes",
+    "attribute": "circuits",
     "build": "building",
+    "compare_with_circuit": "circuits",
     "cosines": "combining",
+    "decompose": "circuits",
     "feature_vector": "features",
+    "find_edges": "circuits",
     "load": "storage",
     "load_model": "models",
     "load_sae": "saes",
+    "measure_faithfulness": "circuits",
+    "next_token_probs": "circuits",
     "orthogonalise": "combining",
     "paste_examples": "examples",
     "pull": "hub",
@@ -48,6 +64,8 @@ _HOMES = {
     "read_examples": "examples",
     "save": "storage",
     "search": "hub",
+    "sweep_multipliers": "circuits",
+    "top_predictions": "circuits",
 }
 
 __all__ = [
@@ -63,12 +81,18 @@ __all__ = [
     "SteeringVector",
     "Use",
     "__version__",
+    "attribute",
     "build",
+    "compare_with_circuit",
     "cosines",
+    "decompose",
     "feature_vector",
+    "find_edges",
     "load",
     "load_model",
     "load_sae",
+    "measure_faithfulness",
+    "next_token_probs",
     "orthogonalise",
     "paste_examples",
     "pull",
@@ -76,6 +100,8 @@ __all__ = [
     "read_examples",
     "save",
     "search",
+    "sweep_multipliers",
+    "top_predictions",
 ]
 
 

@@ -1,34 +1,56 @@
 """Circuits: which neurons an answer is owed to, and how they feed one another."""
 
+from neurosteer.circuits.ablation import ABLATIONS
 from neurosteer.circuits.attribution import AGGREGATES, Attribution, attribute
 from neurosteer.circuits.choices import Choice, NextToken, next_tokens
+from neurosteer.circuits.decomposition import CircuitComparison, Decomposition, compare_with_circuit, decompose
 from neurosteer.circuits.edges import CircuitGraph, Edge, Hub, find_edges
+from neurosteer.circuits.faithfulness import PERCENTS, Faithfulness, FaithfulnessRow, measure_faithfulness
 from neurosteer.circuits.linearised import ATTENTIONS, LinearPass, linear_logits, linear_pass, linearised
+from neurosteer.circuits.parts import at_multiplier, part, random_like
 from neurosteer.circuits.pictures import dot, figure, figure_html, text_diagram
+from neurosteer.circuits.probing import (
+    Prediction,
+    SweepPoint,
+    next_token_probs,
+    sweep_multipliers,
+    top_predictions,
+)
 from neurosteer.circuits.scores import METRICS, NeuronScore, PromptAttribution
 from neurosteer.circuits.selection import RULES, Selection
 from neurosteer.circuits.universal import UniversalNeurons, everyday_prompts, find_universal
 from neurosteer.circuits.weights import Neuron, SuperWeight, edge_weights
 
 __all__ = [
+    "ABLATIONS",
     "AGGREGATES",
     "ATTENTIONS",
     "METRICS",
+    "PERCENTS",
     "RULES",
     "Attribution",
     "Choice",
+    "CircuitComparison",
     "CircuitGraph",
+    "Decomposition",
     "Edge",
+    "Faithfulness",
+    "FaithfulnessRow",
     "Hub",
     "LinearPass",
     "Neuron",
     "NeuronScore",
     "NextToken",
+    "Prediction",
     "PromptAttribution",
     "Selection",
     "SuperWeight",
+    "SweepPoint",
     "UniversalNeurons",
+    "at_multiplier",
     "attribute",
+    "compare_with_circuit",
+    "decompose",
     "dot",
     "edge_weights",
     "everyday_prompts",
@@ -39,6 +61,12 @@ __all__ = [
     "linear_logits",
     "linear_pass",
     "linearised",
+    "measure_faithfulness",
+    "next_token_probs",
     "next_tokens",
+    "part",
+    "random_like",
+    "sweep_multipliers",
     "text_diagram",
+    "top_predictions",
 ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from neurosteer.circuits.attribution import Attribution
-from neurosteer.circuits.linearised import linear_logits
-from neurosteer.errors import MismatchError, UsageError
+from neurosteer.circuits.linearised import linear_logits, padded
+from neurosteer.errors import UsageError
 from neurosteer.hooks import InputHook, hooked
 from neurosteer.models import LanguageModel, Prompt
 from neurosteer.progress import Progress, check_cancelled
@@ -61,25 +61,19 @@ class Bench:
         batch_tokens: int | None = None,
     ) -> "Bench":
         """Raises `UsageError` for counterfactual prompts that do not fit, `MismatchError` for another model."""
-        if attribution.model != lm.reference:
-            raise MismatchError(
-                f"The attribution was made on {attribution.model.name!r:.80} and not on this {lm.name!r:.80}; "
-                "attribute again."
-            )
+        attribution.check_model(lm)
         rows = [one.choice.ids for one in attribution.prompts]
         others = [one.counterfactual.id for one in attribution.prompts if one.counterfactual is not None]
-        longest = max(map(len, rows))
-        # A causal model never looks at what stands to the right, so padding there changes nothing.
-        padded = [[*row, *[lm.pad_id] * (longest - len(row))] for row in rows]
+        ids = padded(lm, rows)  # a causal model never looks at what stands to the right
         counterfactuals = _counterfactuals(lm, attribution, counterfactual_prompts)
         return cls(
             lm=lm,
-            ids=torch.tensor(padded, device=lm.device),
+            ids=ids,
             lasts=torch.tensor([len(row) - 1 for row in rows], device=lm.device),
             targets=torch.tensor([one.target.id for one in attribution.prompts], device=lm.device),
             others=torch.tensor(others, device=lm.device) if others else None,
-            replacement=_replacement(lm, rows, longest, ablation, counterfactuals),
-            rows_at_once=max(1, (batch_tokens or _batch_tokens(lm)) // longest),
+            replacement=_replacement(lm, rows, ids.shape[1], ablation, counterfactuals),
+            rows_at_once=max(1, (batch_tokens or _batch_tokens(lm)) // ids.shape[1]),
         )
 
     def measure(self, running: Sequence[Tensor], progress: Progress, cancel: threading.Event | None) -> list[float]:
@@ -201,6 +195,6 @@ def _means_by_distance(states: Sequence[Tensor], longest: int) -> Tensor:
 
 
 def _batch_tokens(lm: LanguageModel) -> int:
-    """As many tokens as a layer's neurons and what ablates them leave within a quarter of a gigabyte (four on a GPU)."""
+    """As many tokens as a layer's neurons and what ablates them leave within 256 MiB (4 GiB on a GPU)."""
     per_token = 4 * (4 * lm.shape.d_mlp + 8 * lm.shape.d_model) * lm.dtype.itemsize
     return max(64, _BATCH_BYTES.get(lm.device.type, 256 << 20) // per_token)

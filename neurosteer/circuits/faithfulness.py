@@ -85,7 +85,7 @@ class Faithfulness:
         return float(torch.trapezoid(y, x) / (x[-1] - x[0])) if len(self.rows) > 1 else float(y[0])
 
 
-def faithfulness(
+def measure_faithfulness(
     lm: LanguageModel,
     attribution: Attribution,
     *,
@@ -183,7 +183,7 @@ def _always_running(attribution: Attribution) -> Tensor:
     """The universal neurons, where they are left out, bool `[n_layers, d_mlp]`."""
     running = torch.zeros(attribution.model.n_layers, attribution.model.d_mlp, dtype=torch.bool)
     if attribution.universal is not None and not attribution.keep_universal:
-        for layer, neuron in attribution.universal.neurons:
+        for layer, neuron in attribution.universal.all:
             running[layer, neuron] = True
     return running
 

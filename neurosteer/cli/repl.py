@@ -1,0 +1,395 @@
+"""`neurosteer repl`: circuits by hand. Every command calls the library and prints what comes back."""
+
+import cmd
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from neurosteer.artifacts import NeuronCircuit, SteeringVector, check_model
+from neurosteer.building import build
+from neurosteer.circuits import (
+    Attribution,
+    CircuitGraph,
+    at_multiplier,
+    attribute,
+    find_edges,
+    next_token_probs,
+    part,
+    sweep_multipliers,
+    text_diagram,
+    top_predictions,
+)
+from neurosteer.cli.circuit_commands import numbers, print_neurons
+from neurosteer.cli.output import err, new_table, out, print_table, progress_line
+from neurosteer.decoding import Sampling
+from neurosteer.errors import NeuroSteerError, UsageError
+from neurosteer.examples import ContrastSet, bundled_sets, paste_examples, read_examples
+from neurosteer.models import LanguageModel
+from neurosteer.recipes import UNSTEERED, Recipe
+from neurosteer.references import VECTORS_FOLDER, resolve
+from neurosteer.sources import cache_folder
+from neurosteer.steering import Row, Session
+from neurosteer.storage import save
+
+try:
+    import readline
+except ImportError:  # Windows: no completion and no history
+    readline = None
+
+HISTORY = 1000
+_TOKENS = 24
+_MULTIPLIERS = "0 0.5 1 1.5 2"
+
+
+class Shell(cmd.Cmd):
+    """One prompt, one circuit and one multiplier at a time. Ctrl-C stops a command, Ctrl-D ends the shell."""
+
+    prompt = "neuron> "
+
+    def __init__(self, lm: LanguageModel, circuit: NeuronCircuit | None = None, *, raw: bool = False) -> None:
+        """Raises `MismatchError` for a circuit of another model."""
+        super().__init__()
+        if circuit is not None:
+            check_model(circuit, lm.reference)
+        self.lm = lm
+        self.raw = raw
+        self.circuit = circuit
+        self.text = ""
+        self.attribution: Attribution | None = None
+        self.graph: CircuitGraph | None = None
+        self.multiplier = 2.0
+
+    def run(self) -> None:
+        """Read commands until the end of input or `quit`."""
+        history = cache_folder() / "repl_history"
+        _begin_history(history)
+        self.intro = f"{self.lm.name}: help lists the commands, quit ends."
+        try:
+            while True:
+                try:
+                    self.cmdloop()
+                    return
+                except KeyboardInterrupt:  # at the prompt: the line typed so far is dropped
+                    self.intro = "^C (quit ends)"
+        finally:
+            _keep_history(history)
+
+    # --- how cmd.Cmd behaves ------------------------------------------------------------------------------------------
+
+    def onecmd(self, line: str) -> bool:
+        """Run a line; whatever goes wrong or is interrupted, the shell goes on."""
+        try:
+            return bool(super().onecmd(line))
+        except KeyboardInterrupt:
+            err.print("Stopped.")
+        except NeuroSteerError as error:
+            err.print(" ".join(str(error).split()))
+        except Exception as error:
+            err.print(f"A fault of NeuroSteer: {type(error).__name__}: {error}")
+        return False
+
+    def emptyline(self) -> bool:
+        return False
+
+    def default(self, line: str) -> None:
+        raise UsageError(f"There is no command {line.split()[0][:40]!r}; help lists them.")
+
+    def do_help(self, arg: str) -> None:
+        """help [COMMAND]: what there is."""
+        names = [name for name in self.get_names() if name.startswith("do_") and name != "do_EOF"]
+        wanted = [name for name in names if not arg or name == f"do_{arg}"]
+        if not wanted:
+            raise UsageError(f"There is no command {arg[:40]!r}; help lists them.")
+        for name in wanted:
+            out.print(" ".join((getattr(self, name).__doc__ or "").split()))
+
+    def do_quit(self, arg: str) -> bool:
+        """quit: end (so does Ctrl-D)."""
+        return True
+
+    def do_EOF(self, arg: str) -> bool:
+        out.print()
+        return True
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def do_prompt(self, arg: str) -> None:
+        """prompt TEXT: what the model is to go on from; shows what it would write next."""
+        if arg:
+            predictions = top_predictions(self.lm, arg, k=10, raw=self.raw)
+            self.text, self.attribution, self.graph = arg, None, None
+        else:
+            predictions = top_predictions(self.lm, self._text(), k=10, raw=self.raw)
+        table = new_table(("Next", "Probability"), right=("Probability",))
+        for one in predictions:
+            table.add_row(repr(one.text), f"{one.probability:.4f}")
+        print_table(table)
+
+    def do_discover(self, arg: str) -> None:
+        """discover TARGET [COUNTERFACTUAL]: find the circuit behind a next token. Where plain text goes on, a word
+        without quotes gets a space before it; " Paris" in quotes is taken as it is."""
+        words = self._tokens(arg)
+        if not 1 <= len(words) <= 2:
+            raise UsageError("Write discover TARGET [COUNTERFACTUAL], like: discover Paris London")
+        with progress_line() as progress:
+            found = attribute(
+                self.lm, self._text(), words[0], words[1] if len(words) > 1 else None, raw=self.raw, progress=progress
+            )
+        self.circuit, self.attribution, self.graph = found.circuit(), found, None
+        one = found.prompts[0]
+        if one.target.is_part:
+            out.print(
+                f"{one.target.given!r} is {one.target.n_tokens} tokens; its first, {one.target.text!r}, is taken."
+            )
+        against = f" against {one.counterfactual.text!r}" if one.counterfactual else ""
+        out.print(f"{one.target.text!r}{against}: metric {one.metric:+.4f}, circuit of {self.circuit.size} neurons.")
+        print_neurons(self.circuit, count=10)
+
+    def do_contrast(self, arg: str) -> None:
+        """contrast FILE (or a bundled set: sentiment, formality, gratitude), or contrast A | B // C | D: find the
+        neurons that tell positive texts from negative ones."""
+        examples = _contrast_set(arg)
+        with progress_line() as progress:
+            found = build(self.lm, examples, method="cna", progress=progress)
+        assert isinstance(found, NeuronCircuit)
+        self.circuit, self.attribution, self.graph = found, None, None
+        out.print(f"{found.name}: circuit of {found.size} neurons.")
+        print_neurons(found, count=10)
+
+    def do_ablate(self, arg: str) -> None:
+        """ablate [PART]: what is written without the circuit, or without a part: top10, L23, L23/N807."""
+        self._compare(self._part(arg), 0.0)
+
+    def do_amplify(self, arg: str) -> None:
+        """amplify [PART] [MULTIPLIER]: what is written with the circuit, or a part of it, multiplied."""
+        *parts, last = arg.split() or [""]
+        try:
+            multiplier = float(last)
+        except ValueError:
+            parts, multiplier = [*parts, last], self.multiplier
+        self._compare(self._part(" ".join(parts)), multiplier)
+
+    def do_multiplier(self, arg: str) -> None:
+        """multiplier [M]: what amplify multiplies by."""
+        if arg:
+            value = numbers(arg, "multiplier")[0]
+            if not math.isfinite(value):
+                raise UsageError(f"multiplier is {arg[:40]!r}; it must be a finite number.")
+            self.multiplier = value
+        out.print(f"multiplier {self.multiplier:g}")
+
+    def do_sweep(self, arg: str) -> None:
+        """sweep [M M ...]: what comes next with the circuit at several multipliers."""
+        multipliers = numbers(arg or _MULTIPLIERS, "sweep")
+        targets = self._targets()
+        points = sweep_multipliers(self.lm, self._circuit(), self._text(), multipliers, targets, 3, raw=self.raw)
+        headings = ("Multiplier", *map(repr, targets), "Likeliest")
+        table = new_table(headings, right=headings[:-1])
+        for point in points:
+            likeliest = ", ".join(f"{one.text!r} {one.probability:.3f}" for one in point.predictions)
+            table.add_row(f"{point.multiplier:g}", *(f"{one.probability:.4f}" for one in point.asked), likeliest)
+        print_table(table)
+
+    def do_edges(self, arg: str) -> None:
+        """edges [N]: the strongest edges between the neurons that discover found."""
+        out.print(text_diagram(self._graph(), edges=_count(arg, 20)))
+
+    def do_hubs(self, arg: str) -> None:
+        """hubs [N]: the neurons that take and give most."""
+        headings = ("Neuron", "In", "Out", "Weight in", "Weight out")
+        table = new_table(headings, right=headings[1:])
+        for hub in self._graph().hubs[: _count(arg, 10)]:
+            weights = (f"{hub.weight_in:.3f}", f"{hub.weight_out:.3f}")
+            table.add_row(f"L{hub.layer}/N{hub.neuron}", str(hub.n_in), str(hub.n_out), *weights)
+        print_table(table)
+
+    def do_top(self, arg: str) -> None:
+        """top [N]: the circuit's strongest neurons."""
+        print_neurons(part(self._circuit(), f"top{_count(arg, 20)}"), count=_count(arg, 20))
+
+    def do_save(self, arg: str) -> None:
+        """save FOLDER: write the circuit."""
+        folder = " ".join(_words(arg))
+        if not folder:
+            raise UsageError("Write where to save the circuit: save FOLDER.")
+        out.print(f"Written to {save(self._circuit(), folder)}.")
+
+    def do_load(self, arg: str) -> None:
+        """load REF: take a circuit from a folder, vectors/ or the Hub."""
+        if not arg:
+            raise UsageError("Write which circuit to load: load REF.")
+        found = resolve(" ".join(_words(arg)))
+        if isinstance(found, SteeringVector):
+            raise UsageError(f"{found.name!r} is a {found.kind}; a neuron-circuit is needed.")
+        warning = check_model(found, self.lm.reference)
+        if warning:
+            err.print(f"Warning: {warning}")
+        self.circuit, self.attribution, self.graph = found, None, None
+        out.print(f"{found.name}: circuit of {found.size} neurons, {found.method}.")
+
+    def do_info(self, arg: str) -> None:
+        """info: the model, the prompt and the circuit at hand."""
+        shape = self.lm.shape
+        out.print(f"model: {self.lm.name}, {shape.n_layers} layers of {shape.d_mlp} neurons")
+        out.print(f"prompt: {self.text or 'none'} ({'plain text' if self._is_plain else 'chat template'})")
+        if self.circuit is None:
+            out.print("circuit: none")
+        else:
+            layers = ", ".join(map(str, self.circuit.layers))
+            out.print(f"circuit: {self.circuit.name}, {self.circuit.size} neurons in layers {layers}")
+        out.print(f"multiplier: {self.multiplier:g}")
+
+    # --- completion ---------------------------------------------------------------------------------------------------
+
+    def completenames(self, text: str, *ignored: Any) -> list[str]:
+        return [name for name in super().completenames(text, *ignored) if name != "EOF"]
+
+    def complete_ablate(self, text: str, *ignored: Any) -> list[str]:
+        if self.circuit is None:
+            return []
+        pairs = zip(self.circuit.neuron_layers.tolist(), self.circuit.neurons.tolist(), strict=True)
+        parts = ["all", "top10", "top50", *(f"L{layer}" for layer in self.circuit.layers)]
+        neurons = [f"L{layer}/N{neuron}" for layer, neuron in pairs] if "/" in text else []
+        return [one for one in (*parts, *neurons) if one.lower().startswith(text.lower())]
+
+    complete_amplify = complete_ablate
+
+    def complete_contrast(self, text: str, *ignored: Any) -> list[str]:
+        return [name for name in bundled_sets() if name.startswith(text)] + _paths(text)
+
+    def complete_load(self, text: str, *ignored: Any) -> list[str]:
+        released = Path(VECTORS_FOLDER)
+        names = sorted(path.name for path in released.iterdir()) if released.is_dir() else []
+        return [name for name in names if name.startswith(text)] + _paths(text)
+
+    def complete_save(self, text: str, *ignored: Any) -> list[str]:
+        return _paths(text)
+
+    # --- what commands share ------------------------------------------------------------------------------------------
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the model goes on in the prompt's own text."""
+        return self.raw or not self.lm.chat
+
+    def _text(self) -> str:
+        if not self.text:
+            raise UsageError("There is no prompt yet; write one: prompt The capital of France is")
+        return self.text
+
+    def _circuit(self) -> NeuronCircuit:
+        if self.circuit is None:
+            raise UsageError("There is no circuit yet; discover one, or load one.")
+        return self.circuit
+
+    def _part(self, text: str) -> NeuronCircuit:
+        return part(self._circuit(), text or "all")
+
+    def _graph(self) -> CircuitGraph:
+        if self.attribution is None:
+            raise UsageError("Edges are those of a circuit found for the prompt at hand; discover one first.")
+        if self.graph is None:
+            with progress_line() as progress:
+                self.graph = find_edges(self.lm, self.attribution, progress=progress)
+        return self.graph
+
+    def _tokens(self, arg: str) -> list[str]:
+        quoted = any(mark in arg for mark in "\"'")
+        space = " " if self._is_plain and not quoted and not self._text()[-1].isspace() else ""
+        return [space + word for word in _words(arg)]
+
+    def _targets(self) -> list[str]:
+        """The token that the circuit was found for, and what it was held against."""
+        if self.attribution is None:
+            return []
+        one = self.attribution.prompts[0]
+        return [token.text for token in (one.target, one.counterfactual) if token is not None]
+
+    def _compare(self, circuit: NeuronCircuit, multiplier: float) -> None:
+        """What comes next, and what is written, without steering and with the circuit at `multiplier`."""
+        recipe = at_multiplier(circuit, multiplier)
+        out.print(f"{circuit.name}: {circuit.size} neurons × {multiplier:g}")
+        before, after = (top_predictions(self.lm, self._text(), one, 5, raw=self.raw) for one in (UNSTEERED, recipe))
+        table = new_table(("Before", "Probability", "After", "Probability"), right=("Probability",))
+        for one, other in zip(before, after, strict=True):
+            cells = (repr(one.text), f"{one.probability:.4f}", repr(other.text), f"{other.probability:.4f}")
+            table.add_row(*cells)
+        print_table(table)
+        self._print_targets(recipe)
+        rows = [Row(self.text), Row(self.text, recipe)]
+        with progress_line() as progress:
+            written = Session(self.lm).generate(
+                rows, max_new_tokens=_TOKENS, sampling=Sampling(greedy=True), raw=self.raw, progress=progress
+            )
+        for label, row in zip(("before", "after "), written, strict=True):
+            out.print(f"{label}: {row.text}")
+
+    def _print_targets(self, recipe: Recipe) -> None:
+        targets = self._targets()
+        if not targets:
+            return
+        before, after = (
+            next_token_probs(self.lm, self.text, targets, one, raw=self.raw) for one in (UNSTEERED, recipe)
+        )
+        out.print("; ".join(f"{token!r}: {before[token]:.4f} before, {after[token]:.4f} after" for token in targets))
+
+
+def _words(arg: str) -> list[str]:
+    try:
+        return shlex.split(arg)
+    except ValueError as error:
+        raise UsageError(f"{arg[:60]!r} has a quotation mark without its partner; close it.") from error
+
+
+def _contrast_set(arg: str) -> ContrastSet:
+    positive, parted, negative = arg.partition("//")
+    if parted:
+        return paste_examples(*("\n".join(text.strip() for text in side.split("|")) for side in (positive, negative)))
+    if not arg:
+        raise UsageError("Write a file of examples, or texts: contrast good | fine // bad | poor")
+    return read_examples(" ".join(_words(arg)))
+
+
+def _count(arg: str, default: int) -> int:
+    if not arg:
+        return default
+    if not arg.isdecimal() or not 1 <= int(arg) <= 10_000:
+        raise UsageError(f"{arg[:40]!r} is no number of rows; write one from 1 to 10000.")
+    return int(arg)
+
+
+def _paths(text: str) -> list[str]:
+    """Files and folders that begin with `text`, folders with a slash behind them."""
+    folder, _, name = text.rpartition("/")
+    place = Path(f"{folder}/" if "/" in text else ".").expanduser()
+    try:
+        found = sorted(place.iterdir())
+    except OSError:
+        return []
+    shown = [one for one in found if one.name.startswith(name) and (name or not one.name.startswith("."))]
+    start = f"{folder}/" if "/" in text else ""
+    return [f"{start}{one.name}{'/' if one.is_dir() else ''}" for one in shown]
+
+
+def _begin_history(path: Path) -> None:
+    if readline is None:
+        return
+    readline.set_completer_delims(" \t\n")
+    if "libedit" in (readline.__doc__ or ""):
+        readline.parse_and_bind("bind ^I rl_complete")
+    try:
+        readline.read_history_file(path)
+    except OSError:  # there is none yet
+        readline.clear_history()
+
+
+def _keep_history(path: Path) -> None:
+    if readline is None:
+        return
+    readline.set_history_length(HISTORY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        readline.write_history_file(path)
+    except OSError as error:
+        err.print(f"The history could not be kept in {path} ({error.strerror}).")
