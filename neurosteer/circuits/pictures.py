@@ -84,16 +84,16 @@ def figure(graph: CircuitGraph, *, edges: int = EDGES_SHOWN) -> Any:
                 "color": [_colour(node.score) for node in nodes],
                 "line": {"width": 1, "color": "white"},
             },
-            text=[html.escape(f"{_name(graph, node)}: {node.score:+.4f}") for node in nodes],
+            text=[_escaped(f"{_name(graph, node)}: {node.score:+.4f}") for node in nodes],
             hovertemplate="%{text}<extra></extra>",
         )
     )
     positions = sorted({node.position for node in nodes})
     return Figure(traces).update_layout(
-        title={"text": html.escape(_headline(graph)), "font": {"size": 14}},
+        title={"text": _escaped(_headline(graph)), "font": {"size": 14}},
         showlegend=False,
         template="simple_white",
-        xaxis={"tickvals": positions, "ticktext": [html.escape(_token(graph, one)) for one in positions]},
+        xaxis={"tickvals": positions, "ticktext": [_escaped(_token(graph, one)) for one in positions]},
         yaxis={"title": {"text": "Layer"}},
         margin={"l": 50, "r": 20, "t": 50, "b": 50},
     )
@@ -160,6 +160,11 @@ def _colour(value: float) -> str:
 
 def _id(node: Neuron | NeuronScore) -> str:
     return f"L{node.layer}_P{node.position}_N{node.neuron}"
+
+
+def _escaped(text: str) -> str:
+    """Plotly reads some tags in its texts, and shows quotes that are escaped as they are."""
+    return html.escape(text, quote=False)
 
 
 def _quoted(text: str) -> str:
