@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from neurosteer.models import LanguageModel, load_model
     from neurosteer.recipes import Recipe, Use
     from neurosteer.saes import SparseAutoencoder, load_sae
+    from neurosteer.serving import SharedSession
     from neurosteer.steering import Row, Session
     from neurosteer.storage import load, save
 
@@ -42,6 +43,7 @@ _HOMES = {
     "Row": "steering",
     "Sampling": "decoding",
     "Session": "steering",
+    "SharedSession": "serving",
     "SparseAutoencoder": "saes",
     "SteeringVector": "artifacts",
     "Use": "recipes",
@@ -77,6 +79,7 @@ __all__ = [
     "Row",
     "Sampling",
     "Session",
+    "SharedSession",
     "SparseAutoencoder",
     "SteeringVector",
     "Use",

@@ -114,7 +114,7 @@ class SharedSession:
                 request.enlisted = True
                 self._queue.append(request)
                 self._changed.notify()
-            if self._queue and self._worker is None:
+            if self._queue and (self._worker is None or not self._worker.is_alive()):
                 worker = threading.Thread(target=self._work, name="neurosteer-decoding")
                 worker.start()
                 self._worker = worker

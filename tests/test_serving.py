@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -515,6 +518,29 @@ def test_the_stream_of_one_visitor_may_be_read_in_several_threads(llama: Tiny) -
         while (step := readers.submit(next, stream, None).result()) is not None:
             pieces.append(step.pieces[0])
     assert "".join(pieces) == Session(llama.lm).generate("we", max_new_tokens=12, sampling=GREEDY)[0].text
+
+
+ABANDONING = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from tiny import tiny
+from neurosteer.serving import SharedSession
+from neurosteer.steering import Session
+
+this = tiny("llama")
+this.blocks[0].register_forward_pre_hook(lambda *_: time.sleep(0.1))
+stream = SharedSession(Session(this.lm)).stream("we", max_new_tokens=200)
+next(stream)
+print(time.time(), flush=True)
+"""
+
+
+def test_a_program_that_ends_while_a_text_is_written_ends_soon_and_quietly() -> None:
+    code = ABANDONING.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    took = time.time() - float(done.stdout)
+    assert done.returncode == 0 and not done.stderr
+    assert took < 10, "it wrote on for nobody"  # the whole text would take 20 s
 
 
 @pytest.mark.embedded

@@ -17,6 +17,7 @@ import gc
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,11 +152,13 @@ def resident_mib() -> float:
 def memory(session: Session, rows: list[Row], requests: int) -> None:
     """Half of the visitors leave before the end, by closing the stream or by asking no more."""
     shared, found = SharedSession(session, patience_s=0.2), []
+    abandoned: deque[object] = deque(maxlen=16)
 
     def come(number: int) -> None:
         stream = shared.stream([rows[number % len(rows)]], max_new_tokens=2 + number % 5, sampling=GREEDY)
         for place, _ in enumerate(stream):
             if number % 2 and place == number % 3:
+                abandoned.append(stream if number % 4 == 1 else None)
                 return
 
     for first in range(0, requests, requests // 10):
