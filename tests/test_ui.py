@@ -34,6 +34,7 @@ from neurosteer.steering import Row, Session
 from neurosteer.storage import pack, unpack
 from neurosteer.ui import render
 from neurosteer.ui.build_tab import BuildHandlers, Settings, Source, build_options, check_sae, read_source
+from neurosteer.ui.gpu import Here
 from neurosteer.ui.jobs import Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder, Models, Status
 from neurosteer.ui.mixer import MOST, Mix
@@ -57,7 +58,7 @@ class Ready(ModelHolder):
 
     def __init__(self, session: Session) -> None:
         super().__init__()
-        self._begun, self._session = True, SharedSession(session)
+        self._begun, self._session = True, Here(session)
         self._status = Status("tiny on CPU, float32", ready=True)
         self._imported.set()
 

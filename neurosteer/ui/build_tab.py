@@ -226,9 +226,10 @@ class BuildHandlers:
         }
         return [gr.update(visible=name in takes, **changes.get(name, {})) for name in _OWN]
 
-    def preview(self, *values: Any) -> str:
+    def preview(self, request: gr.Request, *values: Any) -> str:
         """What is read from the source as it stands."""
         source = Source(*values)
+        self.jobs.keep(request.session_hash, source.file, source.positive_file, source.negative_file)
         try:
             examples = read_source(source)
         except Exception as error:
@@ -286,7 +287,7 @@ class BuildHandlers:
         if "sae" in options:
             check_sae(options["sae"], session.lm)
         started = time.monotonic()
-        artifact = build(session.lm, examples, progress=progress, cancel=cancel, **options)
+        artifact = session.run(build, examples, progress=progress, cancel=cancel, **options)
         return artifact, time.monotonic() - started
 
     def try_it(self, label: str, *values: Any) -> list[Any]:

@@ -5,8 +5,9 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,10 +20,12 @@ BUSY = "Too many visitors are waiting at the moment; what you entered is kept, s
 
 
 class Jobs:
-    """The cancel events of running work, by visitor and kind of work. One visitor never stops another's."""
+    """The cancel events of running work, by visitor and kind of work, and the files that visitors uploaded. One visitor
+    never stops another's work nor removes another's file."""
 
     def __init__(self) -> None:
         self._events: dict[tuple[str | None, str], threading.Event] = {}
+        self._files: dict[str | None, set[Path]] = {}
         self._lock = threading.Lock()
 
     def begin(self, visitor: str | None, kind: str) -> threading.Event:
@@ -56,13 +59,22 @@ class Jobs:
         if event is not None:
             event.set()
 
+    def keep(self, visitor: str | None, *uploads: str | None) -> None:
+        """Remember what a visitor uploaded, to remove it when they leave."""
+        with self._lock:
+            self._files.setdefault(visitor, set()).update(Path(path) for path in uploads if path)
+
     def leave(self, visitor: str | None) -> None:
-        """Stop and forget everything of a visitor who closed the page."""
+        """Stop and forget everything of a visitor who closed the page. (A file that two uploaded is one file.)"""
         with self._lock:
             keys = [key for key in self._events if key[0] == visitor]
             events = [self._events.pop(key) for key in keys]
+            files = self._files.pop(visitor, set()).difference(*self._files.values())
         for event in events:
             event.set()
+        for file in files:
+            with suppress(OSError):
+                file.unlink()
 
 
 def problem(error: Exception) -> str:

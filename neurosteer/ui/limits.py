@@ -15,6 +15,11 @@ def on_a_space() -> bool:
     return bool(os.environ.get("SPACE_ID"))
 
 
+def on_zero_gpu() -> bool:
+    """Whether this is a Space whose GPU comes and goes (ZeroGPU), as `spaces` tells."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
 class Login(Protocol):
     """What gradio hands over of a visitor who logged in."""
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from neurosteer.catalog import catalog, default_model, find_model
 from neurosteer.errors import ModelError, NeuroSteerError
 from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.ui.limits import on_zero_gpu
 
 if TYPE_CHECKING:
     from neurosteer.models import LanguageModel
-    from neurosteer.serving import SharedSession
+    from neurosteer.ui.gpu import ModelSession
 
 logger = logging.getLogger(__name__)
 
@@ -55,28 +56,34 @@ class ModelHolder:
         self._imported = threading.Event()
         self._settled = threading.Event()
         self._status = Status("starting")
-        self._session: SharedSession | None = None
+        self._session: ModelSession | None = None
 
     @property
     def status(self) -> Status:
         return self._status
 
     def start(self) -> None:
-        """Begin to load, unless that is done or under way. After a failure this tries again."""
+        """Begin to load, unless that is done or under way. After a failure this tries again.
+
+        In a thread; on ZeroGPU the main thread, which alone can place it on the GPU, waits until it is there.
+        """
         with self._lock:
             if self._begun and not self._status.failed:
                 return
             self._begun = True
             self._settled.clear()
             self._status = Status("starting")
-        threading.Thread(target=self._run, name="neurosteer-load", daemon=True).start()
+        if on_zero_gpu() and threading.current_thread() is threading.main_thread():
+            self._run()
+        else:
+            threading.Thread(target=self._run, name="neurosteer-load", daemon=True).start()
 
     def start_if_new(self) -> None:
         """Begin to load if nobody has asked yet; a load that failed is left to the visitor to repeat."""
         if not self._begun:
             self.start()
 
-    def wait(self, progress: Progress = silent, cancel: threading.Event | None = None) -> "SharedSession":
+    def wait(self, progress: Progress = silent, cancel: threading.Event | None = None) -> "ModelSession":
         """The session, as soon as the model is there; `progress` hears what it is waiting for.
 
         Raises `ModelError` when loading failed and `Cancelled` when `cancel` is set.
@@ -99,12 +106,10 @@ class ModelHolder:
     def _run(self) -> None:
         try:
             self._status = Status("loading the libraries")
-            from neurosteer import building, storage  # noqa: F401  so that the first click need not
-            from neurosteer.serving import SharedSession
-            from neurosteer.steering import Session
+            from neurosteer.ui import gpu
 
             self._imported.set()
-            self._session = SharedSession(Session(self._load(self._name, self._report)))
+            self._session = gpu.session_of(self._load(self._name, self._report), self._name)
             self._status = Status(_described(self._session.lm), ready=True)
         except NeuroSteerError as error:
             self._status = Status(str(error), failed=True)
@@ -194,12 +199,13 @@ def free_memory_gb() -> float:
 
 
 def _load_by_name(name: str | None, progress: Progress) -> "LanguageModel":
-    from neurosteer.models import load_model
+    from neurosteer.ui import gpu
 
-    return load_model(name, progress=progress)
+    return gpu.load(name, progress)
 
 
 def _described(lm: "LanguageModel") -> str:
     """'SmolLM2-135M-Instruct on CPU, bfloat16'."""
-    device = "CPU" if lm.device.type == "cpu" else "GPU" if lm.device.type == "cuda" else lm.device.type
+    kind = lm.device.type
+    device = "ZeroGPU" if on_zero_gpu() else {"cpu": "CPU", "cuda": "GPU"}.get(kind, kind)
     return f"{lm.name.rsplit('/', 1)[-1]} on {device}, {str(lm.dtype).removeprefix('torch.')}"

@@ -182,8 +182,7 @@ class SteerHandlers:
             return render.error_line(problem(error))
 
     def _coloured(self, kind: str, rows: Any, mix: Mix) -> str:
-        lm = self.models.holder(mix.model).wait().lm
-        return colours.coloured(lm, kind, rows)
+        return self.models.holder(mix.model).wait().run(colours.coloured, kind, rows)
 
     def keep(self, *values: Any) -> list[Any]:
         """Put the recipe aside to compare others with it: `[kept, against, error]`."""
