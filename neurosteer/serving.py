@@ -34,12 +34,14 @@ _OTHER_PROMPT_COLUMNS = 2048
 class SharedSession:
     """A session that many threads use at once: their rows decode together and join and leave between two steps.
 
-    Texts are those that `Session` writes alone (to the last bit of the logits, which depends on the size of a batch in
-    any library). At most `max_rows` rows decode at once; other requests wait in the order they came, and a request of
-    more than half as many rows takes several turns.
+    Texts are those that `Session` writes alone, but for the rounding of the logits, which depends on the rows beside
+    (as in any batch): in float32 that hardly ever decides a token, in bfloat16 now and then. At most `max_rows` rows
+    decode at once; other requests wait in the order they came, and one of more than half as many rows takes several
+    turns.
 
-    All decoding is done in one thread, which is there only while there is something to do: the maths library slows
-    down by half as soon as its threads, in all threads that use it, are more than the processor's cores.
+    All decoding is done in one thread, which is there only while there is something to do. On a CPU every thread that
+    has used the maths library keeps helpers there until it ends, and all slow down when they outnumber the cores: load
+    models and build in threads that end.
     """
 
     def __init__(self, session: Session, *, max_rows: int = MAX_ROWS, patience_s: float = PATIENCE_S) -> None:
