@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 PATIENCE_MS = 120_000
-TABS = ("Steer", "Build", "Library", "About")
+TABS = ("Steer", "Build", "Circuits", "Library", "About")
 HOSTILE = "<img src=x onerror=document.title='taken'> ${1+1} {{1+1}}"
 
 THINGS = ["film", "meal", "room", "book", "concert", "walk", "teacher", "garden", "train", "market"]
@@ -478,3 +478,33 @@ def test_a_file_that_is_too_large_is_refused(page: Any, tmp_path: Path) -> None:
     (tmp_path / "large.csv").write_bytes(b"text,label\n" + b"x" * (21 << 20))
     page.locator("#file input[type=file]").set_input_files(tmp_path / "large.csv")
     page.locator("#preview .ns-error").get_by_text("20 MB").wait_for()
+
+
+def test_the_neurons_of_an_answer_are_found_and_switched_off(page: Any) -> None:
+    go(page, "Circuits")
+    page.locator("#attribute").click()
+    page.locator("#predictions").get_by_text("The circuit × 0").wait_for()
+    for picture in ("heat", "edges"):
+        page.locator(f"#{picture} .js-plotly-plot").wait_for()
+    first = page.locator("#predictions ol").nth(0).locator("li").first.inner_text()
+    without = page.locator("#predictions ol").nth(1).locator("li").first.inner_text()
+    assert first.startswith("·Paris") and not without.startswith("·Paris")
+    number = page.get_by_label("number input for Multiplier")
+    number.fill("1")
+    number.blur()
+    page.locator("#predictions").get_by_text("The circuit × 1").wait_for()
+    both = [page.locator("#predictions ol").nth(place).inner_text() for place in (0, 1)]
+    assert both[0] == both[1]
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#save-circuit").click()
+    page.locator("#circuit").get_by_text("is on your shelf").wait_for()
+    go(page, "Steer")
+    page.get_by_label("Paris-relp: multiplier").first.wait_for()
+
+
+def test_a_circuit_of_nothing_is_one_line(page: Any) -> None:
+    go(page, "Circuits")
+    page.locator("#target input, #target textarea").fill("")
+    page.locator("#attribute").click()
+    page.locator("#circuit-error .ns-error").get_by_text("no next word").wait_for()

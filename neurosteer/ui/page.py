@@ -10,8 +10,9 @@ from gradio.themes import Base, Default
 
 from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.ui import about_tab, build_tab, library_tab, render, steer_tab
+from neurosteer.ui import about_tab, build_tab, circuits_tab, library_tab, render, steer_tab
 from neurosteer.ui.build_tab import BuildHandlers
+from neurosteer.ui.circuits_tab import CircuitHandlers
 from neurosteer.ui.endpoints import Endpoints, serve
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.library_tab import LibraryHandlers
@@ -83,6 +84,8 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
                 steer = steer_tab.lay_out(model, shelf)
             with gr.Tab("Build", id="build"):
                 build = build_tab.lay_out()
+            with gr.Tab("Circuits", id="circuits"):
+                circuits = circuits_tab.lay_out()
             with gr.Tab("Library", id="library") as entry:
                 library = library_tab.lay_out()
             with gr.Tab("About", id="about-tab"):
@@ -90,6 +93,7 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
         build_tab.wire(build, steer.mixer, tabs, page, building)
         steer_tab.wire(steer, steering)
         steer_tab.wire_arrival(steer, page, steering)
+        circuits_tab.wire(circuits, steer.mixer, CircuitHandlers(models, jobs))
         library_tab.wire(library, steer.mixer, tabs, entry, LibraryHandlers(models))
         _wire_status(page, PageHandlers(models, jobs), model, status, retry)
     models.holder().start()
@@ -110,11 +114,11 @@ def _wire_status(
 
 
 def model_label(name: str) -> str:
-    """'SmolLM2-135M-Instruct (chat, 0.6 GB)'."""
+    """'SmolLM2-135M-Instruct (chat, 0.6 GB)': what it is and what memory it needs."""
     known = find_model(name)
     if known is None:
         return name
-    return f"{known.name} ({'chat' if known.chat else 'base'}, {known.memory_gb:g} GB, {known.licence})"
+    return f"{known.name} ({'chat' if known.chat else 'base'}, {known.memory_gb:g} GB)"
 
 
 def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None, **options: Any) -> Any:

@@ -1,0 +1,103 @@
+"""What the Circuits tab shows, as pure functions. Tokens are data: all of it is escaped."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from neurosteer.ui.render import signed, what_it_is
+
+if TYPE_CHECKING:
+    from neurosteer.artifacts import NeuronCircuit
+    from neurosteer.circuits import Attribution
+    from neurosteer.circuits.probing import Prediction
+
+COLUMNS = ("Layer", "Position", "Token", "Neuron", "Score")
+
+_AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
+_TEXT = "#808a9b"
+_MOST_TICKS = 48
+
+
+def visible(token: str) -> str:
+    """A token in printable characters, its space as a mark."""
+    shown = "".join(
+        "·" if char == " " else "↵" if char == "\n" else char if char.isprintable() else "�" for char in token
+    )
+    return shown or "∅"
+
+
+def summary(found: "Attribution", circuit: "NeuronCircuit") -> str:
+    """What was asked, what the metric is, how many neurons."""
+    one = found.prompts[0]
+    against = f" rather than {_quoted(one.counterfactual.text)}" if one.counterfactual else ""
+    part = " It is the first token of what you wrote." if one.target.is_part else ""
+    return (
+        f"<div class='ns-card'><p>{_quoted(one.target.text)}{against}: {signed(round(one.metric, 2))} logits in favour."
+        f"{part}</p><p class='ns-faint'>The {circuit.size:,} strongest neurons ({circuit.share:.2%} of all) in "
+        f"{len(circuit.layers)} layers are the circuit.</p></div>"
+    )
+
+
+def about_circuit(circuit: "NeuronCircuit") -> str:
+    """A circuit of the shelf, in a sentence."""
+    what = f"{what_it_is(circuit)}, made with {circuit.method}."
+    return f"<div class='ns-card'><p><b>{escape(circuit.name)}</b>: {escape(what)}</p></div>"
+
+
+def table(found: "Attribution", count: int) -> list[list[Any]]:
+    """The strongest neurons, a row each, under `COLUMNS`."""
+    from neurosteer.circuits import Selection
+
+    tokens = found.tokens[0]
+    rows = found.rows(Selection("top_k", count))
+    return [[row.layer, row.position, visible(tokens[row.position]), row.neuron, round(row.score, 4)] for row in rows]
+
+
+def circuit_table(circuit: "NeuronCircuit") -> list[list[Any]]:
+    """The neurons of a circuit that belongs to no prompt."""
+    order = circuit.scores.abs().argsort(descending=True).tolist()
+    layers, neurons, scores = circuit.neuron_layers.tolist(), circuit.neurons.tolist(), circuit.scores.tolist()
+    return [[layers[place], "", "", neurons[place], round(scores[place], 4)] for place in order]
+
+
+def heat_map(found: "Attribution") -> Any:
+    """A plotly figure of the scores added up by layer and token."""
+    import plotly.graph_objects as go
+
+    values, tokens = found.prompts[0].by_token, [visible(token) for token in found.tokens[0]]
+    most = float(values.abs().max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=values.tolist(), zmin=-most, zmax=most, colorscale="RdBu", colorbar={"title": "logits", "thickness": 12},
+            hovertemplate="layer %{y}, token %{x}: %{z:.3f}<extra></extra>",
+        )
+    )  # fmt: skip
+    step = max(1, len(tokens) // _MOST_TICKS)
+    places = list(range(0, len(tokens), step))
+    ticks = {"tickvals": places, "ticktext": [escape(tokens[place][:16]) for place in places]}
+    figure.update_layout(
+        height=420, margin={"l": 52, "r": 16, "t": 30, "b": 80}, font={"color": _TEXT, "size": 12},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", dragmode=False,
+        title={"text": "What the neurons of a layer add at a token (blue: towards the word)", "font": {"size": 13}},
+        xaxis={**_AXIS, **ticks, "title": "token"}, yaxis={**_AXIS, "title": "layer", "tickformat": "d"},
+    )  # fmt: skip
+    return figure
+
+
+def predictions(before: "Sequence[Prediction]", after: "Sequence[Prediction]", multiplier: float) -> str:
+    """The likeliest next words, as the model is and with the circuit at `multiplier`."""
+    columns = _column("The model as it is", before) + _column(f"The circuit × {multiplier:g}", after)
+    return f"<div class='ns-card'><div class='ns-samples ns-predictions'>{columns}</div></div>"
+
+
+def _column(title: str, found: "Sequence[Prediction]") -> str:
+    items = "".join(
+        f"<li><bdi class='ns-word'>{escape(visible(one.text))}</bdi> {one.probability:.1%}"
+        f"<span class='ns-bar ns-up' style='--share:{one.probability:.0%}' aria-hidden='true'></span></li>"
+        for one in found
+    )
+    return f"<div><h4>{escape(title)}</h4><ol>{items}</ol></div>"
+
+
+def _quoted(token: str) -> str:
+    return f"<bdi class='ns-word'>{escape(visible(token))}</bdi>"
