@@ -140,5 +140,6 @@ def _taken_together(linear: LinearPass, targets: Sequence[Neuron], layers: Seque
 def _taken_by_row(linear: LinearPass, targets: Sequence[Neuron], layers: Sequence[int]) -> list[Tensor]:
     with torch.enable_grad():
         values = [linear.neurons[layer][row, at, neuron] for row, (layer, at, neuron) in enumerate(targets)]
-        total = torch.stack(values).sum()
+        # Layers may be spread over several GPUs.
+        total = torch.stack([value.to(linear.hidden.device) for value in values]).sum()
     return list(torch.autograd.grad(total, [linear.neurons[layer] for layer in layers]))
