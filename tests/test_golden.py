@@ -9,7 +9,14 @@ import pytest
 
 from neurosteer.artifacts import NeuronCircuit
 from neurosteer.building import build
-from neurosteer.circuits import Attribution, Selection, attribute, find_edges, find_universal
+from neurosteer.circuits import (
+    Attribution,
+    Selection,
+    attribute,
+    find_edges,
+    find_universal,
+    measure_faithfulness,
+)
 from neurosteer.examples import ContrastSet
 from neurosteer.models import LanguageModel
 
@@ -93,6 +100,25 @@ def test_edges_are_those_of_the_public_code(case: dict[str, Any], embedded_lm: L
     assert len(wanted.keys() & ours.keys()) >= count - 1  # those at the cut may change places
     for ends in wanted.keys() & ours.keys():
         assert ours[ends] == pytest.approx(wanted[ends], rel=0.01)
+
+
+@pytest.mark.parametrize("case", cases("faithfulness"))
+def test_faithfulness_is_that_of_the_public_code(case: dict[str, Any], embedded_lm: LanguageModel) -> None:
+    raw = not case["chat_template"]
+    found = attribute(
+        embedded_lm, case["prompts"], case["targets"], case["counterfactuals"], raw=raw, keep_universal=True
+    )
+    percents = [row["threshold"] for row in case["rows"]]
+    result = measure_faithfulness(embedded_lm, found, percents=percents, ablation=case["ablation"], draws=0)
+    assert result.full == pytest.approx(case["mean_logit_diff"], rel=1e-3)
+    assert result.empty == pytest.approx(case["rows"][0]["fempty"], rel=1e-3)
+    assert result.ranked == case["n_attributed"]
+    for ours, wanted in zip(result.rows, case["rows"], strict=True):
+        assert ours.neurons == wanted["n_nodes"]
+        assert ours.circuit == pytest.approx(wanted["fc"], rel=1e-3)
+        assert ours.complement == pytest.approx(wanted["fccomp"], rel=1e-3)
+        assert ours.faithfulness == pytest.approx(wanted["faithfulness"], rel=1e-3, abs=1e-5)
+        assert ours.completeness == pytest.approx(wanted["completeness"], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("case", cases("universal"))

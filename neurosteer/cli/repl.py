@@ -309,7 +309,7 @@ class Shell(cmd.Cmd):
     def _compare(self, circuit: NeuronCircuit, multiplier: float) -> None:
         """What comes next, and what is written, without steering and with the circuit at `multiplier`."""
         recipe = at_multiplier(circuit, multiplier)
-        out.print(f"{circuit.name}: {circuit.size} neurons × {multiplier:g}")
+        out.print(f"{circuit.name}: {circuit.size} neuron{'s' if circuit.size > 1 else ''} × {multiplier:g}")
         before, after = (top_predictions(self.lm, self._text(), one, 5, raw=self.raw) for one in (UNSTEERED, recipe))
         table = new_table(("Before", "Probability", "After", "Probability"), right=("Probability",))
         for one, other in zip(before, after, strict=True):
