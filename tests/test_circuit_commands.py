@@ -144,6 +144,7 @@ def test_mistakes_end_with_code_2_and_one_line_that_names_the_value(
     assert_one_clear_line(run("attribute", *asked, "--top-k", "5", "--share", "0.5", *model), "top_k and share")
     assert_one_clear_line(run("attribute", *asked, "--aggregate", "sum", *model), "sum")
     assert_one_clear_line(run("attribute", *asked, "--target", "b", *model), "2 targets", "1 prompts")
+    assert_one_clear_line(run("attribute", *asked, "--specific", "--keep-universal", *model), "--specific")
     assert_one_clear_line(run("edges", *asked, "--targets", "0", *model), "n_targets is 0")
     assert_one_clear_line(run("edges", *asked, "--prompt", "we", *model), "2 prompts")
     assert_one_clear_line(run("faithfulness", *asked, "--percents", "1,two", *model), "1,two")

@@ -10,13 +10,19 @@ from tiny import D_MLP, Tiny, make_circuit, make_tiny, make_vector, naive_logits
 
 from neurosteer.artifacts import ModelReference, NeuronCircuit
 from neurosteer.circuits import (
+    Choice,
+    NextToken,
     at_multiplier,
+    everyday_prompts,
+    find_universal,
+    find_unspecific,
     next_token_probs,
     part,
     random_like,
     sweep_multipliers,
     top_predictions,
 )
+from neurosteer.circuits.scores import score_prompts
 from neurosteer.errors import MismatchError, UsageError
 from neurosteer.models import describe_model
 from neurosteer.recipes import UNSTEERED, Recipe, Use
@@ -168,3 +174,20 @@ def test_bad_input_is_refused_in_one_line(llama: Tiny) -> None:
     refused(lambda: sweep_multipliers(lm, foreign, PROMPT, [0]), MismatchError, "other")
     words = describe_model(make_tiny("llama").model, word_tokenizer(), name="tiny/words")
     refused(lambda: next_token_probs(words, "one two", "elephant", raw=True), UsageError, "elephant", "tiny/words")
+
+
+def test_unspecific_neurons_are_those_that_many_everyday_answers_are_owed_to(llama: Tiny) -> None:
+    top, share, prompts = 12, 0.25, everyday_prompts()
+    counts: dict[tuple[int, int], int] = {}
+    for prompt in prompts:
+        best, second = (NextToken(one.id, one.text) for one in top_predictions(llama.lm, prompt, k=2, raw=True))
+        choice = Choice(prompt, tuple(llama.lm.prompt_ids(prompt, raw=True)), best, second)
+        (found_alone,) = score_prompts(llama.lm, [choice])
+        for key in found_alone.strongest.abs().flatten().topk(top).indices.tolist():
+            counts[divmod(key, D_MLP)] = counts.get(divmod(key, D_MLP), 0) + 1
+    wanted = {pair for pair, count in counts.items() if count >= share * len(prompts)}
+    found = find_unspecific(llama.lm, top=top, share=share)
+    assert wanted and set(found.neurons) == wanted | set(find_universal(llama.lm).neurons)
+    refused(lambda: find_unspecific(llama.lm, top=0), UsageError, "top is 0")
+    refused(lambda: find_unspecific(llama.lm, share=1.5), UsageError, "1.5")
+    refused(lambda: find_unspecific(llama.lm, []), UsageError, "no prompt")

@@ -18,6 +18,7 @@ from neurosteer.circuits.probing import (
 )
 from neurosteer.circuits.scores import METRICS, NeuronScore, PromptAttribution
 from neurosteer.circuits.selection import RULES, Selection
+from neurosteer.circuits.specific import find_unspecific
 from neurosteer.circuits.universal import UniversalNeurons, everyday_prompts, find_universal
 from neurosteer.circuits.weights import Neuron, SuperWeight, edge_weights
 
@@ -58,6 +59,7 @@ __all__ = [
     "figure_html",
     "find_edges",
     "find_universal",
+    "find_unspecific",
     "linear_logits",
     "linear_pass",
     "linearised",

@@ -39,6 +39,9 @@ AttentionOption = Annotated[str, typer.Option("--attention", help="full, or froz
 KeepUniversalOption = Annotated[
     bool, typer.Option("--keep-universal", help="Count neurons that fire whatever the text is about, too.")
 ]
+SpecificOption = Annotated[
+    bool, typer.Option("--specific", help="Leave out neurons, too, that everyday answers are owed to.")
+]
 SeedResponseOption = Annotated[str, typer.Option("--seed-response", help="How the answer begins, before the target.")]
 TopKOption = Annotated[int | None, typer.Option("--top-k", help="The strongest neurons, this many (200).")]
 ShareOption = Annotated[float | None, typer.Option("--share", help="The fewest that make up this share (0 to 1).")]
@@ -63,6 +66,7 @@ def attribute(
     attention: AttentionOption = "full",
     seed_response: SeedResponseOption = "",
     keep_universal: KeepUniversalOption = False,
+    specific: SpecificOption = False,
     model: ModelOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -74,7 +78,8 @@ def attribute(
     from neurosteer.storage import save
 
     select = _selection(top_k, share, percent, per_layer)
-    asked = {"metric": metric, "attention": attention, "seed_response": seed_response, "keep_universal": keep_universal}
+    asked: dict[str, Any] = {"metric": metric, "attention": attention, "seed_response": seed_response}
+    asked |= {"keep_universal": keep_universal, "specific": specific}
     with progress_line() as progress:
         lm = load(model, revision, device, dtype, progress)
         found = _attributed(lm, prompt, target, counterfactual, raw, asked, progress)
@@ -106,6 +111,7 @@ def edges(
     attention: AttentionOption = "full",
     seed_response: SeedResponseOption = "",
     keep_universal: KeepUniversalOption = False,
+    specific: SpecificOption = False,
     model: ModelOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -119,7 +125,8 @@ def edges(
     if len(prompt) != 1:
         raise UsageError(f"There are {len(prompt)} prompts; edges are those of one.")
     select = _selection(top_k, share, percent, per_layer)
-    asked = {"metric": metric, "attention": attention, "seed_response": seed_response, "keep_universal": keep_universal}
+    asked: dict[str, Any] = {"metric": metric, "attention": attention, "seed_response": seed_response}
+    asked |= {"keep_universal": keep_universal, "specific": specific}
     with progress_line() as progress:
         lm = load(model, revision, device, dtype, progress)
         found = _attributed(lm, prompt, target, counterfactual, raw, asked, progress)
@@ -158,6 +165,7 @@ def faithfulness(
     attention: AttentionOption = "full",
     seed_response: SeedResponseOption = "",
     keep_universal: KeepUniversalOption = False,
+    specific: SpecificOption = False,
     model: ModelOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -170,7 +178,8 @@ def faithfulness(
 
     sizes = numbers(percents, "--percents")
     chosen = _circuit(circuit) if circuit is not None else None
-    asked = {"metric": metric, "attention": attention, "seed_response": seed_response, "keep_universal": keep_universal}
+    asked: dict[str, Any] = {"metric": metric, "attention": attention, "seed_response": seed_response}
+    asked |= {"keep_universal": keep_universal, "specific": specific}
     with progress_line() as progress:
         lm = load(model or (chosen.model.name if chosen else None), revision, device, dtype, progress)
         found = _attributed(lm, prompt, target, counterfactual, raw, asked, progress)
@@ -287,9 +296,15 @@ def _attributed(
     progress: Progress,
 ) -> "Attribution":
     from neurosteer.circuits import attribute as find
+    from neurosteer.circuits import find_unspecific
 
+    given = dict(options)
+    if given.pop("specific"):
+        if given["keep_universal"]:
+            raise UsageError("--specific leaves out neurons that --keep-universal keeps; give one of them.")
+        given["universal"] = find_unspecific(lm, progress=progress)
     others = _one_or_each(counterfactuals) if counterfactuals else None
-    return find(lm, prompts, _one_or_each(targets), others, raw=raw, progress=progress, **options)
+    return find(lm, prompts, _one_or_each(targets), others, raw=raw, progress=progress, **given)
 
 
 def _one_or_each(texts: Sequence[str]) -> str | Sequence[str]:

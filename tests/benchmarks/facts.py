@@ -6,8 +6,11 @@ unrelated prompts keep their likeliest next token. The facts are the first ten o
 token is the model's top prediction; the other ones it knows, and the beginning of a story, are the unrelated prompts.
 
     python tests/benchmarks/facts.py [--model NAME] [--neurons 10,46,200] [--draws 5] [--named]
+        [--specific] [--swap]
 
-Circuits are found against the best other token; with `--named` against a wrong answer of the same kind.
+Circuits are found against the best other token; with `--named` against a wrong answer of the same kind. `--specific`
+leaves out neurons that everyday answers are owed to as well. `--swap` makes the other known facts the ones ablated, and
+these the unrelated prompts.
 """
 
 import argparse
@@ -15,9 +18,11 @@ from collections.abc import Sequence
 
 from neurosteer.circuits import (
     Selection,
+    UniversalNeurons,
     at_multiplier,
     attribute,
     find_universal,
+    find_unspecific,
     next_token_probs,
     random_like,
     top_predictions,
@@ -82,20 +87,25 @@ def best_tokens(lm: LanguageModel, prompts: Sequence[str], recipe: Recipe = UNST
 
 
 def measure(
-    lm: LanguageModel, facts: Sequence[Fact], unrelated: Sequence[str], size: int, draws: int, named: bool
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    unrelated: Sequence[str],
+    size: int,
+    draws: int,
+    named: bool,
+    left_out: UniversalNeurons,
 ) -> None:
     """A table of the facts, each with its circuit of `size` neurons ablated."""
     plain = best_tokens(lm, unrelated)
-    spared = find_universal(lm).all
     print(f"\n{size} neurons ({size / (lm.n_layers * lm.shape.d_mlp):.2%}); {len(unrelated)} unrelated prompts")
     print("| fact | before | circuit ablated | random: mean (least) | unrelated kept | by random | story |")
     print("|---|---|---|---|---|---|---|")
     sums = [0.0] * 5
     for prompt, token, wrong in facts:
-        found = attribute(lm, prompt, token, wrong if named else None, raw=True)
+        found = attribute(lm, prompt, token, wrong if named else None, raw=True, universal=left_out)
         circuit = found.circuit(select=Selection("top_k", size))
         ablated = at_multiplier(circuit, 0.0)
-        randoms = [at_multiplier(random_like(circuit, seed, leave_out=spared), 0.0) for seed in range(draws)]
+        randoms = [at_multiplier(random_like(circuit, seed, leave_out=left_out.all), 0.0) for seed in range(draws)]
         recipes = (UNSTEERED, ablated, *randoms)
         before, after, *chance = (next_token_probs(lm, prompt, token, one, raw=True)[token] for one in recipes)
         changed = [best_tokens(lm, unrelated, one) for one in (ablated, randoms[0])]
@@ -117,12 +127,17 @@ def main() -> None:
     parser.add_argument("--neurons", default="10,46,200")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--named", action="store_true")
+    parser.add_argument("--specific", action="store_true")
+    parser.add_argument("--swap", action="store_true")
     options = parser.parse_args()
     lm = load_model(options.model, device="cpu", dtype="float32")
     known = known_facts(lm)
-    unrelated = [*(prompt for prompt, _, _ in known[KEPT:]), STORY]
+    facts, others = (known[KEPT:], known[:KEPT]) if options.swap else (known[:KEPT], known[KEPT:])
+    left_out = find_unspecific(lm) if options.specific else find_universal(lm)
+    unrelated = [*(prompt for prompt, _, _ in others), STORY]
+    print(f"\n{len(left_out.all)} neurons are left out of circuits and random draws")
     for size in options.neurons.split(","):
-        measure(lm, known[:KEPT], unrelated, int(size), options.draws, options.named)
+        measure(lm, facts, unrelated, int(size), options.draws, options.named, left_out)
 
 
 if __name__ == "__main__":
