@@ -40,12 +40,12 @@ def test_the_projection_is_that_of_a_naive_forward(each: Tiny) -> None:
         residual[layer, len(before) :] @ (direction / direction.norm()) / vector.norms[layer]
         for layer, direction in vector.directions.items()
     ]
-    check(projections(each.lm, vector, PROMPT, TEXT), mean_over_pieces(each, TEXT, sum(along) / 2))
-    total = sum(
+    check(projections(each.lm, vector, PROMPT, TEXT), mean_over_pieces(each, TEXT, torch.stack(along).mean(0)))
+    parts = [
         neurons[int(layer), len(before) :, int(neuron)] * difference
         for layer, neuron, difference in zip(circuit.neuron_layers, circuit.neurons, circuit.differences, strict=True)
-    )
-    wanted = total / float((circuit.differences**2).sum())
+    ]
+    wanted = torch.stack(parts).sum(0) / float((circuit.differences**2).sum())
     check(projections(each.lm, circuit, PROMPT, TEXT), mean_over_pieces(each, TEXT, wanted))
 
 

@@ -269,7 +269,8 @@ def test_two_visitors_never_stop_each_other(steering: SteerHandlers, llama: Tiny
     vector = make_vector((1,), model=llama.lm.reference)
     mixed = mix_values({"v": vector}, ["v"])
     anna, bert = (steering.run(visitor(name), *ask(max_new_tokens=40), *mixed) for name in ("anna", "bert"))
-    next(anna), next(bert)
+    next(anna)
+    next(bert)
     steering.stop(visitor("anna"))
     assert "ended before" in list(anna)[-1].note and "40 + " in list(bert)[-1].note
     assert new_talk() == {"unsteered": [], "steered": []} and threading.active_count() > 0

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/page_speed.py [--rounds 10]
 
-Starts `python app.py` on a free port and opens it in Chromium with an empty cache. The time from a click on a ready-made
-recipe to the first characters of the steered text on screen stands beside that of one unsteered prefill and step of the
-same prompt in this process, taken in turns.
+Starts `python app.py` on a free port and opens it in Chromium with an empty cache. The time from a click on a
+ready-made recipe to the first characters of the steered text on screen stands beside that of one unsteered prefill and
+step of the same prompt in this process, taken in turns.
 """
 
 import argparse
@@ -31,7 +31,10 @@ FIRST_TOKEN = """() => new Promise((done) => {
   const button = [...document.querySelectorAll("#presets button")][0];
   const before = text.value;
   const clicked = performance.now();
-  const look = () => (text.value && text.value !== before ? done(performance.now() - clicked) : requestAnimationFrame(look));
+  const look = () => {
+    if (text.value && text.value !== before) done(performance.now() - clicked);
+    else requestAnimationFrame(look);
+  };
   button.click();
   look();
 })"""
@@ -94,7 +97,8 @@ def main() -> None:
             page.goto(f"http://127.0.0.1:{port}")
             page.locator("#model-status").get_by_text("Model: ready").wait_for(timeout=120_000)
             first_load(browser, f"http://127.0.0.1:{port}")
-            click_to_token(page), prefill_and_step(session)
+            click_to_token(page)
+            prefill_and_step(session)
             pairs = [(click_to_token(page), prefill_and_step(session)) for _ in range(rounds)]
             browser.close()
     finally:
