@@ -176,7 +176,7 @@ def _settings_inputs() -> tuple[Any, ...]:
             temperature = gr.Slider(0.05, 2.0, value=0.8, step=0.05, label="Temperature", info="Higher is more varied")
             top_p = gr.Slider(0.05, 1.0, value=0.95, step=0.05, label="Top-p", info="Lower drops unlikely words")
         with gr.Row():
-            seed = gr.Number(0, label="Seed", info="The same seed gives the same texts, if nobody writes meanwhile", precision=0)
+            seed = gr.Number(0, label="Seed", info="The same seed, the same texts", precision=0)
             greedy = gr.Checkbox(False, label="Greedy", info="Always the likeliest word; no chance involved")
     return length, temperature, top_p, seed, greedy
 
