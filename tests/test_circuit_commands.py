@@ -168,6 +168,11 @@ def test_an_unknown_token_is_refused(run: Run, llama: Tiny, tmp_path: Path) -> N
 # --- the shell -------------------------------------------------------------------------------------------------------
 
 
+def _heed_interrupts() -> None:
+    """What runs in the background of a script ignores them, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`neurosteer repl` in a process of its own behind a pseudo-terminal."""
 
@@ -176,7 +181,14 @@ class Terminal:
         environment = {**os.environ, "NEUROSTEER_CACHE": str(cache), "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "neurosteer.cli", "repl", *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment, start_new_session=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=cwd,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         os.close(slave)
         self.seen = ""
