@@ -5,7 +5,7 @@ from this one and used again, all that goes there or comes back is pickled, and 
 here. Only its last step is another: a forked process finds those tensors on its CPU.
 
 As a program, `zero_gpu.py FOLDER` tries a model out in such a process and prints what happened as JSON;
-`zero_gpu.py --serve ARGUMENTS` is `app.py` on such a Space.
+`zero_gpu.py --serve LOANS ARGUMENTS` is `app.py` on such a Space; the file LOANS tells how many GPUs are out.
 """
 
 import base64
@@ -328,28 +328,33 @@ def _try_out(folder: str) -> dict[str, Any]:
     return found
 
 
-def _serve(arguments: list[str]) -> None:
+def _serve(loans: str, arguments: list[str]) -> None:
     scheduler = begin()
     slow_steps(0.02)
     sys.argv = ["app.py", *arguments]
-    threading.Thread(target=_report, args=(scheduler,), daemon=True).start()
+    threading.Thread(target=_report, args=(scheduler, Path(loans)), daemon=True).start()
     runpy.run_path(str(Path(__file__).parent.parent / "app.py"), run_name="__main__")
 
 
-def _report(scheduler: Scheduler) -> None:
-    """Whenever it changes: how often the page has begun, how many loans were asked for, and how many are out."""
+def _report(scheduler: Scheduler, out: Path) -> None:
+    """Whenever it changes: how often the page has begun, how many loans were asked for, and how many are out.
+
+    In a file of its own, replaced as a whole: what is printed mixes with what other threads and processes print.
+    """
     last: list[int] = []
     while True:
         now = [scheduler.begun, len(scheduler.asked), scheduler.lent]
         if now != last:
-            print("LOANS", *now, flush=True)
+            fresh = out.with_suffix(".new")
+            fresh.write_text(json.dumps(now))
+            fresh.replace(out)
             last = now
         time.sleep(0.02)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        _serve(sys.argv[2:])
+        _serve(sys.argv[2], sys.argv[3:])
     else:
         answer = _try_out(sys.argv[1])
         print("\nFOUND", json.dumps(answer), flush=True)
