@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from neurosteer.examples import ContrastSet, paste_examples, read_examples
     from neurosteer.features import feature_vector
     from neurosteer.hub import pull, push, search
+    from neurosteer.lm_harness import harness
     from neurosteer.models import LanguageModel, load_model
     from neurosteer.recipes import Recipe, Use
     from neurosteer.saes import SparseAutoencoder, load_sae
@@ -54,6 +55,7 @@ _HOMES = {
     "decompose": "circuits",
     "feature_vector": "features",
     "find_edges": "circuits",
+    "harness": "lm_harness",
     "load": "storage",
     "load_model": "models",
     "load_sae": "saes",
@@ -91,6 +93,7 @@ __all__ = [
     "decompose",
     "feature_vector",
     "find_edges",
+    "harness",
     "load",
     "load_model",
     "load_sae",

@@ -9,7 +9,15 @@ import sys
 
 import typer
 
-from neurosteer.cli import build_commands, circuit_commands, hub_commands, sae_commands, show_commands, steer_commands
+from neurosteer.cli import (
+    build_commands,
+    circuit_commands,
+    harness_commands,
+    hub_commands,
+    sae_commands,
+    show_commands,
+    steer_commands,
+)
 from neurosteer.cli.output import fail
 from neurosteer.errors import NeuroSteerError
 
@@ -30,6 +38,7 @@ app.command("build")(build_commands.build)
 app.command("layers")(build_commands.layers)
 app.command("steer")(steer_commands.steer)
 app.command("sweep")(steer_commands.sweep)
+app.command("harness")(harness_commands.harness)
 app.command("attribute")(circuit_commands.attribute)
 app.command("edges")(circuit_commands.edges)
 app.command("faithfulness")(circuit_commands.faithfulness)

@@ -1,0 +1,87 @@
+"""The verb that asks lm-evaluation-harness what a recipe does to capability."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neurosteer.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RawOption,
+    RevisionOption,
+    UseOption,
+    load,
+)
+from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.steer_commands import _model_of, _recipe, _uses
+
+if TYPE_CHECKING:
+    from neurosteer.lm_harness import HarnessResult
+
+
+def harness(
+    use: UseOption,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--tasks", help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again."
+        ),
+    ],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for harness.json and harness_samples.jsonl.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The first documents of each task, this many.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Requests in one pass.")] = 8,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    raw: RawOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure capability on tasks of lm-evaluation-harness (an extra), unsteered and steered."""
+    from neurosteer.lm_harness import find_tasks, harness, write_harness
+
+    uses = _uses(use)
+    names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
+    find_tasks(names)  # mistakes show before the model is loaded
+    with progress_line() as progress:
+        lm = load(model or _model_of(uses), revision, device, dtype, progress)
+        recipe, _ = _recipe(uses, lm, progress)
+    found = harness(lm, recipe, names, limit=limit, batch_size=batch_size, raw=raw)
+    written = write_harness(found, folder) if folder is not None else []
+    if as_json:
+        print_json(found.data())
+        return
+    _print_figures(found)
+    if written:
+        out.print(f"Written: {', '.join(map(str, written))}.")
+
+
+def _print_figures(found: "HarnessResult") -> None:
+    table = new_table(
+        ["task", "metric", "documents", "unsteered", "steered", "difference"],
+        right=("documents", "unsteered", "steered", "difference"),
+    )
+    for figure in found.figures:
+        metric = figure.metric if figure.filter == "none" else f"{figure.metric} ({figure.filter})"
+        plain, steered = figure.unsteered, figure.steered
+        difference = "–" if plain is None or steered is None else f"{steered - plain:+.4f}"
+        table.add_row(
+            figure.task,
+            metric,
+            str(figure.n),
+            _with_error(plain, figure.unsteered_error),
+            _with_error(steered, figure.steered_error),
+            difference,
+        )
+    print_table(table)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
