@@ -37,6 +37,8 @@ _MARKED = re.compile(re.escape(_MARK.strip()).replace(re.escape("{digest}"), "([
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&!@$]|(?<=www)\.|:(?=//)|^[-+=]", re.IGNORECASE)
 _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 _LONGEST_CELL, _MOST_ROWS, _MOST_COLUMNS = 300, 200, 12
+_LISTED_PROMPTS, _LONGEST_PROMPT = 3, 80
+_OF_PROMPTS = ("prompts", "targets", "counterfactuals", "metrics")  # parameters of `relp`, one entry a prompt each
 
 
 def strength_meaning(artifact: Artifact) -> str:
@@ -53,6 +55,25 @@ def layers_text(artifact: Artifact) -> str:
     if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))
+
+
+def parameter_rows(artifact: Artifact) -> list[tuple[str, str]]:
+    """What `artifact` was made with, as names and one line of plain text each; long lists are told by their number."""
+    parameters = dict(artifact.parameters)
+    answers = _answers([parameters.get(key) for key in _OF_PROMPTS]) if artifact.method == "relp" else []
+    rows = [("Made for", answer) for answer in answers[:_LISTED_PROMPTS]]
+    if answers:
+        if len(answers) > _LISTED_PROMPTS:
+            rows.append(("Made for", f"… {len(answers)} prompts in all"))
+        found = [parameters.pop(key, None) for key in ("universal", "super_weights")]
+        universal, super_weights = (len(one) if isinstance(one, list) else 0 for one in found)
+        verb = "counted too" if parameters.pop("keep_universal", False) else "left out"
+        rows.append(("Universal neurons", f"{universal}, and {super_weights} super weights: {verb}"))
+        parameters = {key: value for key, value in parameters.items() if key not in _OF_PROMPTS}
+    pairs = [f"{_plain(key)} {_value_text(value)}" for key, value in parameters.items() if value not in ("", None)]
+    if pairs:
+        rows.append(("Parameters", "; ".join(pairs)))
+    return rows
 
 
 def render_card(
@@ -206,11 +227,11 @@ def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
     model, source = artifact.model, artifact.provenance
     shape = f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
     revision = f", revision {_code(model.revision)}" if model.revision else ""
-    parameters = json.dumps(dict(artifact.parameters), ensure_ascii=False)
     weights = f"fingerprint of the weights {_code(model.fingerprint)}"
     rows = [
         ("Base model", f"{_model_link(model.name)}{revision}; {shape}; {weights}"),
-        ("Method", _code(artifact.method) + (f" with {_code(parameters)}" if artifact.parameters else "")),
+        ("Method", _code(artifact.method)),
+        *((name, _cell(value)) for name, value in parameter_rows(artifact)),
     ]
     if source.n_positive or source.n_negative:  # neither for a sum nor for a single feature
         cut = f", {source.n_cut} of them cut" if source.n_cut else ""
@@ -227,6 +248,31 @@ def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
     if source.created:
         rows.append(("Made", f"{_cell(source.created)} with NeuroSteer {_cell(source.version)}"))
     return rows
+
+
+def _answers(columns: Sequence[object]) -> list[str]:
+    """Per prompt the token that a circuit was found for; empty where the parameters are not as `relp` writes them."""
+    if not all(isinstance(column, list) for column in columns):
+        return []
+    lines = []
+    for prompt, target, other, metric in zip(*columns, strict=False):  # type: ignore[call-overload]
+        if not isinstance(target, Mapping) or not _is_number(metric):
+            return []
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        shown = text if len(text) <= _LONGEST_PROMPT else "…" + text[-_LONGEST_PROMPT:]
+        against = f" rather than {_quoted(str(other.get('text')))}" if isinstance(other, Mapping) else ""
+        lines.append(f"{_quoted(shown)} → {_quoted(str(target.get('text')))}{against} ({metric:+.3g} logits)")
+    return lines
+
+
+def _value_text(value: object) -> str:
+    """A parameter's value on one line: words, numbers and short lists of them as such, all else as JSON."""
+    if isinstance(value, list) and 0 < len(value) <= _MOST_COLUMNS and not any(isinstance(one, list) for one in value):
+        return " ".join(map(_value_text, value))
+    if isinstance(value, str) and value and " " not in value and value.isprintable():
+        return value
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)
 
 
 def _what(artifact: Artifact) -> str:

@@ -34,7 +34,7 @@ from neurosteer.artifacts import (
     Receipt,
     SteeringVector,
 )
-from neurosteer.cards import is_generated, render_card, render_pack_card
+from neurosteer.cards import is_generated, parameter_rows, render_card, render_pack_card
 from neurosteer.decoding import Sampling
 from neurosteer.hub import push
 from neurosteer.models import LanguageModel, load_model
@@ -256,12 +256,42 @@ def test_a_card_tells_where_an_artifact_comes_from() -> None:
     card = render_card(vector)
     for fact in (
         "300 positive and 200 negative texts, 3 of them cut", "ab" * 32, "best among layers 0-3", "0.1.0", "reviews",
-        "answer, tokens mean", "4 layers, d_model 32, d_mlp 64", "`0123456789abcdef`", "`r1`", '{"rank": "write"}',
+        "answer, tokens mean", "4 layers, d_model 32, d_mlp 64", "`0123456789abcdef`", "`r1`", "rank write",
         "strength 1 adds a push of 0.3", "not calibrated", "Limits and misuse", "Not yet measured",
     ):  # fmt: skip
         assert fact in card, fact
     plain = render_card(make_vector(name="sum", provenance=Provenance(parents=("one", "two"))))
     assert "Examples" not in plain and "`one`, `two`" in plain
+
+
+RELP: dict[str, Any] = {
+    "metric": "difference", "raw": True, "seed_response": "", "prompts": ["a | b", "x" * 90, "c", "d"],
+    "targets": [{"id": 3, "text": " Paris", "given": " Paris", "n_tokens": 1}] * 4,
+    "counterfactuals": [{"id": 4, "text": "\n"}, None, None, None], "metrics": [2.5, -1.25, 0.0, 0.0],
+    "select": ["top_k", 200], "keep_universal": False, "universal": [[1, 2], [3, 4]], "super_weights": [[0, 5]],
+}  # fmt: skip
+
+
+def test_a_circuit_of_answers_names_them_and_counts_what_is_long() -> None:
+    circuit = make_circuit(method="relp", parameters=RELP)
+    assert parameter_rows(circuit) == [
+        ("Made for", "'a | b' → ' Paris' rather than '\\n' (+2.5 logits)"),
+        ("Made for", f"'…{'x' * 80}' → ' Paris' (-1.25 logits)"),
+        ("Made for", "'c' → ' Paris' (+0 logits)"),
+        ("Made for", "… 4 prompts in all"),
+        ("Universal neurons", "2, and 1 super weights: left out"),
+        ("Parameters", "metric difference; raw true; select top_k 200"),
+    ]
+    assert "| Universal neurons | 2, and 1 super weights: left out |" in render_card(circuit)
+    kept = replace(circuit, parameters={**RELP, "keep_universal": True})
+    assert ("Universal neurons", "2, and 1 super weights: counted too") in parameter_rows(kept)
+
+
+@pytest.mark.parametrize("key", ["prompts", "targets", "counterfactuals", "metrics", "universal", "super_weights"])
+@pytest.mark.parametrize("value", [None, 3, "text", {}, [], [None], [{"text": {"a": 1}}], [[3]] * 9])
+def test_parameters_of_somebody_else_are_shown_whatever_they_are(key: str, value: Any) -> None:
+    rows = parameter_rows(make_circuit(method="relp", parameters={**RELP, key: value}))
+    assert rows and all(text.isprintable() for row in rows for text in row)
 
 
 def test_features_are_listed_without_the_builders_texts() -> None:
