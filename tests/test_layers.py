@@ -16,7 +16,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("sources", "adapters"),
     ("models", "cards", "plots"),
     ("storage", "activations", "saes", "recipes"),
-    ("methods.base", "plans", "decoding", "combining"),
+    ("methods.base", "plans", "decoding", "combining", "twins"),
     (
         "methods.caa",
         "methods.pca",
