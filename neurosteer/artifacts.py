@@ -61,7 +61,11 @@ class ModelReference:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an artifact comes from: the data, how it was read, and why these layers."""
+    """Where an artifact comes from: the data, how it was read, and why these layers.
+
+    `candidates` are the choices of layers that were compared at equal KL, a mapping of figures each; `hold_out` is the
+    share of each class that took no part in building (`building.held_out_half` tells which).
+    """
 
     created: str = ""
     version: str = ""
@@ -75,6 +79,8 @@ class Provenance:
     tokens: str = ""
     layer_choice: str = ""
     separation: Mapping[int, float] = field(default_factory=dict)
+    candidates: Sequence[Mapping[str, Any]] = ()
+    hold_out: float = 0.0
     parents: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -83,7 +89,10 @@ class Provenance:
         for key in ("n_positive", "n_negative", "n_cut"):
             if not _is_int(getattr(self, key)) or getattr(self, key) < 0:
                 raise ArtifactError(f"The provenance's {key} is {_shown(getattr(self, key))}; it must be a count.")
+        if not _is_finite(self.hold_out) or not 0 <= self.hold_out < 1:
+            raise ArtifactError(f"The provenance's hold_out is {_shown(self.hold_out)}; it must be a share below 1.")
         _check_json("provenance's counts and parents", [dict(self.dropped), list(self.parents)])
+        _check_json("provenance's candidates", [dict(one) for one in self.candidates])
         for layer, value in self.separation.items():
             if not _is_int(layer) or not _is_finite(value):
                 raise ArtifactError(
@@ -94,17 +103,52 @@ class Provenance:
 @dataclass(frozen=True)
 class Calibration:
     """What strength 1 means. `amount` is a dose (add), a share (ablate), the activation a feature is held at (clamp), a
-    multiplier (scale) or a number of class differences (shift); `measured` says whether it was found by measurement
-    or is the default."""
+    multiplier (scale) or a number of class differences (shift); `amount_down`, of the same kind, is what strength −1
+    means where it was measured by itself, else the opposite of `amount`.
+
+    `measured` says whether they were found by measurement or are the default. Measured, `kl` and `kl_down` are what the
+    amounts came to: the `percentile` of the per-token KL from the unsteered model in nats, over the continuations (by
+    `n_tokens` tokens) of the prompts with that SHA-256; `target_kl` is what was aimed at, `note` says why it was not
+    reached.
+    """
 
     amount: float
     measured: bool = False
+    amount_down: float | None = None
+    target_kl: float | None = None
+    percentile: float | None = None
+    n_tokens: int | None = None
+    n_prompts: int | None = None
+    prompts_sha256: str = ""
+    kl: float | None = None
+    kl_down: float | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not _is_finite(self.amount):
             raise ArtifactError(f"The calibrated amount is {_shown(self.amount)}; it must be a finite number.")
         if not isinstance(self.measured, bool):
             raise ArtifactError(f"The calibration's 'measured' is {_shown(self.measured)}; it must be true or false.")
+        for key in ("amount_down", "target_kl", "percentile", "kl", "kl_down"):
+            value = getattr(self, key)
+            if value is not None and not _is_finite(value):
+                raise ArtifactError(f"The calibration's {key} is {_shown(value)}; it must be a finite number.")
+        for key in ("n_tokens", "n_prompts"):
+            value = getattr(self, key)
+            if value is not None and not _is_int(value):
+                raise ArtifactError(f"The calibration's {key} is {_shown(value)}; it must be a count.")
+        _check_text("calibration's note", self.note, 1000, empty=True)
+        _check_text("calibration's prompts_sha256", self.prompts_sha256, 64, empty=True)
+
+    def unmeasured(self) -> "Calibration":
+        """The same amounts for an artifact that was changed, on which nothing was measured."""
+        return Calibration(self.amount, amount_down=self.amount_down)
+
+    def turned_round(self) -> "Calibration":
+        """For a direction that was turned round: what strength 1 did, −1 does now."""
+        if self.amount_down is None:
+            return self
+        return replace(self, amount=self.amount_down, amount_down=self.amount, kl=self.kl_down, kl_down=self.kl)
 
 
 @dataclass(frozen=True)
@@ -278,7 +322,9 @@ class SteeringVector:
         _check_is_push(self, "scaled")
         scaled = {layer: tensor * factor for layer, tensor in self.directions.items()}
         features = tuple(replace(feature, weight=feature.weight * factor) for feature in self.features)
-        return replace(self, directions=scaled, features=features, receipts=())
+        turned = factor < 0 and self.operation == "add"  # projecting out does not know which way a direction points
+        calibration = self.calibration.turned_round() if turned else self.calibration
+        return replace(self, directions=scaled, features=features, calibration=calibration, receipts=())
 
     __rmul__ = __mul__
 
@@ -395,6 +441,7 @@ def provenance_data(provenance: Provenance) -> dict[str, Any]:
     data = asdict(provenance)
     data["separation"] = {str(layer): value for layer, value in provenance.separation.items()}
     data["parents"] = list(provenance.parents)
+    data["candidates"] = [dict(one) for one in provenance.candidates]
     return data
 
 

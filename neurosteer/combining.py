@@ -49,9 +49,9 @@ def orthogonalise(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
 
     At a layer that several have, their unit directions, the columns of U `[d_model, k]`, become U (UᵀU)^(-1/2): of all
     orthonormal sets the one nearest to them, in which no vector comes first (Löwdin, J. Chem. Phys. 18, 365 (1950)).
-    Each direction keeps its length, and each vector its other layers, norms and calibration. Whose direction changed
-    says so in its parameters (`orthogonalised_against`), and has no receipts and no features there any more: those were
-    of the old direction. Only vectors that are added change; what is projected out or clamped is returned as it is
+    Each direction keeps its length, and each vector its other layers, norms and amounts. Whose direction changed says
+    so in its parameters (`orthogonalised_against`); it has no receipts and no features there any more, and its amounts
+    count as unmeasured: those were of the old direction. Only vectors that are added change; what is projected out or clamped is returned as it is
     (projecting several directions out takes nothing out twice, and a clamp reads one particular feature).
 
     Raises:
@@ -128,6 +128,7 @@ def _with_directions(vector: SteeringVector, directions: Mapping[int, Tensor], o
         vector,
         directions={**vector.directions, **directions},
         parameters={**vector.parameters, "orthogonalised_against": list(others)},
+        calibration=vector.calibration.unmeasured(),
         receipts=(),
         features=tuple(feature for feature in vector.features if feature.layer not in directions),
     )

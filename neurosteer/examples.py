@@ -175,15 +175,25 @@ def bundled_sets() -> tuple[str, ...]:
 
 def neutral_prompts() -> tuple[str, ...]:
     """Bundled prompts that ask for no behaviour in particular. Raises `ExamplesError` if the file is missing."""
-    path = _bundled_file("neutral_prompts.txt")
-    text, _ = decode(_read_file(path), path.name)
-    return tuple(line.strip() for line in text.split("\n") if line.strip())
+    return _bundled_lines("neutral_prompts.txt")
+
+
+def calibration_prompts() -> tuple[str, ...]:
+    """The bundled prompts that strengths are calibrated on, none of them a neutral prompt; half are instructions, half
+    openings. Raises `ExamplesError` if the file is missing."""
+    return _bundled_lines("calibration_prompts.txt")
 
 
 def sweep_prompts() -> tuple[str, ...]:
     """Sixteen of the neutral prompts, half of them instructions, half openings: what a sweep uses by default."""
     prompts = neutral_prompts()
     return prompts[:8] + prompts[20:28]
+
+
+def _bundled_lines(name: str) -> tuple[str, ...]:
+    path = _bundled_file(name)
+    text, _ = decode(_read_file(path), path.name)
+    return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
 def _bundled_file(name: str) -> Path:

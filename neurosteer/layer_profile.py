@@ -6,27 +6,23 @@ figure for a random direction (or random neurons) of the same dose, since any pu
 """
 
 import csv
-import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from neurosteer.activations import Tokens, length_batches
-from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
+from neurosteer.activations import Tokens
+from neurosteer.artifacts import Artifact, NeuronCircuit
 from neurosteer.building import HELD_OUT_SHARE, LayerChoice, build_each, parse_layers
 from neurosteer.errors import UsageError
 from neurosteer.examples import ContrastSet, Split
-from neurosteer.hooks import InputHook, hooked
 from neurosteer.methods import find_method
 from neurosteer.models import Framing, LanguageModel
-from neurosteer.plans import applied, compile_plan
-from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.preference import LabelledText, labelled_texts, log_likelihoods, preferences
+from neurosteer.progress import Progress, silent
 from neurosteer.recipes import UNSTEERED, Recipe
+from neurosteer.twins import random_twin
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -34,12 +30,10 @@ if TYPE_CHECKING:
 HELD_OUT_TEXTS = 32
 """Per class, at most: every layer costs four forward passes over them."""
 
-MAX_TEXT_TOKENS = 128
 STRENGTHS = (1.0, -1.0)
 CSV_FILE, HTML_FILE = "layers.csv", "layers.html"
 
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-_MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}  # float32: 128 MB and 1 GB, several times over while they are reduced
+_WHAT = "Measuring layers"
 
 
 @dataclass(frozen=True)
@@ -137,36 +131,7 @@ def profile_layers(
     )
 
 
-def random_twin(artifact: Artifact, seed: int) -> Artifact:
-    """`artifact` with random directions, or as many random neurons of each layer, at the same dose."""
-    seeds = {layer: random.Random(f"{seed}/{layer}").getrandbits(63) for layer in artifact.layers}
-    draws = {layer: torch.Generator().manual_seed(number) for layer, number in seeds.items()}
-    if isinstance(artifact, SteeringVector):
-        width = artifact.model.d_model
-        directions = {layer: torch.randn(width, generator=draw) for layer, draw in draws.items()}
-        return replace(artifact, directions=directions, receipts=(), features=())
-    neurons = artifact.neurons.clone()
-    for layer, draw in draws.items():
-        here = artifact.neuron_layers == layer
-        neurons[here] = torch.randperm(artifact.model.d_mlp, generator=draw)[: int(here.sum())].int()
-    return replace(artifact, neurons=neurons, receipts=())
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Token ids of which those from `first` up to `end` are counted."""
-
-    ids: list[int]
-    first: int
-    end: int
-    positive: bool
-
-    @property
-    def count(self) -> int:
-        return self.end - self.first
 
 
 def _training_part(examples: ContrastSet, split: Split) -> ContrastSet:
@@ -177,104 +142,29 @@ def _training_part(examples: ContrastSet, split: Split) -> ContrastSet:
     )
 
 
-def _held_out_texts(lm: LanguageModel, examples: ContrastSet, split: Split, framing: Framing) -> list[_Text]:
-    """The held-out texts as the artifacts' own were read; without those of which no token has one before it."""
-    chosen = [(examples.positive[place], True) for place in split.held_out_positive]
-    chosen += [(examples.negative[place], False) for place in split.held_out_negative]
-    framed = lm.frame([text for text, _ in chosen], framing, max_tokens=MAX_TEXT_TOKENS)
-    after = _tokens_after_text(lm) if framing == "prompt" else 0
-    found = [
-        _Text(item.ids, max(item.start, 1), len(item.ids) - after, positive)
-        for item, (_, positive) in zip(framed, chosen, strict=True)
-    ]
-    texts = [text for text in found if text.count > 0]
-    for side in (True, False):
-        if not any(text.positive == side for text in texts):
-            raise UsageError(
-                f"No held-out {'positive' if side else 'negative'} text of {examples.name!r} is longer than one token; "
-                "there is nothing to measure an effect on. Give longer texts."
-            )
-    return texts
-
-
-def _tokens_after_text(lm: LanguageModel) -> int:
-    """How many tokens the chat template writes behind a user's text: what two different prompts end in alike."""
-    one, other = (lm.prompt_ids(text)[::-1] for text in ("A", "?"))
-    return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+def _held_out_texts(lm: LanguageModel, examples: ContrastSet, split: Split, framing: Framing) -> list[LabelledText]:
+    """The held-out texts as the artifacts' own were read."""
+    positive = [examples.positive[place] for place in split.held_out_positive]
+    negative = [examples.negative[place] for place in split.held_out_negative]
+    return labelled_texts(lm, positive, negative, framing, name=examples.name)
 
 
 def _measure(
     lm: LanguageModel,
     artifacts: Mapping[int, Artifact],
-    texts: Sequence[_Text],
+    texts: Sequence[LabelledText],
     seed: int,
     progress: Progress,
     cancel: threading.Event | None,
 ) -> Iterator[LayerFigures]:
-    plain = _log_likelihoods(lm, texts, [UNSTEERED], cancel)[0]
+    plain = log_likelihoods(lm, texts, [UNSTEERED], what=_WHAT, cancel=cancel)[0]
     for done, (layer, artifact) in enumerate(artifacts.items()):
         progress(f"Measuring layer {layer}", done / len(artifacts))
-        twin = random_twin(artifact, seed)
-        recipes = [Recipe.of((which, strength)) for which in (artifact, twin) for strength in STRENGTHS]
-        steered = _log_likelihoods(lm, texts, recipes, cancel)
-        effect, damage = _effect_and_damage(texts, plain, steered[: len(STRENGTHS)])
-        random_effect, random_damage = _effect_and_damage(texts, plain, steered[len(STRENGTHS) :])
+        both = (artifact, random_twin(artifact, seed))
+        pairs = [(Recipe.of((which, STRENGTHS[0])), Recipe.of((which, STRENGTHS[1]))) for which in both]
+        own, other = preferences(lm, texts, pairs, plain=plain, what=_WHAT, cancel=cancel)
         separation = artifact.provenance.separation[layer]
-        yield LayerFigures(layer, separation, effect, damage, random_effect, random_damage)
-
-
-def _effect_and_damage(texts: Sequence[_Text], plain: Tensor, steered: Tensor) -> tuple[float, float]:
-    """In nats per token, from log-likelihoods of the texts: `plain` `[n]`, `steered` `[2, n]` at `STRENGTHS`."""
-    counts = torch.tensor([text.count for text in texts], dtype=torch.float64)
-    positive = torch.tensor([text.positive for text in texts])
-    likelier = [steered[:, side].sum(1) / counts[side].sum() for side in (positive, ~positive)]
-    up, down = (likelier[0] - likelier[1]).tolist()
-    damage = (plain.sum() - steered.sum(1)).mean() / counts.sum()
-    return (up - down) / 2, float(damage)
-
-
-def _log_likelihoods(
-    lm: LanguageModel, texts: Sequence[_Text], recipes: Sequence[Recipe], cancel: threading.Event | None
-) -> Tensor:
-    """Of each text's counted tokens together under each recipe, float64 `[n_recipes, n_texts]`; teacher-forced."""
-    found = torch.zeros(len(recipes), len(texts), dtype=torch.float64)
-    for places in _batches(lm, texts, len(recipes)):
-        check_cancelled(cancel, "Measuring layers")
-        batch = [texts[place] for place in places]
-        rows = [recipe for recipe in recipes for _ in batch]
-        sums = _batch_log_likelihoods(lm, batch * len(recipes), rows)
-        found[:, places] = sums.reshape(len(recipes), len(batch))
-    return found
-
-
-def _batches(lm: LanguageModel, texts: Sequence[_Text], copies: int) -> Iterator[list[int]]:
-    """Positions of texts of similar length, as many at once as their copies' tokens and logits leave room for."""
-    kind = lm.device.type if lm.device.type in _BATCH_TOKENS else "cpu"
-    vocabulary = lm.model.config.get_text_config().vocab_size
-    room = min(_BATCH_TOKENS[kind], _MAX_LOGITS[kind] // vocabulary) // copies
-    return length_batches(texts, room)
-
-
-def _batch_log_likelihoods(lm: LanguageModel, texts: Sequence[_Text], recipes: Sequence[Recipe]) -> Tensor:
-    """Row i is `texts[i]` under `recipes[i]`; float64 `[rows]`."""
-    width = max(len(text.ids) for text in texts)
-    ids = torch.full((len(texts), width), lm.pad_id)
-    mask = torch.zeros((len(texts), width), dtype=torch.long)
-    foretell = torch.zeros((len(texts), width), dtype=torch.bool)  # the positions before a token that is counted
-    for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-        foretell[row, text.first - 1 : text.end - 1] = True
-    # The head sees those positions alone, [n, d_model]: over the whole vocabulary, logits are what costs most memory.
-    head = InputHook(lm.model.get_output_embeddings(), lambda hidden: hidden[foretell.to(hidden.device)])
-    plan = compile_plan(lm, recipes, "all")
-    with torch.inference_mode(), applied(lm, plan, prompt_width=width), hooked([head]):
-        inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
-        logits = lm.model(**inputs, use_cache=False).logits.float()
-    targets = ids.roll(-1, dims=1)[foretell].to(logits.device)
-    scores = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-    row_of = foretell.nonzero()[:, 0]
-    return torch.zeros(len(texts), dtype=torch.float64).index_add_(0, row_of, scores.double().cpu())
+        yield LayerFigures(layer, separation, own.effect, own.damage, other.effect, other.damage)
 
 
 # --- showing ---------------------------------------------------------------------------------------------------------

@@ -32,12 +32,20 @@ class Use:
         """What the strength comes to: a dose, a share to project out, the activation a feature is held at, a multiplier
         or a number of differences.
 
+        Strengths below 0 go by what was calibrated for −1 where that was measured by itself.
+
         A clamp's strengths within ±1 say how much of the way to the calibrated value a feature goes (`share`), those
         beyond multiply the value: so 0 is off and nothing jumps in between, whatever the value.
         """
-        calibrated = self.artifact.calibration.amount
+        calibration = self.artifact.calibration
+        down = self.strength < 0 and calibration.amount_down is not None
         if self.artifact.operation == "scale":
-            return self.multiplier if self.multiplier is not None else 1.0 + self.strength * (calibrated - 1.0)
+            if self.multiplier is not None:
+                return self.multiplier
+            opposite = 2.0 - calibration.amount_down if down else calibration.amount  # type: ignore[operator]
+            return 1.0 + self.strength * (opposite - 1.0)
+        calibrated = calibration.amount_down if down else calibration.amount
+        assert calibrated is not None
         if self.artifact.operation == "clamp":
             return math.copysign(max(abs(self.strength), 1.0), self.strength) * calibrated
         return self.strength * calibrated

@@ -397,6 +397,7 @@ def _provenance(data: Mapping[str, Any]) -> Provenance:
     known = _known(Provenance, data)
     known["separation"] = {int(layer): value for layer, value in known.get("separation", {}).items()}
     known["dropped"] = {str(key)[:100]: int(value) for key, value in known.get("dropped", {}).items()}
+    known["candidates"] = tuple(dict(one) for one in known.get("candidates", ()))
     known["parents"] = tuple(str(parent)[:200] for parent in known.get("parents", ()))
     return Provenance(**known)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import D_MODEL, N_LAYERS, Tiny, Writes, make_circuit, make_tiny, make_vector, naive_logits, texts, writes_of
 
-from neurosteer import layer_profile
+from neurosteer import forcing, layer_profile, preference
 from neurosteer.artifacts import NeuronCircuit, SteeringVector, unit
 from neurosteer.building import build
 from neurosteer.errors import Cancelled, ExamplesError, UsageError
@@ -165,7 +165,7 @@ def tiny_sae(folder: Path, layer: int, n_features: int = 48) -> Path:
 
 def test_how_texts_fall_into_batches_changes_nothing(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = profile_layers(llama.lm, EXAMPLES, layers="0-1")
-    monkeypatch.setattr(layer_profile, "_BATCH_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(forcing, "_BATCH_TOKENS", {"cpu": 1})
     singly = profile_layers(llama.lm, EXAMPLES, layers="0-1")
     for one, other in zip(whole.layers, singly.layers, strict=True):
         named = [(getattr(one, key), getattr(other, key)) for key in ("effect", "damage", "random_effect")]
@@ -199,7 +199,7 @@ def test_the_texts_measured_on_take_no_part_in_building_and_are_at_most_32_a_cla
 
 
 def test_long_texts_are_cut_and_of_one_token_left_out(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_profile, "MAX_TEXT_TOKENS", 6)
+    monkeypatch.setattr(preference, "MAX_TEXT_TOKENS", 6)
     with_short = ContrastSet((*EXAMPLES.positive, *"bcdefghijk"), (*EXAMPLES.negative, *"lmnopqrstu"))
     _, held_positive, held_negative = parts(with_short)
     assert any(len(text) == 1 for text in (*held_positive, *held_negative))

@@ -85,6 +85,7 @@ def _subset(circuit: NeuronCircuit, places: Tensor, text: str) -> NeuronCircuit:
         scores=circuit.scores[places],
         differences=circuit.differences[places],
         parameters={**circuit.parameters, "part": text.strip()},
+        calibration=circuit.calibration.unmeasured(),
         receipts=(),
     )
 
