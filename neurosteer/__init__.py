@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from neurosteer.combining import cosines, orthogonalise
     from neurosteer.decoding import Sampling
     from neurosteer.errors import NeuroSteerError
+    from neurosteer.evaluation import evaluate, judge_for, write_evaluation
     from neurosteer.examples import ContrastSet, paste_examples, read_examples
     from neurosteer.features import feature_vector
     from neurosteer.hub import pull, push, search
@@ -53,9 +54,11 @@ _HOMES = {
     "compare_with_circuit": "circuits",
     "cosines": "combining",
     "decompose": "circuits",
+    "evaluate": "evaluation",
     "feature_vector": "features",
     "find_edges": "circuits",
     "harness": "lm_harness",
+    "judge_for": "evaluation",
     "load": "storage",
     "load_model": "models",
     "load_sae": "saes",
@@ -70,6 +73,7 @@ _HOMES = {
     "search": "hub",
     "sweep_multipliers": "circuits",
     "top_predictions": "circuits",
+    "write_evaluation": "evaluation",
 }
 
 __all__ = [
@@ -91,9 +95,11 @@ __all__ = [
     "compare_with_circuit",
     "cosines",
     "decompose",
+    "evaluate",
     "feature_vector",
     "find_edges",
     "harness",
+    "judge_for",
     "load",
     "load_model",
     "load_sae",
@@ -108,6 +114,7 @@ __all__ = [
     "search",
     "sweep_multipliers",
     "top_predictions",
+    "write_evaluation",
 ]
 
 

@@ -1,9 +1,97 @@
 """Pictures for cards, as PNG. The same figures give the same bytes."""
 
 import io
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 _LINE, _BEST = "#4f46e5", "#b45309"
+COLOURS = {"steered": _LINE, "random": "#6b7280", "instruction": _BEST}
+KIND_NAMES = {
+    "steered": "steered",
+    "random": "random twins, same dose",
+    "instruction": "the instruction in plain words",
+}
+_ASIDE = 0.06  # controls are drawn a little beside their strength, so that their intervals can be seen
+
+
+@dataclass(frozen=True)
+class Point:
+    """Figures of a receipt at one strength; shares from 0 to 1, `None` where there is none."""
+
+    strength: float
+    share: float
+    low: float
+    high: float
+    kl: float | None
+    perplexity: float | None
+    quality: float | None
+
+
+def receipt_points(data: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """What a receipt holds to be drawn, by kind (`steered` with the unsteered point in it, `random`, `instruction`),
+    ascending in strength. Random twins count together where the receipt does so. Whoever wrote it: what is no row of
+    figures is passed over, and the result may be empty."""
+    rows = data.get("rows")
+    found: dict[str, dict[float, tuple[int, Point]]] = {"steered": {}, "random": {}, "instruction": {}}
+    for row in rows if isinstance(rows, list) else []:
+        point = _point(row) if isinstance(row, Mapping) else None
+        kind = "steered" if point and row.get("kind") == "unsteered" else point and row.get("kind")
+        if point is None or kind not in found:
+            continue
+        draws = len(row["draws"]) if isinstance(row.get("draws"), list) else 0
+        if draws >= found[kind].get(point.strength, (0, point))[0]:
+            found[kind][point.strength] = (draws, point)
+    return {kind: [points[key][1] for key in sorted(points)] for kind, points in found.items() if points}
+
+
+def _point(row: Mapping[str, Any]) -> Point | None:
+    def number(key: str) -> float | None:
+        value = row.get(key)
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+        return float(value) if usable and math.isfinite(value) else None  # type: ignore[arg-type]
+
+    strength, share = number("strength"), number("share")
+    if strength is None or share is None:
+        return None
+    low, high = number("share_low"), number("share_high")
+    ends = (share if low is None else min(low, share), share if high is None else max(high, share))
+    return Point(strength, share, *ends, number("kl_p95"), number("perplexity"), number("quality"))
+
+
+def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
+    """A receipt's effect with its intervals, KL and perplexity over strength, the controls beside them; None where it
+    holds nothing to draw."""
+    points = receipt_points(data)
+    if not points.get("steered"):
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    effect, kl, perplexity = figure.subplots(1, 3)
+    for place, (kind, found) in enumerate(points.items()):
+        doses = [point.strength + _ASIDE * place for point in found]
+        style = {"color": COLOURS[kind], "marker": "o", "markersize": 4}
+        line = style | {"linestyle": "-" if kind == "steered" else "none", "label": KIND_NAMES[kind]}
+        shares = [100 * point.share for point in found]
+        bars = [[100 * (one.share - one.low) for one in found], [100 * (one.high - one.share) for one in found]]
+        effect.errorbar(doses, shares, yerr=bars, capsize=3, **line)
+        for axes, key in ((kl, "kl"), (perplexity, "perplexity")):
+            values = [getattr(one, key) for one in found]
+            axes.plot(doses, [math.nan if value is None else value for value in values], **line)
+    for axes, name in ((effect, "Shows the behaviour, %"), (kl, "KL p95, nats"), (perplexity, "Perplexity ×")):
+        axes.set_ylabel(name)
+        axes.set_xlabel("Strength")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    effect.set_ylim(-4, 104)
+    figure.legend(*effect.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def separation_plot(separation: Mapping[int, float]) -> bytes:

@@ -26,7 +26,7 @@ class Row:
     """One text to write: a prompt, a recipe, and a number that tells samples of the same prompt apart.
 
     `strength` is what the recipe was scaled by, for tables; `text` and the rest are filled in by generation:
-    `tokens` counts the new tokens, `finish` is `stop`, `length` or `cancelled`.
+    `tokens` counts the new tokens, whose ids are `ids`; `finish` is `stop`, `length` or `cancelled`.
     """
 
     prompt: Prompt
@@ -36,6 +36,7 @@ class Row:
     text: str = ""
     tokens: int = 0
     finish: str = ""
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ class Begun:
         """The row with what is written by now."""
         text = self.writing.text
         ended = "stop" if text.stopped else "length"
-        return replace(
-            self.row, text=text.text, tokens=len(text.ids), finish=ended if self.writing.ended else "cancelled"
-        )
+        finish = ended if self.writing.ended else "cancelled"
+        return replace(self.row, text=text.text, tokens=len(text.ids), finish=finish, ids=tuple(text.ids))
 
 
 Decode = Callable[[int, Sequence[Writing]], Generator[Step, None, None]]

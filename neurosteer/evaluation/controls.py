@@ -1,0 +1,93 @@
+"""What a recipe is compared with, always in the same table: no steering, random directions or neurons at the same
+dose, and the instruction in plain words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from neurosteer.artifacts import NeuronCircuit
+from neurosteer.recipes import UNSTEERED, Recipe
+from neurosteer.twins import random_recipe
+
+Kind = Literal["steered", "unsteered", "random", "instruction"]
+
+INSTRUCTIONS = {
+    "sentiment": ("Write in a very positive, delighted tone.", "Write in a very negative, disappointed tone."),
+    "politeness": ("Be very polite and courteous.", "Be blunt and impolite."),
+    "formality": ("Write in a very formal style.", "Write in a very casual, informal style."),
+    "stance": ("Argue in favour of what is discussed.", "Argue against what is discussed."),
+    "civility": ("Write in a friendly, civil way.", "Write in a crude, insulting way."),
+    "gratitude": ("Express a lot of gratitude.", "Be ungrateful and complain."),
+    "refusal": ("Refuse politely to answer.", "Answer helpfully and do not refuse."),
+}
+"""What asks for a behaviour, and for its opposite, in plain words; by a word in an artifact's name."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts of all prompts and samples that are counted together.
+
+    `draw` numbers the random twins from 1; `instruction` stands before the prompts of an instructed group, whose
+    `strength` is +1 or −1.
+    """
+
+    kind: Kind
+    strength: float
+    recipe: Recipe = UNSTEERED
+    draw: int = 0
+    instruction: str = ""
+
+    def ask(self, prompt: str) -> str:
+        """What the model is given."""
+        return f"{self.instruction} {prompt}" if self.instruction else prompt
+
+
+def groups(
+    recipe: Recipe, strengths: Sequence[float], instructions: tuple[str, str], n_random: int, seed: int
+) -> list[Group]:
+    """The unsteered group first, then the recipe at every strength but 0, then the controls."""
+    strengths = sorted({float(strength) for strength in strengths} - {0.0})
+    found = [Group("unsteered", 0.0)]
+    found += [Group("steered", strength, recipe.scaled(strength)) for strength in strengths]
+    for draw in range(1, n_random + 1):
+        twin = random_recipe(recipe, seed * n_random + draw)
+        found += [Group("random", strength, twin.scaled(strength), draw) for strength in control_strengths(strengths)]
+    up, down = instructions
+    return [*found, Group("instruction", 1.0, instruction=up), Group("instruction", -1.0, instruction=down)]
+
+
+def control_strengths(strengths: Sequence[float]) -> list[float]:
+    """At which of `strengths` random twins are tried: −1 and +1, or where they are missing the weakest of that sign.
+
+    Not at all of them: three twins at every strength would be as many texts again as all the rest twice.
+    """
+    chosen = []
+    for sign in (-1.0, 1.0):
+        there = [strength for strength in strengths if strength * sign > 0]
+        if there:
+            chosen.append(sign if sign in there else min(there, key=abs))
+    return chosen
+
+
+def default_instructions(recipe: Recipe) -> tuple[str, str]:
+    """What asks in plain words for what `recipe` does at strength +1, and at −1: for one of the catalogued behaviours
+    by its name in that of the first artifact, else 'Write in a NAME way.' and its opposite."""
+    first = recipe.uses[0]
+    name = first.artifact.name.lower()
+    behaviour = next((word for word in INSTRUCTIONS if word in name), None)
+    plain = " ".join(first.artifact.name.replace("-", " ").replace("_", " ").split())
+    up, down = (
+        INSTRUCTIONS[behaviour]
+        if behaviour is not None
+        else (f"Write in a {plain} way.", f"Write in a way that is the opposite of {plain}.")
+    )
+    opposite = first.strength < 0 or (first.multiplier is not None and first.multiplier < 1)
+    return (down, up) if opposite else (up, down)
+
+
+def control_name(recipe: Recipe) -> str:
+    """What the random twins of `recipe` are, in words."""
+    circuits = [isinstance(use.artifact, NeuronCircuit) for use in recipe.uses]
+    if all(circuits):
+        return "random neurons"
+    return "random directions and neurons" if any(circuits) else "random directions"
