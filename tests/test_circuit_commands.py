@@ -18,7 +18,14 @@ from checks import Run, assert_one_clear_line
 from tiny import Tiny, make_circuit, make_tiny, make_vector, word_tokenizer
 
 from neurosteer.artifacts import NeuronCircuit
-from neurosteer.circuits import attribute, find_edges, find_universal, measure_faithfulness
+from neurosteer.circuits import (
+    Selection,
+    attribute,
+    find_edges,
+    find_universal,
+    find_unspecific,
+    measure_faithfulness,
+)
 from neurosteer.models import LanguageModel
 from neurosteer.storage import load, save
 
@@ -253,7 +260,34 @@ def test_a_session_finds_changes_and_keeps_a_circuit(terminal: Terminal, llama: 
     assert "circuit of" in terminal.do("contrast what a day | fine song | warm sun // bad song | cold rain")
     assert "circuit of 200 neurons, relp" in terminal.do("load kept")
     assert "multiplier: 1.5" in terminal.do("info")
-    assert "discover TARGET" in terminal.do("help")
+    assert "discover [--specific]" in terminal.do("help")
+
+
+def test_commands_of_the_shell_take_the_options_of_the_verbs(terminal: Terminal, llama: Tiny, tmp_path: Path) -> None:
+    terminal.do(f"prompt {PROMPT}")
+    assert "30 neurons" in terminal.do('discover --top-k 30 --attention frozen "a" "t"')
+    terminal.do("save kept")
+    wanted = attribute(llama.lm, PROMPT, "a", "t", raw=True, attention="frozen").circuit(select=Selection("top_k", 30))
+    kept = load(tmp_path / "kept")
+    assert isinstance(kept, NeuronCircuit) and torch.equal(kept.neurons, wanted.neurons)
+    assert (kept.parameters["attention"], kept.parameters["select"]) == ("frozen", ["top_k", 30])
+    assert "strongest of" in terminal.do("edges --targets 2 3")
+    assert "made for: 'the cat runs over the' → 'a' rather than 't'" in terminal.do("info")
+
+    gone = {name: set(find(llama.lm).all) for name, find in (("", find_universal), ("--specific", find_unspecific))}
+    assert len(gone["--specific"]) > len(gone[""])
+    for option, left_out in gone.items():
+        shown = terminal.do(f'discover {option} "a" "t"')
+        assert f"{len(left_out)} universal neurons are left out" in shown if left_out else "left out" not in shown
+        terminal.do(f"save circuit{option}")
+        circuit = load(tmp_path / f"circuit{option}")
+        assert isinstance(circuit, NeuronCircuit)
+        assert not left_out & set(zip(circuit.neuron_layers.tolist(), circuit.neurons.tolist(), strict=True))
+    assert "left out" not in terminal.do('discover --keep-universal "a" "t"')
+    assert "metric" in terminal.do('discover --metric logit --percent 1 "a"')
+
+    texts = "what a day | it's fine // bad song | don't rain"
+    assert "circuit of 9 neurons" in terminal.do(f"contrast --top-k 9 --rank difference {texts}")
 
 
 def test_mistakes_say_what_is_wrong_and_the_shell_goes_on(terminal: Terminal, tmp_path: Path) -> None:
@@ -268,7 +302,15 @@ def test_mistakes_say_what_is_wrong_and_the_shell_goes_on(terminal: Terminal, tm
         ('discover "a', "quotation mark"),
         ("discover", "TARGET"),
         ("edges", "discover one first"),
+        ("discover --specific --keep-universal a", "--specific leaves out"),
+        ("discover --top-k 5 --share 0.5 a", "top_k and share"),
+        ("discover --top-k many a", "'many'"),
+        ("discover --metric odd a", "odd"),
+        ("discover --nonsense a", "--nonsense; write help discover"),
+        ("contrast --rank odd good | fine // bad | poor", "odd"),
+        ("contrast --rank", "--rank: no such file"),
         ('discover "a" "t"', "circuit of"),
+        ("edges --targets 0", "n_targets is 0"),
         ("ablate L9", "no layer 9"),
         ("ablate L1/N64", "no neuron 64"),
         ("ablate best", "top10"),
@@ -301,6 +343,7 @@ def test_control_c_stops_the_command_or_the_line_and_not_the_shell(terminal: Ter
     assert "Stopped." in shown
     terminal.type("half a line")
     terminal.wait_for("half a line")
+    time.sleep(0.5)  # a signal between a key and Python's wait for the next is heeded at that one only
     os.killpg(terminal.process.pid, signal.SIGINT)
     terminal.wait_for("neuron> ")
     assert "circuit: " in terminal.do("info")
@@ -313,6 +356,8 @@ def test_tab_completes_commands_and_parts_and_history_outlives_the_shell(
 ) -> None:
     terminal.type("disc\t")
     terminal.wait_for("discover")
+    terminal.type(" --spec\t")
+    terminal.wait_for("--specific")
     terminal.type("\x15")  # the line is dropped
     terminal.do(f"prompt {PROMPT}")
     terminal.do('discover "a" "t"')

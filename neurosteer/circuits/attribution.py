@@ -43,6 +43,11 @@ class Attribution:
     keep_universal: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """The neurons, as (layer, neuron), that are in no row and no circuit."""
+        return () if self.universal is None or self.keep_universal else self.universal.all
+
     def rows(self, select: Selection | None = None, *, prompt: int = 0) -> list[NeuronScore]:
         """The neurons of one prompt by position, strongest first; all that were kept where nothing is selected."""
         one = self.prompts[prompt]
@@ -129,9 +134,8 @@ class Attribution:
     def _excluded(self) -> Tensor:
         """Which neurons are left out, bool `[n_layers, d_mlp]`."""
         mask = torch.zeros(self.model.n_layers, self.model.d_mlp, dtype=torch.bool)
-        if self.universal is not None and not self.keep_universal:
-            for layer, neuron in self.universal.all:
-                mask[layer, neuron] = True
+        for layer, neuron in self.left_out:
+            mask[layer, neuron] = True
         return mask
 
     def _mean_selected(self, select: Selection) -> Tensor:

@@ -77,12 +77,12 @@ def attribute(
     """Find the neurons that a next token is owed to, and write them as a circuit. Several prompts: one JSON each."""
     from neurosteer.storage import save
 
-    select = _selection(top_k, share, percent, per_layer)
+    select = selection(top_k, share, percent, per_layer)
     asked: dict[str, Any] = {"metric": metric, "attention": attention, "seed_response": seed_response}
     asked |= {"keep_universal": keep_universal, "specific": specific}
     with progress_line() as progress:
         lm = load(model, revision, device, dtype, progress)
-        found = _attributed(lm, prompt, target, counterfactual, raw, asked, progress)
+        found = attributed(lm, prompt, target, counterfactual, raw, asked, progress)
         circuit = found.circuit(name, select=select, aggregate=aggregate)  # type: ignore[arg-type]
     _note_parts(found)
     written = save(circuit, folder) if folder is not None else None
@@ -92,6 +92,7 @@ def attribute(
         return
     for place in range(len(prompt)):
         _print_attribution(found, select, place)
+    print_left_out(found)
     if written is not None:
         out.print(f"Written to {written}: {circuit.size} neurons. Try: neurosteer repl --circuit {written}")
 
@@ -124,12 +125,12 @@ def edges(
 
     if len(prompt) != 1:
         raise UsageError(f"There are {len(prompt)} prompts; edges are those of one.")
-    select = _selection(top_k, share, percent, per_layer)
+    select = selection(top_k, share, percent, per_layer)
     asked: dict[str, Any] = {"metric": metric, "attention": attention, "seed_response": seed_response}
     asked |= {"keep_universal": keep_universal, "specific": specific}
     with progress_line() as progress:
         lm = load(model, revision, device, dtype, progress)
-        found = _attributed(lm, prompt, target, counterfactual, raw, asked, progress)
+        found = attributed(lm, prompt, target, counterfactual, raw, asked, progress)
         graph = find_edges(lm, found, select=select, n_targets=n_targets, progress=progress)
     _note_parts(found)
     files = _write_graph(graph, folder) if folder is not None else []
@@ -182,7 +183,7 @@ def faithfulness(
     asked |= {"keep_universal": keep_universal, "specific": specific}
     with progress_line() as progress:
         lm = load(model or (chosen.model.name if chosen else None), revision, device, dtype, progress)
-        found = _attributed(lm, prompt, target, counterfactual, raw, asked, progress)
+        found = attributed(lm, prompt, target, counterfactual, raw, asked, progress)
         result = measure_faithfulness(
             lm, found, circuit=chosen, percents=sizes, ablation=ablation,  # type: ignore[arg-type]
             counterfactual_prompts=counterfactual_prompt, draws=draws if draws is not None else 0 if as_json else 3,
@@ -274,9 +275,10 @@ def numbers(text: str, what: str) -> list[float]:
     return found
 
 
-def _selection(
+def selection(
     top_k: int | None, share: float | None, percent: float | None, per_layer: int | None
 ) -> "Selection | None":
+    """The rule of which an amount is given. Raises `UsageError` where several are, or one is out of its range."""
     from neurosteer.circuits import Selection
 
     rules = {"top_k": top_k, "share": share, "percent": percent, "per_layer": per_layer}
@@ -286,7 +288,7 @@ def _selection(
     return next((Selection(rule, amount) for rule, amount in given.items()), None)  # type: ignore[arg-type]
 
 
-def _attributed(
+def attributed(
     lm: "LanguageModel",
     prompts: Sequence[str],
     targets: Sequence[str],
@@ -295,6 +297,7 @@ def _attributed(
     options: dict[str, Any],
     progress: Progress,
 ) -> "Attribution":
+    """As `attribute` with `options`, of which `specific` says whether to leave out what everyday answers are owed to."""
     from neurosteer.circuits import attribute as find
     from neurosteer.circuits import find_unspecific
 
@@ -395,6 +398,15 @@ def _print_attribution(found: "Attribution", select: "Selection | None", prompt:
     for layer, position, neuron, score in rows[:_SHOWN]:
         table.add_row(f"L{layer}/N{neuron}", str(position), repr(tokens[position]), f"{score:+.4f}")
     print_table(table)
+
+
+def print_left_out(found: "Attribution") -> None:
+    """How many neurons are left out, and which of them are super weights."""
+    if not found.left_out or found.universal is None:
+        return
+    loud = ", ".join(f"L{layer}/N{neuron}" for layer, neuron in found.universal.super_weights)
+    named = f", among them the super weights {loud}" if loud else ""
+    out.print(f"{len(found.left_out)} universal neurons are left out{named}; --keep-universal counts them.")
 
 
 def _write_graph(graph: "CircuitGraph", folder: Path) -> list[Path]:

@@ -1,18 +1,22 @@
 """`neurosteer repl`: circuits by hand. Every command calls the library and prints what comes back."""
 
+import argparse
 import cmd
 import math
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from neurosteer.artifacts import NeuronCircuit, SteeringVector, check_model
 from neurosteer.building import build
+from neurosteer.cards import parameter_rows
 from neurosteer.circuits import (
     Attribution,
     CircuitGraph,
+    Selection,
     at_multiplier,
-    attribute,
     find_edges,
     next_token_probs,
     part,
@@ -20,7 +24,7 @@ from neurosteer.circuits import (
     text_diagram,
     top_predictions,
 )
-from neurosteer.cli.circuit_commands import numbers, print_neurons
+from neurosteer.cli.circuit_commands import attributed, numbers, print_left_out, print_neurons, selection
 from neurosteer.cli.output import err, new_table, out, print_table, progress_line
 from neurosteer.decoding import Sampling
 from neurosteer.errors import NeuroSteerError, UsageError
@@ -40,6 +44,44 @@ except ImportError:  # Windows: no completion and no history
 HISTORY = 1000
 _TOKENS = 24
 _MULTIPLIERS = "0 0.5 1 1.5 2"
+_TARGETS = 30
+
+
+class _Options(argparse.ArgumentParser):
+    """A command's options, as words: `--name value`."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(command, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; write help {self.prog} to see what it takes.")
+
+
+def _discover_options() -> _Options:
+    options = _Options("discover")
+    for flag in ("--specific", "--keep-universal"):
+        options.add_argument(flag, action="store_true")
+    for name, default in (("--metric", "difference"), ("--attention", "full")):
+        options.add_argument(name, default=default)
+    for name, kind in (("--top-k", int), ("--share", float), ("--percent", float), ("--per-layer", int)):
+        options.add_argument(name, type=kind)
+    options.add_argument("tokens", nargs="*")
+    return options
+
+
+def _contrast_options() -> _Options:
+    options = _Options("contrast")
+    for name in ("--rank", "--operation"):
+        options.add_argument(name)
+    options.add_argument("--top-k", type=float)
+    return options
+
+
+def _edges_options() -> _Options:
+    options = _Options("edges")
+    options.add_argument("--targets", type=int, default=_TARGETS)
+    options.add_argument("count", nargs="?", default="")
+    return options
 
 
 class Shell(cmd.Cmd):
@@ -57,7 +99,8 @@ class Shell(cmd.Cmd):
         self.circuit = circuit
         self.text = ""
         self.attribution: Attribution | None = None
-        self.graph: CircuitGraph | None = None
+        self.select: Selection | None = None
+        self.graphs: dict[int, CircuitGraph] = {}
         self.multiplier = 2.0
 
     def run(self) -> None:
@@ -118,7 +161,7 @@ class Shell(cmd.Cmd):
         """prompt TEXT: what the model is to go on from; shows what it would write next."""
         if arg:
             predictions = top_predictions(self.lm, arg, k=10, raw=self.raw)
-            self.text, self.attribution, self.graph = arg, None, None
+            self.text, self.attribution = arg, None
         else:
             predictions = top_predictions(self.lm, self._text(), k=10, raw=self.raw)
         table = new_table(("Next", "Probability"), right=("Probability",))
@@ -127,16 +170,19 @@ class Shell(cmd.Cmd):
         print_table(table)
 
     def do_discover(self, arg: str) -> None:
-        """discover TARGET [COUNTERFACTUAL]: find the circuit behind a next token. Where plain text goes on, a word
-        without quotes gets a space before it; " Paris" in quotes is taken as it is."""
-        words = self._tokens(arg)
+        """discover [--specific] [--keep-universal] [--metric logit] [--attention frozen] [--top-k N | --share S |
+        --percent P | --per-layer N] TARGET [COUNTERFACTUAL]: find the circuit behind a next token. Where plain text
+        goes on, a word without quotes gets a space before it; " Paris" in quotes is taken as it is. --specific leaves
+        out, too, what everyday answers are owed to."""
+        options = vars(_discover_options().parse_args(_words(arg)))
+        words = self._tokens(options.pop("tokens"), arg)
         if not 1 <= len(words) <= 2:
             raise UsageError("Write discover TARGET [COUNTERFACTUAL], like: discover Paris London")
+        select = selection(*(options.pop(rule) for rule in ("top_k", "share", "percent", "per_layer")))
         with progress_line() as progress:
-            found = attribute(
-                self.lm, self._text(), words[0], words[1] if len(words) > 1 else None, raw=self.raw, progress=progress
-            )
-        self.circuit, self.attribution, self.graph = found.circuit(), found, None
+            found = attributed(self.lm, [self._text()], words[:1], words[1:], self.raw, options, progress)
+        self.circuit, self.attribution, self.select = found.circuit(select=select), found, select
+        self.graphs = {}
         one = found.prompts[0]
         if one.target.is_part:
             out.print(
@@ -145,15 +191,20 @@ class Shell(cmd.Cmd):
         against = f" against {one.counterfactual.text!r}" if one.counterfactual else ""
         out.print(f"{one.target.text!r}{against}: metric {one.metric:+.4f}, circuit of {self.circuit.size} neurons.")
         print_neurons(self.circuit, count=10)
+        print_left_out(found)
 
     def do_contrast(self, arg: str) -> None:
-        """contrast FILE (or a bundled set: sentiment, formality, gratitude), or contrast A | B // C | D: find the
-        neurons that tell positive texts from negative ones."""
-        examples = _contrast_set(arg)
+        """contrast [--rank R] [--operation O] [--top-k N] FILE (or a bundled set: sentiment, formality, gratitude), or
+        contrast A | B // C | D: find the neurons that tell positive texts from negative ones."""
+        leading = re.match(r"(--[\w-]+[ =]\S+\s*)*", arg)  # the texts may hold anything
+        given = leading[0] if leading else ""
+        options = vars(_contrast_options().parse_args(given.replace("=", " ").split()))
+        examples = _contrast_set(arg[len(given) :])
+        chosen = {name: value for name, value in options.items() if value is not None}
         with progress_line() as progress:
-            found = build(self.lm, examples, method="cna", progress=progress)
+            found = build(self.lm, examples, method="cna", progress=progress, **chosen)
         assert isinstance(found, NeuronCircuit)
-        self.circuit, self.attribution, self.graph = found, None, None
+        self.circuit, self.attribution = found, None
         out.print(f"{found.name}: circuit of {found.size} neurons.")
         print_neurons(found, count=10)
 
@@ -192,8 +243,10 @@ class Shell(cmd.Cmd):
         print_table(table)
 
     def do_edges(self, arg: str) -> None:
-        """edges [N]: the strongest edges between the neurons that discover found."""
-        out.print(text_diagram(self._graph(), edges=_count(arg, 20)))
+        """edges [--targets N] [N]: the strongest edges between the neurons that discover found, into this many of the
+        strongest (30)."""
+        options = _edges_options().parse_args(_words(arg))
+        out.print(text_diagram(self._graph(options.targets), edges=_count(options.count, 20)))
 
     def do_hubs(self, arg: str) -> None:
         """hubs [N]: the neurons that take and give most."""
@@ -225,7 +278,7 @@ class Shell(cmd.Cmd):
         warning = check_model(found, self.lm.reference)
         if warning:
             err.print(f"Warning: {warning}")
-        self.circuit, self.attribution, self.graph = found, None, None
+        self.circuit, self.attribution = found, None
         out.print(f"{found.name}: circuit of {found.size} neurons, {found.method}.")
 
     def do_info(self, arg: str) -> None:
@@ -238,6 +291,8 @@ class Shell(cmd.Cmd):
         else:
             layers = ", ".join(map(str, self.circuit.layers))
             out.print(f"circuit: {self.circuit.name}, {self.circuit.size} neurons in layers {layers}")
+            for name, value in parameter_rows(self.circuit):
+                out.print(f"{name.lower()}: {value}")
         out.print(f"multiplier: {self.multiplier:g}")
 
     # --- completion ---------------------------------------------------------------------------------------------------
@@ -255,8 +310,15 @@ class Shell(cmd.Cmd):
 
     complete_amplify = complete_ablate
 
+    def complete_discover(self, text: str, *ignored: Any) -> list[str]:
+        return _options_like(_discover_options(), text)
+
     def complete_contrast(self, text: str, *ignored: Any) -> list[str]:
-        return [name for name in bundled_sets() if name.startswith(text)] + _paths(text)
+        return [
+            *_options_like(_contrast_options(), text),
+            *(name for name in bundled_sets() if name.startswith(text)),
+            *_paths(text),
+        ]
 
     def complete_load(self, text: str, *ignored: Any) -> list[str]:
         released = Path(VECTORS_FOLDER)
@@ -286,18 +348,21 @@ class Shell(cmd.Cmd):
     def _part(self, text: str) -> NeuronCircuit:
         return part(self._circuit(), text or "all")
 
-    def _graph(self) -> CircuitGraph:
+    def _graph(self, n_targets: int = _TARGETS) -> CircuitGraph:
         if self.attribution is None:
             raise UsageError("Edges are those of a circuit found for the prompt at hand; discover one first.")
-        if self.graph is None:
+        if n_targets not in self.graphs:
             with progress_line() as progress:
-                self.graph = find_edges(self.lm, self.attribution, progress=progress)
-        return self.graph
+                self.graphs[n_targets] = find_edges(
+                    self.lm, self.attribution, select=self.select, n_targets=n_targets, progress=progress
+                )
+        return self.graphs[n_targets]
 
-    def _tokens(self, arg: str) -> list[str]:
-        quoted = any(mark in arg for mark in "\"'")
-        space = " " if self._is_plain and not quoted and not self._text()[-1].isspace() else ""
-        return [space + word for word in _words(arg)]
+    def _tokens(self, words: Sequence[str], arg: str) -> list[str]:
+        """The words as tokens that go on from the prompt; those that stand in quotes in `arg` as they are."""
+        space = " " if self._is_plain and not self._text()[-1].isspace() else ""
+        quoted = {word for word in words for mark in "\"'" if f"{mark}{word}{mark}" in arg}
+        return [word if word in quoted else space + word for word in words]
 
     def _targets(self) -> list[str]:
         """The token that the circuit was found for, and what it was held against."""
@@ -333,6 +398,10 @@ class Shell(cmd.Cmd):
             next_token_probs(self.lm, self.text, targets, one, raw=self.raw) for one in (UNSTEERED, recipe)
         )
         out.print("; ".join(f"{token!r}: {before[token]:.4f} before, {after[token]:.4f} after" for token in targets))
+
+
+def _options_like(options: _Options, text: str) -> list[str]:
+    return [name for name in re.findall(r"--[\w-]+", options.format_usage()) if text and name.startswith(text)]
 
 
 def _words(arg: str) -> list[str]:
