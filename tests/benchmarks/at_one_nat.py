@@ -70,10 +70,11 @@ class AtOneNat:
             (found.kl_down, found.kl),
         )
 
-    def line(self, name: str, moved: Moved) -> str:
-        """A row under `HEADING`."""
-        kls = " / ".join("–" if kl is None else f"{kl:.2f}" for kl in moved.kls)
-        return (
-            f"| {name} | {moved.shares[0]:.0f} / {self.unsteered:.0f} / {moved.shares[1]:.0f} | {moved.between:+.0f} "
-            f"| {moved.qualities[0]:.3f} / {moved.qualities[1]:.3f} | {kls} |"
-        )
+    def cells(self, moved: Moved) -> list[str]:
+        """The figures of a row, as under `HEADING`."""
+        return [
+            f"{moved.shares[0]:.0f} / {self.unsteered:.0f} / {moved.shares[1]:.0f}",
+            f"{moved.between:+.0f}",
+            f"{moved.qualities[0]:.3f} / {moved.qualities[1]:.3f}",
+            " / ".join("–" if kl is None else f"{kl:.2f}" for kl in moved.kls),
+        ]

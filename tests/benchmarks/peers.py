@@ -119,13 +119,13 @@ def pairs_of(lm: LanguageModel, examples: ContrastSet, *, framed: bool) -> Pairs
 
 
 def our_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Iterator[tuple[str, Any]]:
-    one = build(lm, examples, method="caa", layers=layer)
-    every = build(lm, examples, method="caa", layers="all")
+    one = build(lm, examples, method="caa", layers=layer, calibrate=False)
+    every = build(lm, examples, method="caa", layers="all", calibrate=False)
     yield f"`caa`, layer {layer}", one
     yield "`caa`, all layers", every
     chosen = build(lm, examples, method="caa")
     yield f"`caa`, layers chosen automatically ({_span(chosen.layers)})", chosen
-    circuit = build(lm, examples, method="cna")
+    circuit = build(lm, examples, method="cna", calibrate=False)
     yield f"`cna`, {len(circuit.neurons)} neurons", circuit  # type: ignore[union-attr]
     yield f"random direction, layer {layer}", random_twin(one, 0)
     yield "random directions, all layers", random_twin(every, 0)
@@ -176,7 +176,7 @@ def main() -> None:
     for rows in (our_rows, peer_rows):
         for name, artifact in rows(lm, examples, arguments.layer):
             if arguments.only in name:
-                print(bench.line(name, bench.move(artifact)), flush=True)
+                print(f"| {name} | {' | '.join(bench.cells(bench.move(artifact)))} |", flush=True)
     print(f"\n{time.monotonic() - started:.0f} s")
 
 
