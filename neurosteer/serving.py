@@ -92,26 +92,39 @@ class SharedSession:
 
         While the request has no place yet, a step with `waiting` set and no text comes whenever that number changes.
         Setting `cancel` or closing the generator frees the rows within a step. An exception while the model runs
-        reaches the request that caused it alone.
+        reaches the request that caused it alone. The work begins with the call, not with the first step asked for.
 
-        Raises: as `Session.stream`.
+        Raises: as `Session.stream`, at once.
         """
         begun = self.session.begin(rows, recipe, Options(max_new_tokens, sampling or Sampling(), positions, raw))
+        part_rows = max(1, self._max_rows // 2)
+        at_once = _Request(0, [one.writing for one in begun[:part_rows]], cancel)
+        at_once.left = time.monotonic()
+        self._enlist(at_once)
 
         def decode(first: int, writings: Sequence[Writing]) -> Generator[Step, None, None]:
-            request = _Request(first, writings, cancel)
+            request = _Request(first, writings, cancel) if first else at_once
             try:
                 while (step := self._next(request)) is not None:
                     yield step
             finally:
                 request.closed = True
 
-        return (yield from in_parts(begun, max(1, self._max_rows // 2), decode, cancel, progress))
+        return in_parts(begun, part_rows, decode, cancel, progress)
 
     def _next(self, request: "_Request") -> Step | None:
         """What comes next of a request, None at its end. Waits for it."""
+        request.left = None
+        self._enlist(request)
+        message = request.inbox.get()
+        request.left = time.monotonic()
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def _enlist(self, request: "_Request") -> None:
+        """Have a request waiting or decoding, unless there is something of it to be read yet."""
         with self._changed:
-            request.left = None
             if not request.enlisted and request.inbox.empty():
                 request.enlisted = True
                 self._queue.append(request)
@@ -120,11 +133,6 @@ class SharedSession:
                 worker = threading.Thread(target=self._work, name="neurosteer-decoding")
                 worker.start()
                 self._worker = worker
-        message = request.inbox.get()
-        request.left = time.monotonic()
-        if isinstance(message, Exception):
-            raise message
-        return message
 
     # --- in the thread that decodes ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny as tinies
@@ -14,8 +15,16 @@ from hub_server import FakeHub, running
 from tiny import ARCHITECTURES, Tiny, hook_count
 
 from neurosteer import cli
+from neurosteer.artifacts import SteeringVector
+from neurosteer.building import build
 from neurosteer.errors import NeuroSteerError
 from neurosteer.models import LanguageModel, load_model
+from neurosteer.steering import Session
+
+if TYPE_CHECKING:
+    from neurosteer.ui.build_tab import BuildHandlers
+    from neurosteer.ui.loading import ModelHolder
+    from neurosteer.ui.steer_handlers import SteerHandlers
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -83,6 +92,43 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     for module in ("neurosteer.hub.client", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=pauses.append))
     return pauses
+
+
+# --- the page (imported where it is used: gradio takes seconds) ------------------------------------------------------
+
+
+@pytest.fixture
+def holder(llama: Tiny) -> "ModelHolder":
+    """A tiny model, as the page holds it."""
+    from pages import Ready
+
+    return Ready(Session(llama.lm))
+
+
+@pytest.fixture
+def building(holder: "ModelHolder") -> "BuildHandlers":
+    from neurosteer.ui.build_tab import BuildHandlers
+    from neurosteer.ui.jobs import Jobs
+    from neurosteer.ui.loading import Models
+
+    return BuildHandlers(Models.of(holder), Jobs())
+
+
+@pytest.fixture
+def steering(building: "BuildHandlers") -> "SteerHandlers":
+    from neurosteer.ui.steer_handlers import SteerHandlers
+
+    return SteerHandlers(building.models, building.jobs, building)
+
+
+@pytest.fixture(scope="session")
+def mood(llama: Tiny) -> SteeringVector:
+    """Built on the tiny model."""
+    from pages import EXAMPLES
+
+    built = build(llama.lm, EXAMPLES, layers=1, name="mood")
+    assert isinstance(built, SteeringVector)
+    return built
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ from neurosteer.examples import ContrastSet
 from neurosteer.models import LanguageModel
 from neurosteer.recipes import UNSTEERED, Recipe
 from neurosteer.serving import SharedSession
-from neurosteer.steering import Row, Session, Step
+from neurosteer.steering import Row, Session, Step, drained
 
 GREEDY = Sampling(greedy=True)
 THREAD = "neurosteer-decoding"
@@ -402,10 +402,15 @@ def test_an_abandoned_stream_holds_neither_rows_nor_memory(llama: Tiny, monkeypa
     del abandoned
 
 
-def test_a_stream_that_nobody_begins_costs_nothing(llama: Tiny) -> None:
-    stream = SharedSession(Session(llama.lm)).stream("we")
-    assert not decoding_threads()
-    del stream
+def test_the_work_begins_before_it_is_asked_for_and_ends_where_nobody_asks(llama: Tiny) -> None:
+    runs: list[Any] = []
+    with own_hooks([(llama.blocks[0], lambda *_: runs.append(time.sleep(0.01)))], before=True):
+        stream = SharedSession(Session(llama.lm), patience_s=0.1).stream("we", max_new_tokens=100)
+        until(lambda: bool(runs))
+        until(lambda: not decoding_threads())
+        assert len(runs) < 50
+    alone = Session(llama.lm).generate("we", max_new_tokens=100)
+    assert [row.text for row in drained(stream)] == [row.text for row in alone]  # it goes on when somebody does
 
 
 def test_a_request_cancelled_before_it_begins_runs_nothing(llama: Tiny) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from hub_server import FakeHub
-from test_ui import EXAMPLES, HOSTILE, SKIP, Ready, mix_values, told
+from pages import HOSTILE, SKIP, Ready, mix_values, told
 from tiny import Tiny
 
 from neurosteer import hub as library
-from neurosteer.building import build
 from neurosteer.steering import Session
 from neurosteer.storage import unpack
 from neurosteer.ui import render_library as shown
@@ -25,11 +24,6 @@ from neurosteer.ui.mixer import MOST
 @pytest.fixture
 def tab(llama: Tiny) -> LibraryHandlers:
     return LibraryHandlers(Models.of(Ready(Session(llama.lm)), llama.lm.name))
-
-
-@pytest.fixture(scope="module")
-def mood(llama: Tiny) -> Any:
-    return build(llama.lm, EXAMPLES, layers=1, name="mood")
 
 
 def publication(**given: Any) -> Publication:

@@ -9,34 +9,20 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from test_ui import EXAMPLES, HOSTILE, SKIP, Ready, ask, mix_values, run, visitor
+from pages import HOSTILE, SKIP, ask, mix_values, run, visitor
 from tiny import Tiny, make_circuit, make_vector
 
-from neurosteer.building import build
 from neurosteer.decoding import Sampling
 from neurosteer.errors import ModelError
 from neurosteer.recipes import Recipe
 from neurosteer.steering import Row, Session
 from neurosteer.ui import shelf as shelves
-from neurosteer.ui.build_tab import BuildHandlers
-from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST, Mix
 from neurosteer.ui.presets import PRESETS, Preset
 from neurosteer.ui.render import signed
-from neurosteer.ui.steer_handlers import SteerHandlers, View, new_talk
-
-
-@pytest.fixture
-def steering(llama: Tiny) -> SteerHandlers:
-    models, jobs = Models.of(Ready(Session(llama.lm))), Jobs()
-    return SteerHandlers(models, jobs, BuildHandlers(models, jobs))
-
-
-@pytest.fixture(scope="module")
-def mood(llama: Tiny) -> Any:
-    return build(llama.lm, EXAMPLES, layers=1, name="mood")
+from neurosteer.ui.steer_handlers import SteerHandlers, new_talk
 
 
 @pytest.fixture
@@ -57,12 +43,10 @@ def test_a_preset_chooses_a_released_artifact_and_writes_at_once(
     steering: SteerHandlers, llama: Tiny, released: dict[str, Any]
 ) -> None:
     preset = Preset("Down", "sentiment", -1.0)
-    first, *views = steering.runner(preset)(visitor(), *ask(), *mix_values({}, []))
-    n_view = len(View._fields)
-    shelf, shown, _, chosen, *rest = first[n_view:]
+    shelf, shown, _, chosen, *rest = steering.chooser(preset)(*mix_values({}, []))
     assert list(shelf) == ["sentiment", "circuit"] and shown == chosen["value"] == ["sentiment"]
     assert rest[MOST]["value"] == -1.0
-    last = View(*views[-1][:n_view])
+    *_, last = steering.runner(preset)(visitor(), *ask(), *mix_values({}, []))
     assert [last.unsteered, last.steered] == written(llama, Recipe(), Recipe.of((released["sentiment"], -1.0)))
     assert last.unsteered != last.steered
 
@@ -101,8 +85,8 @@ def test_nothing_chosen_is_nothing_to_keep(steering: SteerHandlers) -> None:
 def test_again_draws_other_numbers_and_says_which(steering: SteerHandlers, mood: Any) -> None:
     mixed = mix_values({"mood": mood}, ["mood"])
     first = run(steering, ask(greedy=False), mixed)[-1]
-    seed, *views = steering.again(visitor(), *ask(greedy=False), *mixed)
-    assert seed.seed == 1 and views[-1].unsteered != first.unsteered
+    views = list(steering.again(visitor(), *ask(greedy=False), *mixed))
+    assert steering.next_seed(0) == 1 and views[-1].unsteered != first.unsteered
     assert views[-1].unsteered == run(steering, ask(greedy=False, seed=1), mixed)[-1].unsteered
 
 

@@ -82,9 +82,12 @@ class View(NamedTuple):
     steered_chat: Any = gr.skip()
     talk: Any = gr.skip()
     prompt: Any = gr.skip()
-    seed: Any = gr.skip()
     last: Any = gr.skip()
     colours: Any = gr.skip()
+
+
+_WRITING = View(error="", colours="")
+"""While texts grow. What is there already costs gradio a fifth of what it makes of leaving a component alone."""
 
 
 def new_talk() -> Talk:
@@ -109,29 +112,33 @@ class SteerHandlers:
     def again(self, request: gr.Request, *values: Any) -> Iterator[View]:
         """The same once more with other random numbers; in a chat, the last answers anew."""
         ask, mix = _asked(values)
-        ask = ask._replace(seed=int(ask.seed or 0) + 1)
+        ask = ask._replace(seed=self.next_seed(ask.seed))
         if ask.mode == "chat" and ask.talk[SIDES[0]]:
             before = {side: ask.talk[side][:-2] for side in SIDES}
             ask = ask._replace(prompt=ask.talk[SIDES[0]][-2]["content"], talk=before)
-        yield View(seed=ask.seed)
         yield from self._guarded(ask, mix, request.session_hash)
 
-    def runner(self, preset: Preset) -> Callable[..., Iterator[list[Any]]]:
-        """The handler of a preset's button (gradio hands the request to plain functions only)."""
+    @staticmethod
+    def next_seed(seed: float | None) -> int:
+        """Of what `again` writes."""
+        return int(seed or 0) + 1
 
-        def run_preset(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-            yield from self.run_preset(preset, request.session_hash, *values)
+    def runner(self, preset: Preset) -> Callable[..., Iterator[View]]:
+        """The handler of a preset's button: writes at once with a released artifact at a strength, alone."""
+
+        def run_preset(request: gr.Request, *values: Any) -> Iterator[View]:
+            ask, mix = _asked(values)
+            yield from self._guarded(ask, self._with_preset(preset, mix), request.session_hash)
 
         return run_preset
 
-    def run_preset(self, preset: Preset, visitor: str | None, *values: Any) -> Iterator[list[Any]]:
-        """Choose a released artifact at a strength and write at once: views, each with the mixer's updates."""
-        ask, mix = _asked(values)
+    def chooser(self, preset: Preset) -> Callable[..., list[Any]]:
+        """The handler that shows what a preset steers with, for the mixer."""
+        return lambda *values: self._with_preset(preset, Mix.of(values)).updates()
+
+    def _with_preset(self, preset: Preset, mix: Mix) -> Mix:
         shelf = {**released_for(mix.model or self.models.default), **mix.shelf}
-        mix = mix.choosing(shelf, [preset.artifact]).at({preset.artifact: preset.strength})
-        yield [*View(), *mix.updates()]
-        for view in self._guarded(ask, mix, visitor):
-            yield [*view, *unchanged()]
+        return mix.choosing(shelf, [preset.artifact]).at({preset.artifact: preset.strength})
 
     def stop(self, request: gr.Request) -> None:
         self.jobs.cancel(request.session_hash, KIND)
@@ -150,21 +157,24 @@ class SteerHandlers:
         _check(ask, mix)
         cancel = self.jobs.begin(visitor, KIND)
         recipe, page, started = mix.recipe(), _Page(ask), time.monotonic()
-        yield _begun(ask, mix)
-        yield from self._wait(mix, cancel)
+        yield from self._wait(page, mix, cancel)
         session = self.models.holder(mix.model).wait(cancel=cancel)
         length, sampling = int(ask.max_new_tokens), _sampling(ask)
-        stream = session.stream(_rows(page, ask, recipe), max_new_tokens=length, sampling=sampling, cancel=cancel)
-        rows = yield from _growing(stream, page, cancel)
+        try:
+            stream = session.stream(_rows(page, ask, recipe), max_new_tokens=length, sampling=sampling, cancel=cancel)
+            yield page.begun(mix, "Reading the prompt…")  # which has begun: telling takes as long as reading
+            rows = yield from _growing(stream, page, cancel)
+        finally:
+            cancel.set()
         note = render.run_note(rows, time.monotonic() - started)
-        yield _ended(**page.view(done=True)._asdict() | {"error": "", "note": note, "last": tuple(rows)})
+        yield _ended(**page.view(done=True)._asdict() | {"note": note, "last": tuple(rows)})
 
-    def _wait(self, mix: Mix, cancel: threading.Event) -> Iterator[View]:
+    def _wait(self, page: "_Page", mix: Mix, cancel: threading.Event) -> Iterator[View]:
         """Says what loading is at until it is over."""
         holder = self.models.holder(mix.model)
         holder.start_if_new()
         while not (status := holder.status).settled:
-            yield View(note=render.note_line(f"Waiting for the model: {status.text}…"))
+            yield page.begun(mix, f"Waiting for the model: {status.text}…")
             cancel.wait(_POLL_S)
             check_cancelled(cancel, "Waiting for the model")
 
@@ -342,17 +352,6 @@ def _query(request: gr.Request) -> Mapping[str, list[str]]:
     return parse_qs(str(found or ""), max_num_fields=50)
 
 
-def _begun(ask: Ask, mix: Mix) -> View:
-    """At once: Stop works, and what is to be compared is said above the texts."""
-    beside = f"Kept: {ask.beside.words}" if ask.beside else "Unsteered"
-    labels = {"unsteered": beside, "steered": f"Steered: {mix.in_words()}"}
-    named = {f"{side}{pane}": gr.update(label=label) for side, label in labels.items() for pane in ("", "_chat")}
-    off, on = gr.update(interactive=False), gr.update(interactive=True)
-    return View(
-        run=off, again=off, stop=on, error="", note=render.note_line("Reading the prompt…"), colours="", **named
-    )
-
-
 def _ended(**updates: Any) -> View:
     on, off = gr.update(interactive=True), gr.update(interactive=False)
     return View(**updates | {"run": on, "again": on, "stop": off})
@@ -375,7 +374,7 @@ def _sampling(ask: Ask) -> "Sampling":
 
 def _growing(stream: "Iterator[Step]", page: "_Page", cancel: threading.Event) -> "Generator[View, None, list[Row]]":
     """Views of the texts as they grow; returns the finished rows. A run that takes too long is stopped."""
-    shown, note, started = 0.0, render.note_line("Writing…"), time.monotonic()
+    shown, started = 0.0, time.monotonic()
     while True:
         try:
             step = next(stream)
@@ -388,8 +387,8 @@ def _growing(stream: "Iterator[Step]", page: "_Page", cancel: threading.Event) -
         if time.monotonic() - started > MAX_SECONDS:
             cancel.set()
         if time.monotonic() - shown >= _UPDATE_S:
-            yield page.view()._replace(note=note)
-            shown, note = time.monotonic(), gr.skip()  # the note once: a screen reader would say it every time
+            yield page.view()._replace(note=render.note_line("Writing…"))
+            shown = time.monotonic()
 
 
 def _before_you(count: int) -> str:
@@ -402,25 +401,46 @@ class _Page:
     """Both texts of a run as they grow, and what the panes of its mode show of them."""
 
     def __init__(self, ask: Ask) -> None:
+        self.ask = ask
         self.chat = ask.mode == "chat"
-        self.prompt = ask.prompt
-        self.before = ask.talk
         self.texts = ["", ""]
+        self._chats_before = [_escaped(ask.talk[side]) for side in SIDES]
 
     def asked(self, side: str) -> Any:
         """The prompt of a side: the text alone, or that side's conversation with it."""
-        return [*self.before[side], {"role": "user", "content": self.prompt}] if self.chat else self.prompt
+        prompt = self.ask.prompt
+        return [*self.ask.talk[side], {"role": "user", "content": prompt}] if self.chat else prompt
 
     def take(self, first: int, pieces: tuple[str, ...]) -> None:
         for row, piece in enumerate(pieces, start=first):
             self.texts[row] += piece
 
+    def begun(self, mix: Mix, note: str) -> View:
+        """At once: Stop works, and what is to be compared is said above the texts."""
+        beside = f"Kept: {self.ask.beside.words}" if self.ask.beside else "Unsteered"
+        named = [gr.update(label=label) for label in (beside, f"Steered: {mix.in_words()}")]
+        off, on = gr.update(interactive=False), gr.update(interactive=True)
+        view = self._shown(*named)._replace(note=render.note_line(note))
+        return view._replace(run=off, again=off, stop=on)
+
     def view(self, *, done: bool = False) -> View:
+        """The texts as they stand; `done` adds them to the conversation."""
         if not self.chat:
-            return View(unsteered=self.texts[0], steered=self.texts[1])
+            return self._shown(*self.texts)
         talk = {
             side: [*self.asked(side), {"role": "assistant", "content": text}]
             for side, text in zip(SIDES, self.texts, strict=True)
         }
-        chats = [[{**message, "content": render.chat_text(message["content"])} for message in talk[s]] for s in SIDES]
-        return View(unsteered_chat=chats[0], steered_chat=chats[1], talk=talk if done else gr.skip(), prompt="")
+        view = self._shown(*(_escaped(talk[side]) for side in SIDES))
+        return view._replace(talk=talk if done else gr.skip(), prompt="")
+
+    def _shown(self, left: Any, right: Any) -> View:
+        """Updates for the two panes of the mode."""
+        if self.chat:
+            return _WRITING._replace(unsteered_chat=left, steered_chat=right)
+        before = self._chats_before
+        return _WRITING._replace(unsteered=left, steered=right, unsteered_chat=before[0], steered_chat=before[1])
+
+
+def _escaped(talk: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{**message, "content": render.chat_text(message["content"])} for message in talk]

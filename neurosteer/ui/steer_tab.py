@@ -29,6 +29,8 @@ _COPY_LINK = """(query) => {
   return link;
 }"""
 
+_AFTER_THE_FIRST_WORDS = """(...values) => new Promise((done) => setTimeout(() => done(values), 300))"""
+
 _LOOK_AT_TEXTS = """() => setTimeout(() => {
   const text = document.querySelector("#steered, #steered-chat");
   if (text && text.getBoundingClientRect().bottom > window.innerHeight)
@@ -88,7 +90,7 @@ class SteerTab:
     def view(self) -> list[Any]:
         """In the order of `View`'s fields."""
         before = [self.run, self.again, self.stop, self.error, self.note, *self.texts, *self.chats]
-        return [*before, self.talk, self.prompt, self.settings[3], self.last, self.coloured]
+        return [*before, self.talk, self.prompt, self.last, self.coloured]
 
 
 def lay_out(model: gr.Dropdown, shelf: gr.State) -> SteerTab:
@@ -189,9 +191,11 @@ def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
     given, mixed = [*tab.ask, *mixer.inputs], [tab.mix_error, tab.mix_note, *mixer.outputs]
     events = [gr.on([tab.run.click, tab.prompt.submit], handlers.run, given, tab.view, **writing)]
     events.append(tab.again.click(handlers.again, given, tab.view, **writing))
+    tab.again.click(handlers.next_seed, tab.settings[3], tab.settings[3], queue=False, **quiet)
     for button, preset in zip(tab.presets, PRESETS, strict=True):
-        both = [*tab.view, *mixer.outputs]
-        events.append(button.click(handlers.runner(preset), given, both, **writing))
+        events.append(button.click(handlers.runner(preset), given, tab.view, **writing))
+        choose = guarded(handlers.chooser(preset))
+        button.click(choose, mixer.inputs, mixer.outputs, queue=False, js=_AFTER_THE_FIRST_WORDS, **quiet)
     colouring = [tab.colour, tab.last, *mixer.inputs]
     for event in events:
         event.failure(handlers.give_up, None, tab.view, queue=False, **quiet)

@@ -1,0 +1,90 @@
+"""A visitor of the page and its model, for tests without a browser."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import torch
+from tiny import D_MODEL, make_vector
+
+from neurosteer.artifacts import Feature, FeatureContext, SteeringVector
+from neurosteer.examples import ContrastSet
+from neurosteer.steering import Session
+from neurosteer.ui.build_tab import Source
+from neurosteer.ui.gpu import Here
+from neurosteer.ui.loading import ModelHolder, Status
+from neurosteer.ui.mixer import MOST
+from neurosteer.ui.steer_handlers import Ask, SteerHandlers, View, new_talk
+
+HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
+SKIP = gr.skip()
+
+
+def texts(word: str, count: int = 24) -> tuple[str, ...]:
+    return tuple(f"{word} the cat sings over mountain {number}" for number in range(count))
+
+
+EXAMPLES = ContrastSet(texts("happy"), texts("sad"), name="mood", source="mood.csv: CSV")
+
+
+class Ready(ModelHolder):
+    """A holder whose model is there."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._begun, self._session = True, Here(session)
+        self._status = Status("tiny on CPU, float32", ready=True)
+        self._imported.set()
+
+
+class Never(ModelHolder):
+    """A holder that is never asked to load."""
+
+    def start(self) -> None:
+        pass
+
+
+def visitor(name: str = "anna") -> Any:
+    return SimpleNamespace(session_hash=name)
+
+
+def source(kind: str, **given: Any) -> Source:
+    empty = Source(kind, None, None, None, None, "", "")
+    return empty._replace(**given)
+
+
+def mix_values(shelf: Any, chosen: list[str], *strengths: float, apart: bool = False) -> list[Any]:
+    """As the page hands them over: model, shelf, what the sliders stand for, the choice, all sliders, the checkbox."""
+    return [None, shelf, chosen, chosen, *[*strengths, *[1.0] * MOST][:MOST], apart]
+
+
+told = gr.Progress()  # outside of an event it tells nobody
+
+
+def feature(index: int = 7, **given: Any) -> Feature:
+    plain: dict[str, Any] = {
+        "layer": 1,
+        "weight": 1.5,
+        "score": 0.1,
+        "rates": (0.123, 0.021),
+        "means_active": (2.0, 1.0),
+        "promoted": (" glad", " happy"),
+        "suppressed": (" sad",),
+        "contexts": (FeatureContext("what a", " lovely", " day", 3.0),),
+    }
+    return Feature(index=index, **{**plain, **given})
+
+
+def along(layers: dict[int, list[float]], name: str = "v", **given: Any) -> SteeringVector:
+    """A vector whose first coordinates are given at each layer, the others 0."""
+    directions = {layer: torch.tensor([*values, *[0.0] * (D_MODEL - len(values))]) for layer, values in layers.items()}
+    return make_vector(list(layers), name=name, directions=directions, **given)
+
+
+def ask(**given: Any) -> Ask:
+    plain = Ask("prompt", "the cat", new_talk(), "unsteered", None, 8, 0.8, 0.95, 0, True)
+    return plain._replace(**given)
+
+
+def run(steering: SteerHandlers, asked: Ask, mixed: list[Any]) -> list[View]:
+    return list(steering.run(visitor(), *asked, *mixed))
