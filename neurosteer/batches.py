@@ -191,6 +191,10 @@ def _cut_layer(layer: Any, rows: Tensor, cut: int) -> None:
 
 def _contiguous_head(lm: LanguageModel) -> list[Hook]:
     """After the prompt, transformers hands the LM head a slice of the hidden states; on a CPU, multiplying a slice
-    copies the whole vocabulary matrix once per row (16 rows: five times the time of the prompt itself)."""
+    copies the whole vocabulary matrix once per row (16 rows: five times the time of the prompt itself).
+
+    A slice of one row counts as contiguous already and is copied all the same: so `clone`, not `contiguous`.
+    """
     head = lm.model.get_output_embeddings()
-    return [InputHook(head, lambda hidden: hidden.contiguous())] if head is not None else []
+    fresh = torch.contiguous_format
+    return [InputHook(head, lambda hidden: hidden.clone(memory_format=fresh))] if head is not None else []
