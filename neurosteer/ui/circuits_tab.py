@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 KIND = "circuits"
 MOST_NEURONS = 1000
+MAX_TOKENS = 256  # of a prompt
 EDGE_TARGETS = 30
 
-_MAX_TOKENS = 256
 _PREDICTIONS = 8
 _HELP = (
     "Write a prompt and the word that should come next. In one pass forth and back the model tells which of its "
@@ -153,8 +153,8 @@ def explain(
     from neurosteer.circuits import Selection, attribute, figure, find_edges
 
     raw, select = not question.chat, Selection("top_k", int(question.neurons))
-    if len(lm.prompt_ids(question.prompt, raw=raw)) > _MAX_TOKENS:
-        raise UsageError(f"The prompt is longer than the {_MAX_TOKENS} tokens that this page looks at.")
+    if len(lm.prompt_ids(question.prompt, raw=raw)) > MAX_TOKENS:
+        raise UsageError(f"The prompt is longer than the {MAX_TOKENS} tokens that this page looks at.")
     found = attribute(
         lm,
         question.prompt,

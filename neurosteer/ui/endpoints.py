@@ -1,4 +1,4 @@
-"""The page for programs: five endpoints, over HTTP for `gradio_client` and as tools for MCP clients.
+"""The page for programs: endpoints, over HTTP for `gradio_client` and as tools for MCP clients.
 
 Every call stands alone: all it needs is in its arguments, and nothing of it stays on the server. Their docstrings are
 what a program or an agent is told of them.
@@ -26,7 +26,7 @@ from neurosteer.examples import ContrastSet, parse_examples
 from neurosteer.progress import silent
 from neurosteer.ui.build_tab import KIND as BUILD_KIND
 from neurosteer.ui.build_tab import BuildHandlers, Settings
-from neurosteer.ui.jobs import problem
+from neurosteer.ui.jobs import Jobs, problem
 from neurosteer.ui.limits import MAX_BUILDS, MAX_NEW_TOKENS, MAX_PROMPT, MAX_SECONDS, MAX_VISITORS, visitors_token
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST
@@ -92,7 +92,7 @@ class Endpoints:
         """
         _check_request(prompt, max_new_tokens)
         uses = _uses(use)
-        with self._work() as cancel:
+        with working(self.jobs) as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
             from neurosteer.artifacts import check_model
             from neurosteer.decoding import Sampling
@@ -157,13 +157,13 @@ class Endpoints:
         settings = Settings(
             name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae
         )
-        with self._work() as cancel:
+        with working(self.jobs) as cancel:
             try:
                 artifact, seconds = self.building.make(examples, settings, silent, cancel, model or None)
             except Cancelled as error:
                 raise UsageError(f"Building took over {MAX_SECONDS:g} s and was stopped; give fewer texts.") from error
         warnings = [*examples.warnings, *warnings_of(artifact)]
-        return {**_artifact_data(artifact), "warnings": warnings, "seconds": round(seconds, 3)}
+        return {**handed_over(artifact), "warnings": warnings, "seconds": round(seconds, 3)}
 
     def offered(self, model: str = "") -> dict[str, Any]:
         """What this server has: models, methods to build with, and released artifacts to steer with.
@@ -215,23 +215,24 @@ class Endpoints:
                 what it is: "name", "kind", "method", "model", "layers", "layer_choice", "strength" (what 1 means),
                 "separation" (by layer), "examples" (counts).
         """
-        return _artifact_data(_artifact(reference))
-
-    @contextmanager
-    def _work(self) -> Iterator[threading.Event]:
-        """An event that is set when the caller has gone or it takes too long."""
-        request = LocalContext.request.get(None)
-        with self.jobs.alone(getattr(request, "session_hash", None)) as cancel:
-            timer = threading.Timer(MAX_SECONDS, cancel.set)
-            timer.daemon = True
-            timer.start()
-            try:
-                yield cancel
-            finally:
-                timer.cancel()
+        return handed_over(_artifact(reference))
 
 
-class _Endpoint(NamedTuple):
+@contextmanager
+def working(jobs: Jobs) -> Iterator[threading.Event]:
+    """An event that is set when the caller has gone or it takes too long."""
+    request = LocalContext.request.get(None)
+    with jobs.alone(getattr(request, "session_hash", None)) as cancel:
+        timer = threading.Timer(MAX_SECONDS, cancel.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield cancel
+        finally:
+            timer.cancel()
+
+
+class Endpoint(NamedTuple):
     """A function under the name by which programs know it; calls that share an `id` share the number `at_once`."""
 
     name: str
@@ -242,22 +243,28 @@ class _Endpoint(NamedTuple):
 
 def serve(endpoints: Endpoints) -> None:
     """Add the endpoints to the page that is being laid out."""
-    for each in (
-        _Endpoint("steer", endpoints.steer, STEER_KIND, MAX_VISITORS),
-        _Endpoint("build", endpoints.build, BUILD_KIND, MAX_BUILDS),
-        _Endpoint("list", endpoints.offered, "list", _HUB_CALLS),
-        _Endpoint("inspect", endpoints.inspect, "pull", _HUB_CALLS),
-        _Endpoint("pull", endpoints.pull, "pull", _HUB_CALLS),
-    ):
+    add(
+        endpoints.models,
+        Endpoint("steer", endpoints.steer, STEER_KIND, MAX_VISITORS),
+        Endpoint("build", endpoints.build, BUILD_KIND, MAX_BUILDS),
+        Endpoint("list", endpoints.offered, "list", _HUB_CALLS),
+        Endpoint("inspect", endpoints.inspect, "pull", _HUB_CALLS),
+        Endpoint("pull", endpoints.pull, "pull", _HUB_CALLS),
+    )
+
+
+def add(models: Models, *endpoints: Endpoint) -> None:
+    """Add `endpoints` to the page that is being laid out."""
+    for each in endpoints:
         api(
-            _answering(each, endpoints.models),
+            _answering(each, models),
             api_name=each.name,
             concurrency_id=each.id,
             concurrency_limit=each.at_once,
         )
 
 
-def _answering(endpoint: _Endpoint, models: Models) -> Callable[..., Any]:
+def _answering(endpoint: Endpoint, models: Models) -> Callable[..., Any]:
     """Its function for gradio: arguments are checked, and whatever goes wrong is one line."""
 
     @functools.wraps(endpoint.function)
@@ -381,7 +388,7 @@ def _summary(artifact: "Artifact") -> dict[str, Any]:
     }
 
 
-def _artifact_data(artifact: "Artifact") -> dict[str, Any]:
+def handed_over(artifact: "Artifact") -> dict[str, Any]:
     """The artifact as base64 text of its zip file, and what a caller wants to know of it."""
     from neurosteer.storage import pack
 

@@ -12,6 +12,7 @@ from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.ui import about_tab, build_tab, circuits_tab, library_tab, render, steer_tab
 from neurosteer.ui.build_tab import BuildHandlers
+from neurosteer.ui.circuit_endpoints import CircuitEndpoints, serve_circuits
 from neurosteer.ui.circuits_tab import CircuitHandlers
 from neurosteer.ui.endpoints import Endpoints, serve
 from neurosteer.ui.jobs import Jobs
@@ -63,6 +64,7 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
     steering = SteerHandlers(models, jobs, building)
     with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
         serve(Endpoints(building))  # before all others, who would take their names
+        serve_circuits(CircuitEndpoints(models, jobs))
         gr.HTML(render.heading(), elem_classes="ns-flush")
         with gr.Row(elem_classes="ns-model"):
             model = gr.Dropdown(
