@@ -21,9 +21,14 @@ LIBRARY = "neurosteer"
 """What cards name as their library and first tag; `search` finds repos by it."""
 
 LISTED_FEATURES = 20
-SEPARATION_PLOT = "separation.png"
+SEPARATION_PLOT, EVALUATION_PLOT = "separation.png", "evaluation.png"
+PLOTS = (SEPARATION_PLOT, EVALUATION_PLOT)
+"""The file names of pictures that NeuroSteer puts beside a card."""
 
-_CAPTIONS = {SEPARATION_PLOT: "How well the examples separate at each layer"}
+_CAPTIONS = {
+    SEPARATION_PLOT: "How well the examples separate at each layer",
+    EVALUATION_PLOT: "Effect, KL and perplexity by strength, and the controls",
+}
 _MEANING = {
     "add": "strength 1 adds a push of {amount:g} × the median norm of the residual stream",
     "ablate": "strength 1 projects the direction out",
@@ -96,7 +101,8 @@ def render_card(
         reference=repo or f"./{artifact.name}",
         repo="/".join(parts[:2]),
         folder="".join(f"{part}/" for part in parts[2:]),
-        plots=[{"file": name, "caption": _CAPTIONS.get(name, "Plot")} for name in plots],
+        plots=[_plot(name) for name in plots if name != EVALUATION_PLOT],
+        evaluation=_plot(EVALUATION_PLOT) if EVALUATION_PLOT in plots else None,
         tables=[table for receipt in artifact.receipts if (table := _effect_table(receipt))],
         provenance=_provenance_rows(artifact),
         features=strongest_features(artifact.features) if isinstance(artifact, SteeringVector) else [],
@@ -118,6 +124,10 @@ def is_generated(card: str) -> bool:
     """Whether `card` is as NeuroSteer wrote it: then it may be written anew. Any other holds somebody's own words."""
     found = _MARKED.search(card)
     return found is not None and _digest(card[: found.start()]) == found[1]
+
+
+def _plot(name: str) -> dict[str, str]:
+    return {"file": name, "caption": _CAPTIONS.get(name, "Plot")}
 
 
 def _rendered(template: str, **given: Any) -> str:

@@ -38,7 +38,7 @@ def receipt_points(data: Mapping[str, Any]) -> dict[str, list[Point]]:
     for row in rows if isinstance(rows, list) else []:
         point = _point(row) if isinstance(row, Mapping) else None
         kind = "steered" if point and row.get("kind") == "unsteered" else point and row.get("kind")
-        if point is None or kind not in found:
+        if point is None or not isinstance(kind, str) or kind not in found:
             continue
         draws = len(row["draws"]) if isinstance(row.get("draws"), list) else 0
         if draws >= found[kind].get(point.strength, (0, point))[0]:

@@ -42,7 +42,7 @@ def resolve(reference: str, *, progress: Progress = silent) -> Artifact:
 
     Raises `ArtifactError` saying where it was looked for, and what `pull` raises.
     """
-    folder = _artifact_folder(reference)
+    folder = artifact_folder(reference)
     if folder is not None:
         return load(folder)
     if _FEATURE.fullmatch(reference):
@@ -113,7 +113,7 @@ def resolve_uses(uses: Sequence[Use | FeatureUse], lm: "LanguageModel", *, progr
 
 def _use(reference: str, strength: float) -> Use | FeatureUse:
     in_name = re.split(r"[/\\]", reference)[-1]
-    if "#" not in in_name or _artifact_folder(reference) is not None:
+    if "#" not in in_name or artifact_folder(reference) is not None:
         return Use(resolve(reference), strength)
     found = _FEATURE.fullmatch(reference)
     value = _number(found["value"]) if found and found["value"] is not None else None
@@ -135,8 +135,8 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _artifact_folder(reference: str) -> Path | None:
-    """The folder that `reference` is or names, if there is one."""
+def artifact_folder(reference: str) -> Path | None:
+    """The folder on this machine that `reference` is, or names in `vectors/`, if there is one."""
     folder = _folder(reference)
     if folder is not None:
         return folder

@@ -9,7 +9,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from neurosteer.artifacts import (
     SteeringVector,
     provenance_data,
 )
-from neurosteer.cards import is_generated, render_card
+from neurosteer.cards import EVALUATION_PLOT, is_generated, render_card
 from neurosteer.errors import ArtifactError
+from neurosteer.plots import receipt_plot
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -66,17 +67,22 @@ _DIRECTION, _ENCODER = "layer.", "encoder."
 def save(artifact: Artifact, folder: str | Path) -> Path:
     """Write `artifact` to `folder`, whole or not at all, and return the folder.
 
-    An artifact that is there already is replaced; a card that somebody edited and other files beside it are kept.
+    An artifact that is there already is replaced; a card that somebody edited and other files beside it are kept. The
+    last receipt that can be drawn is, as `evaluation.png`.
+
     Raises `ArtifactError` when `folder` holds something else or cannot be written.
     """
     target = _path(folder)
-    card = _card_to_write(artifact, target)
+    plot = _evaluation_plot(artifact)
+    card = _card_to_write(artifact, target, () if plot is None else (EVALUATION_PLOT,))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:80]}-"))
         try:
             _keep_other_files(target, temporary)
             _write(artifact, card, temporary)
+            if plot is not None:
+                (temporary / EVALUATION_PLOT).write_bytes(plot)
             _replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -98,6 +104,12 @@ def load(folder: str | Path) -> Artifact:
     config = _read_config(path / CONFIG_FILE)
     tensors = _read_tensors(path / WEIGHTS_FILE, _expected_shapes(config, path / CONFIG_FILE))
     return _build(config, tensors, path / CONFIG_FILE)
+
+
+def _evaluation_plot(artifact: Artifact) -> bytes | None:
+    """The picture of the artifact's last receipt that holds something to draw, as PNG."""
+    plots = (receipt_plot(receipt.data) for receipt in reversed(artifact.receipts))
+    return next((plot for plot in plots if plot is not None), None)
 
 
 def is_artifact(folder: str | Path) -> bool:
@@ -179,9 +191,9 @@ def _present(target: Path) -> Path:
     return previous if not target.exists() and previous.is_dir() else target
 
 
-def _card_to_write(artifact: Artifact, target: Path) -> bytes:
+def _card_to_write(artifact: Artifact, target: Path, plots: Sequence[str]) -> bytes:
     """A fresh card, unless the one that is there differs from what we wrote: then somebody's edits are kept."""
-    fresh, present = render_card(artifact).encode(), _present(target)
+    fresh, present = render_card(artifact, plots=plots).encode(), _present(target)
     if not present.exists():
         return fresh
     if not present.is_dir() or (any(present.iterdir()) and not is_artifact(present)):
@@ -197,7 +209,7 @@ def _keep_other_files(target: Path, new: Path) -> None:
     """Copy what else lies beside an artifact (pictures, a repository's own files)."""
     present = _present(target)
     for entry in present.iterdir() if present.is_dir() else ():
-        if entry.name in FILE_LIMITS:
+        if entry.name in FILE_LIMITS or entry.name == EVALUATION_PLOT:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)

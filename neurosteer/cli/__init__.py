@@ -12,6 +12,7 @@ import typer
 from neurosteer.cli import (
     build_commands,
     circuit_commands,
+    evaluate_commands,
     harness_commands,
     hub_commands,
     sae_commands,
@@ -38,6 +39,7 @@ app.command("build")(build_commands.build)
 app.command("layers")(build_commands.layers)
 app.command("steer")(steer_commands.steer)
 app.command("sweep")(steer_commands.sweep)
+app.command("evaluate")(evaluate_commands.evaluate)
 app.command("harness")(harness_commands.harness)
 app.command("attribute")(circuit_commands.attribute)
 app.command("edges")(circuit_commands.edges)

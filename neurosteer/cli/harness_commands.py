@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neurosteer.cli.inputs import model_of, recipe_of, uses_of
 from neurosteer.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -16,7 +17,6 @@ from neurosteer.cli.options import (
     load,
 )
 from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
-from neurosteer.cli.steer_commands import _model_of, _recipe, _uses
 
 if TYPE_CHECKING:
     from neurosteer.lm_harness import HarnessResult
@@ -45,12 +45,12 @@ def harness(
     """Measure capability on tasks of lm-evaluation-harness (an extra), unsteered and steered."""
     from neurosteer.lm_harness import find_tasks, harness, write_harness
 
-    uses = _uses(use)
+    uses = uses_of(use)
     names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
     find_tasks(names)  # mistakes show before the model is loaded
     with progress_line() as progress:
-        lm = load(model or _model_of(uses), revision, device, dtype, progress)
-        recipe, _ = _recipe(uses, lm, progress)
+        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        recipe, _ = recipe_of(uses, lm, progress)
     found = harness(lm, recipe, names, limit=limit, batch_size=batch_size, raw=raw)
     written = write_harness(found, folder) if folder is not None else []
     if as_json:

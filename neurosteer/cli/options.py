@@ -1,5 +1,6 @@
 """Options and arguments that several verbs share: one word, one meaning. Those of one verb alone stand with it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,6 +49,18 @@ TemperatureOption = Annotated[float, typer.Option("--temperature")]
 TopPOption = Annotated[float, typer.Option("--top-p")]
 PenaltyOption = Annotated[float, typer.Option("--repetition-penalty")]
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, prompt or generated.")]
+StrengthsOption = Annotated[str, typer.Option("--strengths", help="Numbers parted by commas.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", help="A text file, one prompt a line; 16 neutral ones when left out.")
+]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--judge", help="refusal, regex:PATTERN or words:ONE,TWO; else a classifier trained on --examples."),
+]
+JudgeExamplesOption = Annotated[
+    str | None,
+    typer.Option("--examples", help="Labelled texts for the judge: others than the artifact's, or held out (build)."),
+]
 OrthogonaliseOption = Annotated[
     bool, typer.Option("--orthogonalise", help="Remove the overlap between the vectors used.")
 ]

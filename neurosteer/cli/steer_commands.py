@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer.cli.evaluate_commands import JudgeRequest, report
+from neurosteer.cli.inputs import floats, model_of, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
     DeviceOption,
     DtypeOption,
     GreedyOption,
     JsonOption,
+    JudgeExamplesOption,
+    JudgeOption,
     MaxNewTokensOption,
     ModelOption,
     OrthogonaliseOption,
     PenaltyOption,
     PositionsOption,
+    PromptsOption,
     RawOption,
     RevisionOption,
     SamplesOption,
     SeedOption,
+    StrengthsOption,
     TemperatureOption,
     TopPOption,
     UseOption,
@@ -31,13 +37,11 @@ from neurosteer.cli.options import (
 )
 from neurosteer.cli.output import err, out, print_json, progress_line
 from neurosteer.errors import UsageError
-from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
     from neurosteer.combining import Overlap
     from neurosteer.models import LanguageModel
-    from neurosteer.recipes import Recipe, Use
-    from neurosteer.references import FeatureUse
+    from neurosteer.recipes import Recipe
     from neurosteer.steering import Row
 
 
@@ -67,15 +71,15 @@ def steer(
     from neurosteer.recipes import UNSTEERED
     from neurosteer.steering import Row, Session
 
-    uses = _uses(use)
-    texts = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
+    uses = uses_of(use)
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
         raise UsageError("There is no prompt; give --prompt TEXT or --prompts FILE.")
     sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "positions": positions, "raw": raw}
     with progress_line() as progress:
-        lm = load(model or _model_of(uses), revision, device, dtype, progress)
-        recipe, strength = _recipe(uses, lm, progress)
+        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        recipe, strength = recipe_of(uses, lm, progress)
     recipe, overlaps = _combined(recipe, orthogonalise)
     steered = [Row(text, recipe, sample, strength) for text in texts for sample in range(samples)]
     rows = [*(Row(row.prompt, UNSTEERED, row.sample) for row in steered if compare), *steered]
@@ -91,13 +95,13 @@ def steer(
 
 def sweep(
     use: UseOption,
-    strengths: Annotated[str, typer.Option("--strengths", help="Numbers parted by commas.")] = "-2,-1,0,1,2",
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A text file, one prompt a line; 16 neutral ones when left out.")
-    ] = None,
+    strengths: StrengthsOption = "-2,-1,0,1,2",
+    prompts: PromptsOption = None,
     samples: SamplesOption = 1,
     max_new_tokens: MaxNewTokensOption = 30,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for generations.csv.")] = None,
+    judge: JudgeOption = None,
+    examples: JudgeExamplesOption = None,
     greedy: GreedyOption = False,
     temperature: TemperatureOption = 0.8,
     top_p: TopPOption = 0.95,
@@ -112,25 +116,40 @@ def sweep(
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the same prompts at several strengths (factors on the strengths given with --use)."""
+    """Write the same prompts at several strengths (factors on the strengths given with --use).
+
+    With a judge, controls are written too, and figures, as `evaluate` does.
+    """
     from neurosteer.decoding import Sampling
+    from neurosteer.evaluation import evaluate
     from neurosteer.examples import sweep_prompts
     from neurosteer.steering import Session
 
-    values = _floats(strengths, "--strengths")
-    uses = _uses(use)
-    texts = _read_prompts(prompts) if prompts else list(sweep_prompts())
+    asked = JudgeRequest.of(judge, examples) if judge or examples else None
+    if asked is not None and (raw or positions != "all"):
+        raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
+    values = floats(strengths, "--strengths")
+    uses = uses_of(use)
+    texts = read_prompts(prompts) if prompts else list(sweep_prompts())
     sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
     with progress_line() as progress:
-        lm = load(model or _model_of(uses), revision, device, dtype, progress)
-        recipe, overlaps = _combined(_recipe(uses, lm, progress)[0], orthogonalise)
+        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        recipe, overlaps = _combined(recipe_of(uses, lm, progress)[0], orthogonalise)
+        options: dict[str, Any] = {
+            "samples": samples, "max_new_tokens": max_new_tokens, "sampling": sampling, "progress": progress
+        }  # fmt: skip
         started = time.perf_counter()
-        rows = Session(lm).sweep(
-            recipe, values, texts, samples=samples, max_new_tokens=max_new_tokens, sampling=sampling,
-            positions=positions, raw=raw, progress=progress,
-        )  # fmt: skip
+        if asked is not None:
+            options |= {"prompts": texts, "strengths": values, "seed": seed, "out": folder}
+            found = evaluate(lm, recipe, asked.judge(recipe), **options)
+        else:
+            found = Session(lm).sweep(recipe, values, texts, positions=positions, raw=raw, **options)
     seconds = time.perf_counter() - started
     _print_overlaps(overlaps)
+    if not isinstance(found, list):
+        report(found, folder, None, as_json)
+        return
+    rows = found
     if folder is not None:
         _write_generations(rows, folder)
     if as_json or folder is None:
@@ -142,28 +161,6 @@ def sweep(
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _uses(texts: Sequence[str]) -> "list[Use | FeatureUse]":
-    """What --use names: mistakes show before the model is loaded; features of SAEs are looked up after."""
-    from neurosteer.references import parse_use
-
-    return [parse_use(text) for text in texts]
-
-
-def _model_of(uses: "Sequence[Use | FeatureUse]") -> str | None:
-    """The model that the first artifact was made on; None (the default) where there are features of SAEs only."""
-    from neurosteer.recipes import Use
-
-    return next((use.artifact.model.name for use in uses if isinstance(use, Use)), None)
-
-
-def _recipe(uses: "Sequence[Use | FeatureUse]", lm: "LanguageModel", progress: Progress) -> "tuple[Recipe, float]":
-    """The recipe, and the strength to show beside its texts: its own when it is one artifact, else 1 (as given)."""
-    from neurosteer.recipes import Recipe
-    from neurosteer.references import resolve_uses
-
-    return Recipe.of(*resolve_uses(uses, lm, progress=progress)), uses[0].strength if len(uses) == 1 else 1.0
-
-
 def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Overlap] | None]":
     """The recipe to steer with, and how much its vectors overlap as they were given; None where there are not two."""
     from neurosteer.artifacts import SteeringVector
@@ -172,24 +169,6 @@ def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Over
     several = sum(isinstance(use.artifact, SteeringVector) for use in recipe.uses) > 1
     overlaps = cosines(recipe) if several else None
     return (orthogonalised(recipe) if orthogonalise else recipe), overlaps
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The prompts file {str(path)!r} could not be read as UTF-8 text ({error}).") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise UsageError(f"The prompts file {str(path)!r} holds no prompt; write one a line.")
-    return found
-
-
-def _floats(text: str, what: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{what} is {text[:60]!r}; give numbers parted by commas, like -1,0,1.") from error
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from neurosteer.evaluation.judges import (
     TextClassifier,
     accuracy_text,
     judge_for,
+    named_judge,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "evaluation_figure",
     "evaluation_page",
     "judge_for",
+    "named_judge",
     "table_html",
     "write_evaluation",
 ]

@@ -72,6 +72,7 @@ def evaluate(
     instructions: tuple[str, str] | None = None,
     n_random: int = 3,
     seed: int = 0,
+    sampling: Sampling | None = None,
     out: Path | None = None,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
@@ -84,11 +85,12 @@ def evaluate(
         prompts: what is continued or answered; 16 neutral ones when left out.
         strengths: strength 0 is always written too. Random twins are written at −1 and +1 only (or at the weakest
             strength of either sign): at all strengths they would cost twice as much as everything else together.
-        samples: texts per prompt, drawn at temperature 0.8.
+        samples: texts per prompt.
         instructions: what asks in plain words for the behaviour, and for its opposite; by default what
             `controls.default_instructions` derives from the artifact's name.
         n_random: how many random twins.
         seed: of samples, random twins and intervals: the same seed gives the same receipt.
+        sampling: how tokens are drawn (by default at temperature 0.8); its own seed counts for nothing.
         out: a folder to which texts are written as they come. Called again with the same settings, `evaluate` goes on
             where it was cut; the judge may be another one.
 
@@ -104,9 +106,9 @@ def evaluate(
     for use in recipe.uses:
         check_model(use.artifact, lm.reference)
     asked = instructions or default_instructions(recipe)
-    writing = Writing(
-        tuple(groups(recipe, strengths, asked, n_random, seed)), prompts, samples, max_new_tokens, Sampling(seed=seed)
-    )
+    everything = groups(recipe, strengths, asked, n_random, seed)
+    drawn = replace(sampling or Sampling(), seed=seed)
+    writing = Writing(tuple(everything), prompts, samples, max_new_tokens, drawn)
     rows = write_texts(lm, writing, out=out, progress=progress, cancel=cancel)
     progress("Judging the texts")
     texts = _judged(judge, writing, rows)

@@ -180,6 +180,19 @@ def judge_for(recipe: Recipe | Artifact, examples: ContrastSet, *, seed: int = 0
     return TextClassifier.train(_held_out(examples, least.provenance.hold_out), seed=seed)
 
 
+def named_judge(text: str, examples: ContrastSet | None = None) -> Judge:
+    """The judge that `refusal`, `regex:PATTERN` or `words:ONE,TWO` names; the accuracy of the last two is measured on
+    labelled `examples` where they are given. Raises `UsageError` for any other text."""
+    kind, colon, rest = text.partition(":")
+    if text == "refusal":
+        return RefusalDetector()
+    if colon and kind == "regex":
+        return PatternJudge(rest, examples)
+    if colon and kind == "words":
+        return PatternJudge(rest.split(","), examples)
+    raise UsageError(f"There is no judge {text[:80]!r}; use refusal, regex:PATTERN or words:ONE,TWO.")
+
+
 def accuracy_text(judge: Judge) -> str:
     """How far the judge itself is to be trusted, as a phrase for beside its figures."""
     if judge.accuracy is None:

@@ -13,7 +13,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
-from neurosteer.cards import LIBRARY, SEPARATION_PLOT, is_generated, render_card, render_pack_card
+from neurosteer.cards import (
+    EVALUATION_PLOT,
+    LIBRARY,
+    PLOTS,
+    SEPARATION_PLOT,
+    is_generated,
+    render_card,
+    render_pack_card,
+)
 from neurosteer.errors import ArtifactError, HubError, NeuroSteerError, UsageError
 from neurosteer.hub.client import Hub, Token, connect
 from neurosteer.hub.pulling import download, fetch
@@ -155,11 +163,13 @@ def _item(given: Artifact | str | Path) -> _Item:
 
 
 def _files_of(artifact: Artifact) -> dict[str, bytes]:
-    """What `save` writes, and the plot of how well the layers separate where several were compared."""
+    """What `save` writes, the plot of a receipt with it, and that of how well the layers separate where several were
+    compared."""
     try:
         with TemporaryDirectory() as temporary:
             folder = save(artifact, Path(temporary) / artifact.name)
-            files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            names = (CONFIG_FILE, WEIGHTS_FILE, EVALUATION_PLOT)
+            files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     except OSError as error:
         raise ArtifactError(
             f"{artifact.name} could not be prepared ({error.strerror or error}); make room in the temporary folder."
@@ -263,7 +273,7 @@ def _prepare(work: _Publication, head: str | None) -> _Upload:
     for item in work.items:
         folder = "" if others is None else f"{item.artifact.name}/"
         place = work.repo if others is None else f"{work.repo}/{item.artifact.name}"
-        plots = tuple(name for name in item.files if name == SEPARATION_PLOT)
+        plots = tuple(name for name in item.files if name in PLOTS)
         card = render_card(item.artifact, repo=place, licence=work.licence, plots=plots)
         files |= {folder + name: data for name, data in {**item.files, CARD_FILE: card.encode()}.items()}
         if item.card is not None:
@@ -306,9 +316,9 @@ def _other(hub: Hub, reference: Reference) -> Artifact | None:
 def _with_cards(work: _Publication, head: str | None, files: dict[str, bytes], own_cards: dict[str, str]) -> _Upload:
     """The upload with each card decided: somebody's words on the Hub stay, then what was edited here, then ours."""
     cards = [path for path in files if path.rpartition("/")[2] == CARD_FILE]
-    plots = {path: path.removesuffix(CARD_FILE) + SEPARATION_PLOT for path in cards}
+    plots = {path.removesuffix(CARD_FILE) + name: path for path in cards for name in PLOTS}
     to = f"push to {work.repo}"
-    there = files_at(work.hub, work.repo, head, [*cards, *plots.values()], to) if head else {}
+    there = files_at(work.hub, work.repo, head, [*cards, *plots], to) if head else {}
     kept: dict[str, str] = {}
     for path in cards:
         if path in own_cards:
@@ -320,7 +330,7 @@ def _with_cards(work: _Publication, head: str | None, files: dict[str, bytes], o
         if not is_generated(present.decode(errors="replace")):
             del files[path]
             kept[path] = present.decode(errors="replace")
-    stale = [plot for card, plot in plots.items() if card in files and plot in there and plot not in files]
+    stale = [plot for plot, card in plots.items() if card in files and plot in there and plot not in files]
     return _Upload(files, stale, bool(kept), _note(kept, own_cards))
 
 

@@ -1,0 +1,157 @@
+"""The verb that measures what artifacts do and break, and what `sweep` shares with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neurosteer.cli.inputs import floats, model_of, read_prompts, recipe_of, uses_of
+from neurosteer.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    JudgeExamplesOption,
+    JudgeOption,
+    MaxNewTokensOption,
+    ModelOption,
+    PromptsOption,
+    RevisionOption,
+    SamplesOption,
+    SeedOption,
+    StrengthsOption,
+    UseOption,
+    load,
+)
+from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
+from neurosteer.errors import UsageError
+
+if TYPE_CHECKING:
+    from neurosteer.evaluation import Evaluation, Judge
+    from neurosteer.examples import ContrastSet
+    from neurosteer.recipes import Recipe
+
+_TABLE_WIDTH = 220
+
+
+def evaluate(
+    use: UseOption,
+    judge: JudgeOption = None,
+    examples: JudgeExamplesOption = None,
+    strengths: StrengthsOption = "-2,-1,0,1,2",
+    prompts: PromptsOption = None,
+    samples: SamplesOption = 1,
+    max_new_tokens: MaxNewTokensOption = 40,
+    instructions: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--instructions", metavar="UP DOWN", help="What asks in plain words for +1 and for −1."),
+    ] = None,
+    random: Annotated[int, typer.Option("--random", help="How many random twins.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the receipt, texts and plots; run again, it goes on.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the receipt on the artifact, in its local folder.")
+    ] = False,
+    seed: SeedOption = 0,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure effect and damage at several strengths, beside no steering, random twins and plain words."""
+    from neurosteer.evaluation import evaluate as measure
+    from neurosteer.examples import sweep_prompts
+
+    values = floats(strengths, "--strengths")
+    place = _folder_to_save(use) if save else None
+    asked = JudgeRequest.of(judge, examples)
+    uses = uses_of(use)
+    texts = read_prompts(prompts) if prompts else sweep_prompts()
+    with progress_line(logged=True) as progress:
+        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        recipe = recipe_of(uses, lm, progress)[0]
+        found = measure(
+            lm, recipe, asked.judge(recipe), prompts=texts, strengths=values, samples=samples,
+            max_new_tokens=max_new_tokens, instructions=instructions, n_random=random, seed=seed, out=folder,
+            progress=progress,
+        )  # fmt: skip
+    report(found, folder, place, as_json)
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """What --judge and --examples ask for; mistakes in them show before a model is loaded."""
+
+    name: str | None
+    examples: "ContrastSet | None"
+
+    @staticmethod
+    def of(name: str | None, examples: str | None) -> "JudgeRequest":
+        from neurosteer.evaluation import named_judge
+        from neurosteer.examples import read_examples
+
+        if name is None and examples is None:
+            raise UsageError(
+                "There is no judge; give labelled texts with --examples FILE, or --judge refusal or regex:PATTERN."
+            )
+        if name == "refusal" and examples is not None:
+            raise UsageError("--judge refusal brings its own labelled texts; leave --examples out.")
+        if name is not None:
+            named_judge(name)
+        return JudgeRequest(name, read_examples(examples) if examples is not None else None)
+
+    def judge(self, recipe: "Recipe") -> "Judge":
+        from neurosteer.evaluation import judge_for, named_judge
+
+        if self.name is not None:
+            return named_judge(self.name, self.examples)
+        assert self.examples is not None
+        return judge_for(recipe, self.examples)
+
+
+def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:
+    """Write the files, keep the receipt on the artifact, and print the table or the receipt."""
+    from neurosteer.evaluation import write_evaluation
+    from neurosteer.storage import save
+
+    files = write_evaluation(found, folder) if folder is not None else ()
+    if save_to is not None:
+        if found.artifact is None:
+            raise UsageError(
+                "--save needs one artifact at strength 1; what was measured is in --out, if that was given."
+            )
+        save(found.artifact, save_to)
+    if as_json:
+        written: dict[str, Any] = {"files": [str(file) for file in files]}
+        print_json({"receipt": dict(found.receipt.data), **written, "saved": str(save_to) if save_to else None})
+        return
+    _print_receipt_table(found.receipt.data["table"])
+    if files:
+        err.print(f"Wrote {', '.join(file.name for file in files)} to {folder}.")
+    if save_to is not None:
+        err.print(f"Kept the receipt on {save_to}.")
+
+
+def _print_receipt_table(table: dict[str, Any]) -> None:
+    out.print(table["title"] + "\n")
+    shown = new_table(table["columns"], right=table["columns"][1:])
+    for row in table["rows"]:
+        shown.add_row(*row)
+    print_table(shown, width=_TABLE_WIDTH)
+
+
+def _folder_to_save(use: Sequence[str]) -> Path:
+    """The local folder of the one artifact used, before anything is loaded."""
+    from neurosteer.references import artifact_folder
+
+    if len(use) != 1:
+        raise UsageError(f"--save keeps a receipt on one artifact; --use names {len(use)}.")
+    reference, colon, strength = use[0].rpartition(":")
+    at_one = colon and strength in ("1", "1.0", "+1")
+    folder = artifact_folder(use[0]) or (artifact_folder(reference) if at_one else None)
+    if folder is None:
+        raise UsageError(f"--save needs an artifact in a local folder, at strength 1; {use[0][:200]!r} is none.")
+    return folder
