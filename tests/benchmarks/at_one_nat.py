@@ -51,18 +51,24 @@ class AtOneNat:
         self.lm, self.prompts, self.judge, self.target_kl = lm, tuple(prompts), judge, target_kl
         self.samples, self.tokens = samples, tokens
         self.texts = unsteered_texts(lm, self.prompts)
-        self.unsteered = judge.share_positive(self.written(UNSTEERED))
+        self.unsteered = judge.share_positive(self._written(UNSTEERED, [0.0])[0])
 
-    def written(self, recipe: Recipe, strength: float = 0.0) -> list[str]:
+    def _written(self, recipe: Recipe, strengths: Sequence[float]) -> list[list[str]]:
+        """The texts of each strength; all decode together."""
         rows = Session(self.lm).sweep(
-            recipe, [strength], self.prompts, samples=self.samples, max_new_tokens=self.tokens
+            recipe,
+            strengths,
+            self.prompts,
+            samples=self.samples,
+            max_new_tokens=self.tokens,
+            batch_rows=len(strengths) * len(self.prompts) * self.samples,
         )
-        return [row.text for row in rows]
+        return [[row.text for row in rows if row.strength == strength] for strength in strengths]
 
     def move(self, artifact: Artifact) -> Moved:
         """Whatever calibration the artifact has is found anew."""
         solved = calibrate(self.lm, artifact, target_kl=self.target_kl, texts=self.texts)
-        down, up = (self.written(Recipe.of(solved), strength) for strength in (-1.0, 1.0))
+        down, up = self._written(Recipe.of(solved), [-1.0, 1.0])
         found = solved.calibration
         return Moved(
             (self.judge.share_positive(down), self.judge.share_positive(up)),
