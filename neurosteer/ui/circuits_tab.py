@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KIND = "circuits"
 MOST_NEURONS = 1000
 MAX_TOKENS = 256  # of a prompt
+LEAVE_OUT, LEAVE_OUT_MORE, KEEP = "leave out", "leave out more", "keep"  # neurons that fire on almost any prompt
 EDGE_TARGETS = 30
 
 _PREDICTIONS = 8
@@ -45,7 +46,7 @@ class Question(NamedTuple):
     target: str
     counterfactual: str
     neurons: float
-    keep_universal: bool
+    universal: str
     chat: bool
 
 
@@ -150,18 +151,20 @@ def explain(
     lm: "LanguageModel", question: Question, *, progress: Progress = silent, cancel: threading.Event | None = None
 ) -> Explained:
     """The neurons that the next word is owed to. Raises as `attribute` does, `UsageError` for a long prompt."""
-    from neurosteer.circuits import Selection, attribute, figure, find_edges
+    from neurosteer.circuits import Selection, attribute, find_edges, find_unspecific
 
     raw, select = not question.chat, Selection("top_k", int(question.neurons))
     if len(lm.prompt_ids(question.prompt, raw=raw)) > MAX_TOKENS:
         raise UsageError(f"The prompt is longer than the {MAX_TOKENS} tokens that this page looks at.")
+    specific = question.universal == LEAVE_OUT_MORE
     found = attribute(
         lm,
         question.prompt,
         question.target,
         question.counterfactual or None,
         raw=raw,
-        keep_universal=question.keep_universal,
+        keep_universal=question.universal == KEEP,
+        universal=find_unspecific(lm, progress=progress, cancel=cancel) if specific else None,
         progress=progress,
         cancel=cancel,
     )
@@ -172,7 +175,7 @@ def explain(
         shown.summary(found, circuit),
         shown.heat_map(found),
         shown.table(found, int(question.neurons)),
-        figure(edges),
+        shown.edge_picture(edges),
         predicted(lm, circuit, question.prompt, raw, 0.0),
     )
 
@@ -249,6 +252,7 @@ def lay_out() -> CircuitsTab:
     table = gr.Dataframe(
         headers=list(shown.COLUMNS), label="The neurons, strongest first (click a heading to sort)", visible=False,
         interactive=False, max_height=360, elem_id="neurons", wrap=False,
+        column_widths=["18%", "18%", "22%", "20%", "22%"],
     )  # fmt: skip
     state = gr.State(None)
     return CircuitsTab(
@@ -268,7 +272,12 @@ def _question_inputs() -> tuple[Any, ...]:
         neurons = gr.Slider(
             1, MOST_NEURONS, value=200, step=1, label="Neurons in the circuit", info="The strongest ones"
         )
-        universal = gr.Checkbox(False, label="Keep universal neurons", info="Those that fire on almost any prompt")
+        universal = gr.Radio(
+            [("Leave them out", LEAVE_OUT), ("And those of everyday answers", LEAVE_OUT_MORE), ("Keep them", KEEP)],
+            value=LEAVE_OUT,
+            label="Neurons that fire on almost any prompt",
+            info="Leaving out more spares other answers when the circuit is switched off",
+        )
         chat = gr.Checkbox(
             False, label="As a chat", info="The prompt as a user's message, the word as the answer's first"
         )

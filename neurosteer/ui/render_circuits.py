@@ -8,13 +8,22 @@ from neurosteer.ui.render import signed, what_it_is
 
 if TYPE_CHECKING:
     from neurosteer.artifacts import NeuronCircuit
-    from neurosteer.circuits import Attribution
+    from neurosteer.circuits import Attribution, CircuitGraph
     from neurosteer.circuits.probing import Prediction
 
 COLUMNS = ("Layer", "Position", "Token", "Neuron", "Score")
 
 _AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
 _TEXT = "#808a9b"
+_ON_ANY_PAGE = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": _TEXT, "size": 12}}
+"""Light or dark: whatever is behind a picture shows through."""
+_AGAINST_TO_TOWARDS = [
+    [0.0, "rgb(234,88,12)"],
+    [0.4, "rgba(234,88,12,0.45)"],
+    [0.5, "rgba(128,138,155,0.05)"],
+    [0.6, "rgba(99,102,241,0.45)"],
+    [1.0, "rgb(99,102,241)"],
+]
 _MOST_TICKS = 48
 
 
@@ -34,8 +43,13 @@ def summary(found: "Attribution", circuit: "NeuronCircuit") -> str:
     return (
         f"<div class='ns-card'><p>{_quoted(one.target.text)}{against}: {signed(round(one.metric, 2))} logits in favour."
         f"{part}</p><p class='ns-faint'>The {circuit.size:,} strongest neurons ({circuit.share:.2%} of all) in "
-        f"{len(circuit.layers)} layers are the circuit.</p></div>"
+        f"{len(circuit.layers)} layers are the circuit.{_left_out(found)}</p></div>"
     )
+
+
+def _left_out(found: "Attribution") -> str:
+    count = len(found.left_out)
+    return f" {count:,} that fire on almost any prompt are left out." if count else ""
 
 
 def about_circuit(circuit: "NeuronCircuit") -> str:
@@ -50,14 +64,14 @@ def table(found: "Attribution", count: int) -> list[list[Any]]:
 
     tokens = found.tokens[0]
     rows = found.rows(Selection("top_k", count))
-    return [[row.layer, row.position, visible(tokens[row.position]), row.neuron, round(row.score, 4)] for row in rows]
+    return [[row.layer, row.position, visible(tokens[row.position]), row.neuron, round(row.score, 3)] for row in rows]
 
 
 def circuit_table(circuit: "NeuronCircuit") -> list[list[Any]]:
     """The neurons of a circuit that belongs to no prompt."""
     order = circuit.scores.abs().argsort(descending=True).tolist()
     layers, neurons, scores = circuit.neuron_layers.tolist(), circuit.neurons.tolist(), circuit.scores.tolist()
-    return [[layers[place], "", "", neurons[place], round(scores[place], 4)] for place in order]
+    return [[layers[place], "", "", neurons[place], round(scores[place], 3)] for place in order]
 
 
 def heat_map(found: "Attribution") -> Any:
@@ -68,20 +82,35 @@ def heat_map(found: "Attribution") -> Any:
     most = float(values.abs().max()) or 1.0
     figure = go.Figure(
         go.Heatmap(
-            z=values.tolist(), zmin=-most, zmax=most, colorscale="RdBu", colorbar={"title": "logits", "thickness": 12},
+            z=values.tolist(), zmin=-most, zmax=most, colorscale=_AGAINST_TO_TOWARDS,
+            colorbar={"title": "logits", "thickness": 12},
             hovertemplate="layer %{y}, token %{x}: %{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
     step = max(1, len(tokens) // _MOST_TICKS)
     places = list(range(0, len(tokens), step))
     ticks = {"tickvals": places, "ticktext": [escape(tokens[place][:16]) for place in places]}
+    title = "What a layer’s neurons add at a token<br>(blue: towards the word, orange: against it)"
     figure.update_layout(
-        height=420, margin={"l": 52, "r": 16, "t": 30, "b": 80}, font={"color": _TEXT, "size": 12},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", dragmode=False,
-        title={"text": "What the neurons of a layer add at a token (blue: towards the word)", "font": {"size": 13}},
-        xaxis={**_AXIS, **ticks, "title": "token"}, yaxis={**_AXIS, "title": "layer", "tickformat": "d"},
+        **_ON_ANY_PAGE, height=420, margin={"l": 52, "r": 16, "t": 50, "b": 80}, dragmode=False,
+        title={"text": title, "font": {"size": 13}},
+        xaxis={**_AXIS, **ticks, "title": "token", "showgrid": False},
+        yaxis={**_AXIS, "title": "layer", "tickformat": "d", "showgrid": False},
     )  # fmt: skip
     return figure
+
+
+def edge_picture(graph: "CircuitGraph") -> Any:
+    """`figure` in the page's colours."""
+    from neurosteer.circuits import figure
+
+    title = "How the neurons feed one another<br>(blue: they push each other up, orange: down)"
+    lines = {"linecolor": _AXIS["gridcolor"], "tickcolor": _AXIS["gridcolor"]}
+    return figure(graph).update_layout(
+        **_ON_ANY_PAGE, height=460, dragmode=False, title={"text": title, "font": {"size": 13}},
+        margin={"l": 52, "r": 16, "t": 50, "b": 80}, xaxis={**_AXIS, **lines, "title": "token"},
+        yaxis={**_AXIS, **lines, "title": "layer", "tickformat": "d"},
+    )  # fmt: skip
 
 
 def predictions(before: "Sequence[Prediction]", after: "Sequence[Prediction]", multiplier: float) -> str:

@@ -1,0 +1,240 @@
+"""The Circuits tab without a browser: what it shows, and what its handlers do."""
+
+import re
+import threading
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from pages import HOSTILE, SKIP, Never, Ready, mix_values, visitor
+from tiny import Tiny, make_circuit, make_vector
+
+from neurosteer.artifacts import NeuronCircuit
+from neurosteer.circuits import (
+    Attribution,
+    Prediction,
+    Selection,
+    attribute,
+    find_edges,
+    find_universal,
+    find_unspecific,
+    sweep_multipliers,
+)
+from neurosteer.steering import Session
+from neurosteer.ui import render_circuits as shown
+from neurosteer.ui.circuits_tab import KEEP, LEAVE_OUT, LEAVE_OUT_MORE, MAX_TOKENS, CircuitHandlers, Question, Shown
+from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.limits import MAX_PROMPT
+from neurosteer.ui.loading import Models
+
+PROMPT = "the cat runs over the"
+QUESTION = Question(PROMPT, "a", "t", 40, LEAVE_OUT, False)
+
+
+@pytest.fixture
+def found(llama: Tiny) -> Attribution:
+    return attribute(llama.lm, PROMPT, "a", "t", raw=True)
+
+
+@pytest.fixture
+def handlers(llama: Tiny) -> CircuitHandlers:
+    return CircuitHandlers(Models.of(Ready(Session(llama.lm)), None), Jobs())
+
+
+def asked(handlers: CircuitHandlers, question: Question = QUESTION, **changes: Any) -> list[Any]:
+    values = question._replace(**changes)
+    return handlers.attribute(visitor(), lambda *_, **__: None, *values, *mix_values({}, []))  # type: ignore[arg-type]
+
+
+class Text(HTMLParser):
+    """The text of HTML, and its tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags = "", set[str]()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def likely(answer: str) -> list[str]:
+    """The words of a list of predictions, as HTML."""
+    return re.findall(r"<li><bdi class='ns-word'>(.*?)</bdi> ([\d.]+%)", answer)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "wanted"), [(" Paris", "·Paris"), ("\n", "↵"), ("", "∅"), ("a\x1b[0mb", "a�[0mb"), ("‮", "�")]
+)
+def test_a_token_is_shown_in_printable_characters(token: str, wanted: str) -> None:
+    assert shown.visible(token) == wanted
+
+
+def test_the_summary_says_what_was_asked_what_came_and_what_is_left_out(found: Attribution) -> None:
+    circuit = found.circuit(select=Selection("top_k", 40))
+    said = Text(shown.summary(found, circuit)).text
+    assert f"a rather than t: {found.prompts[0].metric:+.2f}".replace("-", "−") in said.replace("-", "−")
+    assert "40 strongest neurons" in said and f"{len(circuit.layers)} layers" in said and "first token" not in said
+    assert ("left out" in said) == bool(found.left_out)
+    assert f"{len(found.left_out)} that fire" in said or not found.left_out
+    assert "left out" not in shown.summary(replace(found, keep_universal=True), circuit)
+
+
+def test_a_target_of_several_tokens_is_said_to_be_its_first(llama: Tiny) -> None:
+    part = attribute(llama.lm, PROMPT, "abc", raw=True, keep_universal=True)
+    assert "the first token of what you wrote" in shown.summary(part, part.circuit())
+
+
+def test_the_table_holds_the_strongest_neurons_with_their_tokens(found: Attribution) -> None:
+    rows = shown.table(found, 12)
+    wanted = found.rows(Selection("top_k", 12))
+    assert [(row[0], row[1], row[3]) for row in rows] == [one[:3] for one in wanted]
+    assert [row[2] for row in rows] == [shown.visible(found.tokens[0][one.position]) for one in wanted]
+    assert [row[4] for row in rows] == pytest.approx([one.score for one in wanted], abs=6e-4)
+    assert all(len(row) == len(shown.COLUMNS) for row in rows)
+
+
+def test_a_circuit_of_no_prompt_lists_its_neurons_strongest_first() -> None:
+    circuit = make_circuit(seed=3)
+    rows = shown.circuit_table(circuit)
+    assert sorted(row[0] for row in rows) == sorted(circuit.neuron_layers.tolist())
+    sizes = [abs(row[4]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and all(len(row) == len(shown.COLUMNS) for row in rows)
+
+
+def test_the_heat_map_adds_up_what_every_neuron_of_a_layer_gives_at_a_token(llama: Tiny) -> None:
+    whole = attribute(llama.lm, PROMPT, "a", "t", raw=True, keep_universal=True, per_position=llama.lm.shape.d_mlp)
+    sums: dict[tuple[int, int], float] = {}
+    for row in whole.rows():
+        sums[row.layer, row.position] = sums.get((row.layer, row.position), 0.0) + row.score
+    (heat,) = shown.heat_map(whole).data
+    for layer, line in enumerate(heat.z):
+        assert line == pytest.approx([sums.get((layer, at), 0.0) for at in range(len(whole.tokens[0]))], abs=1e-5)
+    assert heat.zmin == -heat.zmax == -max(abs(value) for line in heat.z for value in line)
+
+
+def test_a_long_prompt_s_heat_map_names_some_tokens_and_nothing_names_them_as_html(llama: Tiny) -> None:
+    long = attribute(llama.lm, HOSTILE + " word" * 30, "a", raw=True, keep_universal=True)
+    figure = shown.heat_map(long)
+    assert len(figure.layout.xaxis.tickvals) <= 96 < len(long.tokens[0]) < MAX_TOKENS
+    assert not any("<" in text for text in figure.layout.xaxis.ticktext)
+
+
+def test_the_edge_picture_lets_the_page_show_through_and_keeps_every_edge(found: Attribution, llama: Tiny) -> None:
+    graph = find_edges(llama.lm, found, select=Selection("top_k", 20), n_targets=5)
+    figure = shown.edge_picture(graph)
+    assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
+    *lines, _ = figure.data
+    assert sum(len([x for x in line.x if x is None]) for line in lines) == len(graph.edges)
+
+
+def test_predictions_are_shown_side_by_side_and_as_text() -> None:
+    before, after = [Prediction(1, HOSTILE, 0.75)], [Prediction(2, " cat", 0.5), Prediction(3, " dog", 0.25)]
+    html = shown.predictions(before, after, 0.5)
+    page = Text(html)
+    assert page.tags == {"div", "h4", "ol", "li", "bdi", "span"}
+    assert "75.0%" in page.text and "·cat 50.0%" in page.text and "The circuit × 0.5" in page.text
+    assert "<script" not in html and "alert" in page.text
+    assert "--share:75%" in html
+
+
+def test_a_circuit_of_the_shelf_is_told_as_text() -> None:
+    assert "<b>" in shown.about_circuit(make_circuit()) and "neuron" in shown.about_circuit(make_circuit())
+
+
+# --- what the handlers do --------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_as_the_library_does(handlers: CircuitHandlers, llama: Tiny) -> None:
+    error, summary, heat, table, edges, slider, predictions, current, save = asked(handlers)
+    wanted = attribute(llama.lm, PROMPT, "a", "t", raw=True)
+    circuit = wanted.circuit(select=Selection("top_k", 40))
+    assert error == "" and summary == shown.summary(wanted, circuit)
+    assert table["value"] == shown.table(wanted, 40) and len(table["value"]) == 40
+    assert all(update["visible"] for update in (heat, table, edges, slider, save))
+    assert current.circuit.neurons.tolist() == circuit.neurons.tolist()
+    assert (current.prompt, current.raw, slider["value"]) == (PROMPT, True, 0.0)
+    before, after = sweep_multipliers(llama.lm, circuit, PROMPT, [1.0, 0.0], k=8, raw=True)
+    words = [(shown.visible(one.text), f"{one.probability:.1%}") for one in (*before.predictions, *after.predictions)]
+    assert [(Text(word).text, share) for word, share in likely(predictions)] == words
+
+
+@pytest.mark.parametrize("choice", [LEAVE_OUT, LEAVE_OUT_MORE, KEEP])
+def test_neurons_of_any_prompt_are_left_out_as_chosen(handlers: CircuitHandlers, llama: Tiny, choice: str) -> None:
+    current = asked(handlers, universal=choice, neurons=256)[7]
+    gone = {LEAVE_OUT: find_universal, LEAVE_OUT_MORE: find_unspecific}
+    left_out = set(gone[choice](llama.lm).all) if choice in gone else set()
+    found: NeuronCircuit = current.circuit
+    assert not left_out & set(zip(found.neuron_layers.tolist(), found.neurons.tolist(), strict=True))
+    assert found.parameters["keep_universal"] == (choice == KEEP)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"target": ""}, "no next word"),
+        ({"counterfactual": "a"}, "same token"),
+        ({"prompt": "a" * (MAX_PROMPT + 1)}, "8,001 characters"),
+        ({"prompt": "word " * MAX_TOKENS}, f"{MAX_TOKENS} tokens"),
+        ({"neurons": 0}, "0 neurons"),
+        ({"prompt": HOSTILE, "target": HOSTILE, "counterfactual": HOSTILE}, "same token"),
+    ],
+)
+def test_a_mistake_is_one_line_and_what_is_shown_stays(
+    handlers: CircuitHandlers, changes: dict[str, Any], words: str
+) -> None:
+    error, *rest = asked(handlers, **changes)
+    assert words in Text(error).text and Text(error).tags <= {"div", "p", "span"}
+    assert rest == [SKIP] * 8
+
+
+def test_a_circuit_of_the_shelf_is_tried_on_the_prompt_and_moved(handlers: CircuitHandlers, llama: Tiny) -> None:
+    circuit = make_circuit(name="mine", model=llama.lm.reference, operation="scale")
+    shelf = {"mine": circuit, "vector": make_vector(model=llama.lm.reference)}
+    error, about, heat, table, edges, slider, predictions, current, save = handlers.take(
+        "mine", PROMPT, False, *mix_values(shelf, [])
+    )
+    assert error == "" and "mine" in about and not heat["visible"] and not edges["visible"] and not save["visible"]
+    assert table["value"] == shown.circuit_table(circuit) and slider["visible"]
+    assert current == Shown(circuit, PROMPT, True)
+    for multiplier in (1.0, 3.0):
+        after = sweep_multipliers(llama.lm, circuit, PROMPT, [1.0, multiplier], k=8, raw=True)[1].predictions
+        moved = handlers.move(current, multiplier, None)
+        assert [share for _, share in likely(moved)][8:] == [f"{one.probability:.1%}" for one in after]
+    assert len(likely(predictions)) == 16 and handlers.move(None, 1.0, None) == ""
+    assert handlers.circuits(*mix_values(shelf, []))["choices"] == ["mine"]
+    assert handlers.take(None, PROMPT, False, *mix_values(shelf, [])) == [SKIP] * 9
+    assert "prompt is empty" in handlers.take("mine", " ", False, *mix_values(shelf, []))[0]
+
+
+def test_what_was_found_goes_to_the_shelf_and_is_chosen(handlers: CircuitHandlers) -> None:
+    current = asked(handlers)[7]
+    done, shelf, choice, *_ = handlers.save(current, *mix_values({}, []))
+    assert "a-relp is on your shelf" in Text(done).text
+    assert shelf["a-relp"] is current.circuit and choice == ["a-relp"]
+    assert handlers.save(None, *mix_values({}, []))[0] == SKIP
+
+
+def test_stop_ends_the_visitor_s_own_work_only(handlers: CircuitHandlers) -> None:
+    mine, other = handlers.jobs.begin("anna", "circuits"), handlers.jobs.begin("bert", "circuits")
+    handlers.stop(visitor("anna"))
+    assert mine.is_set() and not other.is_set()
+
+
+def test_a_model_that_failed_to_load_is_told(llama: Tiny) -> None:
+    class Failed(Never):
+        def wait(self, progress: Any = None, cancel: threading.Event | None = None) -> Any:
+            from neurosteer.errors import ModelError
+
+            raise ModelError("The model is not there: no network.")
+
+    handlers = CircuitHandlers(Models.of(Failed(), None), Jobs())
+    assert "no network" in asked(handlers)[0]
