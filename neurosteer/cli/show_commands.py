@@ -1,6 +1,5 @@
 """The verbs that show what there is: the page, the models, an artifact."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -82,7 +81,7 @@ def _comparable_overlaps(artifacts: "Sequence[Artifact]") -> "list[Overlap]":
 
 def _inspect_text(artifact: "Artifact") -> str:
     from neurosteer.artifacts import NeuronCircuit
-    from neurosteer.cards import feature_lines, layers_text, strength_meaning
+    from neurosteer.cards import feature_lines, layers_text, parameter_rows, strength_meaning
 
     source = artifact.provenance
     lines = [
@@ -91,10 +90,12 @@ def _inspect_text(artifact: "Artifact") -> str:
         f"fingerprint {artifact.model.fingerprint}",
         f"layers: {layers_text(artifact)} ({source.layer_choice or 'not recorded'})",
         f"strength: {strength_meaning(artifact)}",
-        f"examples: {source.n_positive} positive, {source.n_negative} negative, sha256 {source.examples_sha256[:16]}",
         f"read as: framing {source.framing}, tokens {source.tokens}",
-        f"parameters: {json.dumps(dict(artifact.parameters), ensure_ascii=False)}",
+        *(f"{name.lower()}: {value}" for name, value in parameter_rows(artifact)),
     ]
+    if source.n_positive or source.n_negative:
+        counts = f"{source.n_positive} positive, {source.n_negative} negative"
+        lines.insert(4, f"examples: {counts}, sha256 {source.examples_sha256[:16]}")
     if artifact.description:
         lines.insert(1, artifact.description)
     if isinstance(artifact, NeuronCircuit):
