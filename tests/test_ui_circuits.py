@@ -27,6 +27,7 @@ from neurosteer.ui.circuits_tab import KEEP, LEAVE_OUT, LEAVE_OUT_MORE, MAX_TOKE
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_PROMPT
 from neurosteer.ui.loading import Models
+from neurosteer.ui.render import signed
 
 PROMPT = "the cat runs over the"
 QUESTION = Question(PROMPT, "a", "t", 40, LEAVE_OUT, False)
@@ -199,9 +200,8 @@ def test_a_mistake_is_one_line_and_what_is_shown_stays(
 def test_a_circuit_of_the_shelf_is_tried_on_the_prompt_and_moved(handlers: CircuitHandlers, llama: Tiny) -> None:
     circuit = make_circuit(name="mine", model=llama.lm.reference, operation="scale")
     shelf = {"mine": circuit, "vector": make_vector(model=llama.lm.reference)}
-    error, about, heat, table, edges, slider, predictions, current, save = handlers.take(
-        "mine", PROMPT, False, *mix_values(shelf, [])
-    )
+    rest, no_word = mix_values(shelf, []), QUESTION._replace(target="")
+    error, about, heat, table, edges, slider, predictions, current, save = handlers.take("mine", *no_word, *rest)
     assert error == "" and "mine" in about and not heat["visible"] and not edges["visible"] and not save["visible"]
     assert table["value"] == shown.circuit_table(circuit) and slider["visible"]
     assert current == Shown(circuit, PROMPT, True)
@@ -210,9 +210,25 @@ def test_a_circuit_of_the_shelf_is_tried_on_the_prompt_and_moved(handlers: Circu
         moved = handlers.move(current, multiplier, None)
         assert [share for _, share in likely(moved)][8:] == [f"{one.probability:.1%}" for one in after]
     assert len(likely(predictions)) == 16 and handlers.move(None, 1.0, None) == ""
-    assert handlers.circuits(*mix_values(shelf, []))["choices"] == ["mine"]
-    assert handlers.take(None, PROMPT, False, *mix_values(shelf, [])) == [SKIP] * 9
-    assert "prompt is empty" in handlers.take("mine", " ", False, *mix_values(shelf, []))[0]
+    assert handlers.circuits(*rest)["choices"] == ["mine"]
+    assert handlers.take(None, *QUESTION, *rest) == [SKIP] * 9
+    assert "prompt is empty" in handlers.take("mine", *QUESTION._replace(prompt=" "), *rest)[0]
+
+
+def test_a_circuit_of_the_shelf_shows_what_of_the_word_is_owed_to_it(handlers: CircuitHandlers, llama: Tiny) -> None:
+    circuit = make_circuit(name="mine", model=llama.lm.reference, operation="scale")
+    error, about, heat, table, edges, *_ = handlers.take("mine", *QUESTION, *mix_values({"mine": circuit}, []))
+    whole = attribute(llama.lm, PROMPT, "a", "t", raw=True, keep_universal=True, per_position=llama.lm.shape.d_mlp)
+    mine = set(zip(circuit.neuron_layers.tolist(), circuit.neurons.tolist(), strict=True))
+    owed = [row for row in whole.rows() if (row.layer, row.neuron) in mine][:40]
+    assert error == "" and heat["visible"] and edges["visible"] and len(owed) > 5
+    assert [(row[0], row[1], row[3]) for row in table["value"]] == [row[:3] for row in owed]
+    share = sum(row.score for row in whole.rows() if (row.layer, row.neuron) in mine)
+    assert f"its neurons give {signed(round(share, 2))}" in Text(about).text
+    assert (
+        "same token"
+        in handlers.take("mine", *QUESTION._replace(counterfactual="a"), *mix_values({"mine": circuit}, []))[0]
+    )
 
 
 def test_what_was_found_goes_to_the_shelf_and_is_chosen(handlers: CircuitHandlers) -> None:

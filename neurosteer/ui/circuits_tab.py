@@ -87,20 +87,27 @@ class CircuitHandlers:
         except Exception as error:
             return [render.error_line(problem(error)), *[gr.skip()] * 8]
 
-    def take(self, label: str | None, prompt: str, chat: bool, *values: Any) -> list[Any]:
-        """A circuit of the shelf, tried on the prompt: as `attribute`."""
-        mix = Mix.of(values)
+    def take(self, label: str | None, *values: Any) -> list[Any]:
+        """A circuit of the shelf, tried on the prompt, and on the next word if there is one: as `attribute`."""
+        question, mix = Question(*values[: len(Question._fields)]), Mix.of(values[len(Question._fields) :])
         try:
             circuit: Any = mix.shelf.get(label or "")
             if circuit is None:
                 return [gr.skip()] * 9
-            if not prompt.strip():
-                raise UsageError("The prompt is empty; write what to try the circuit on.")
-            session, current = self.models.holder(mix.model).wait(), Shown(circuit, prompt, not chat)
-            hidden = [gr.update(visible=False)] * 2
-            about, rows = shown.about_circuit(circuit), gr.update(value=shown.circuit_table(circuit), visible=True)
-            predictions, slider = session.run(predicted, *current, 0.0), gr.update(value=0.0, visible=True)
-            return ["", about, hidden[0], rows, hidden[1], slider, predictions, current, gr.update(visible=False)]
+            _check_prompt(question)
+            session, current = self.models.holder(mix.model).wait(), Shown(circuit, question.prompt, not question.chat)
+            found = session.run(explain_circuit, circuit, question)
+            return [
+                "",
+                found.summary,
+                gr.update(value=found.heat, visible=found.heat is not None),
+                gr.update(value=found.table, visible=True),
+                gr.update(value=found.edges, visible=found.edges is not None),
+                gr.update(value=0.0, visible=True),
+                found.predictions,
+                current,
+                gr.update(visible=False),
+            ]
         except Exception as error:
             return [render.error_line(problem(error)), *[gr.skip()] * 8]
 
@@ -154,8 +161,7 @@ def explain(
     from neurosteer.circuits import Selection, attribute, find_edges, find_unspecific
 
     raw, select = not question.chat, Selection("top_k", int(question.neurons))
-    if len(lm.prompt_ids(question.prompt, raw=raw)) > MAX_TOKENS:
-        raise UsageError(f"The prompt is longer than the {MAX_TOKENS} tokens that this page looks at.")
+    _check_length(lm, question)
     specific = question.universal == LEAVE_OUT_MORE
     found = attribute(
         lm,
@@ -180,6 +186,25 @@ def explain(
     )
 
 
+def explain_circuit(lm: "LanguageModel", circuit: "NeuronCircuit", question: Question) -> Explained:
+    """What of the next word is owed to the neurons of `circuit`; without a word, only what it changes. Raises as
+    `explain`."""
+    from neurosteer.circuits import Selection, attribute, find_edges
+
+    raw, heat, edges = not question.chat, None, None
+    _check_length(lm, question)
+    about, table = shown.about_circuit(circuit), shown.circuit_table(circuit)
+    if question.target:
+        word, other = question.target, question.counterfactual or None
+        found = attribute(lm, question.prompt, word, other, raw=raw, keep_universal=True, within=circuit)
+        rows = found.rows(Selection("top_k", int(question.neurons)))
+        if rows:
+            picture = find_edges(lm, found, select=Selection("top_k", len(rows)), n_targets=EDGE_TARGETS)
+            heat, edges = shown.heat_map(found), shown.edge_picture(picture)
+            about, table = shown.about_circuit(circuit, found), shown.table(found, len(rows))
+    return Explained(circuit, about, heat, table, edges, predicted(lm, circuit, question.prompt, raw, 0.0))
+
+
 def predicted(lm: "LanguageModel", circuit: "NeuronCircuit", prompt: str, raw: bool, multiplier: float) -> str:
     """The likeliest next words as the model is and with the circuit at `multiplier`, as HTML."""
     from neurosteer.circuits.probing import sweep_multipliers
@@ -188,13 +213,22 @@ def predicted(lm: "LanguageModel", circuit: "NeuronCircuit", prompt: str, raw: b
     return shown.predictions(before.predictions, after.predictions, multiplier)
 
 
-def _check(question: Question) -> None:
+def _check_prompt(question: Question) -> None:
     if not question.prompt.strip():
         raise UsageError("The prompt is empty; write at least one character.")
-    if not question.target:
-        raise UsageError("There is no next word to look for: write one, with the space before it, like “ Paris”.")
     if len(question.prompt) > MAX_PROMPT:
         raise UsageError(f"The prompt has {len(question.prompt):,} characters; this page takes {MAX_PROMPT:,}.")
+
+
+def _check_length(lm: "LanguageModel", question: Question) -> None:
+    if len(lm.prompt_ids(question.prompt, raw=not question.chat)) > MAX_TOKENS:
+        raise UsageError(f"The prompt is longer than the {MAX_TOKENS} tokens that this page looks at.")
+
+
+def _check(question: Question) -> None:
+    _check_prompt(question)
+    if not question.target:
+        raise UsageError("There is no next word to look for: write one, with the space before it, like “ Paris”.")
     if not 1 <= question.neurons <= MOST_NEURONS:
         raise UsageError(f"{question.neurons:g} neurons are asked for; choose from 1 to {MOST_NEURONS}.")
 
@@ -235,7 +269,10 @@ def lay_out() -> CircuitsTab:
                 start = gr.Button("Find the neurons", variant="primary", min_width=120, elem_id="attribute")
                 stop = gr.Button("Stop", min_width=80, elem_id="stop-attribute")
             built = gr.Dropdown(
-                [], label="Or try a circuit of your shelf on the prompt", visible=False, elem_id="built-circuit"
+                [],
+                label="Or try a circuit of your shelf on the prompt and word",
+                visible=False,
+                elem_id="built-circuit",
             )
             error = gr.HTML(elem_id="circuit-error", elem_classes="ns-flush")
         with gr.Column(min_width=320):
@@ -287,7 +324,7 @@ def _question_inputs() -> tuple[Any, ...]:
 def wire(tab: CircuitsTab, mixer: Mixer, handlers: CircuitHandlers) -> None:
     """Connect the components with the handlers."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    prompt, target, counterfactual, *_, chat = tab.question
+    prompt, target, counterfactual, *_ = tab.question
     gr.on(
         [tab.start.click, prompt.submit, target.submit, counterfactual.submit],
         handlers.attribute,
@@ -299,7 +336,7 @@ def wire(tab: CircuitsTab, mixer: Mixer, handlers: CircuitHandlers) -> None:
         api_visibility="private",
     ).failure(handlers.give_up, None, tab.error, queue=False, **quiet)
     tab.stop.click(handlers.stop, None, None, queue=False, **quiet)
-    tab.built.input(handlers.take, [tab.built, prompt, chat, *mixer.inputs], tab.outputs, **quiet)
+    tab.built.input(handlers.take, [tab.built, *tab.question, *mixer.inputs], tab.outputs, **quiet)
     tab.multiplier.release(handlers.move, [tab.shown, tab.multiplier, mixer.model], tab.predictions, **quiet)
     tab.multiplier.input(
         handlers.move, [tab.shown, tab.multiplier, mixer.model], tab.predictions, trigger_mode="always_last", **quiet

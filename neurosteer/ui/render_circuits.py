@@ -52,10 +52,19 @@ def _left_out(found: "Attribution") -> str:
     return f" {count:,} that fire on almost any prompt are left out." if count else ""
 
 
-def about_circuit(circuit: "NeuronCircuit") -> str:
-    """A circuit of the shelf, in a sentence."""
+def about_circuit(circuit: "NeuronCircuit", found: "Attribution | None" = None) -> str:
+    """A circuit of the shelf, in a sentence; `found`, within the circuit, adds what of a word is owed to it."""
     what = f"{what_it_is(circuit)}, made with {circuit.method}."
-    return f"<div class='ns-card'><p><b>{escape(circuit.name)}</b>: {escape(what)}</p></div>"
+    owed = ""
+    if found is not None:
+        one = found.prompts[0]
+        against = f" rather than {_quoted(one.counterfactual.text)}" if one.counterfactual else ""
+        share = signed(round(float(one.by_token.sum()), 2))
+        owed = (
+            f"<p>{_quoted(one.target.text)}{against}: {signed(round(one.metric, 2))} logits in favour, of which its "
+            f"neurons give {share}.</p>"
+        )
+    return f"<div class='ns-card'><p><b>{escape(circuit.name)}</b>: {escape(what)}</p>{owed}</div>"
 
 
 def table(found: "Attribution", count: int) -> list[list[Any]]:
