@@ -11,6 +11,7 @@ from neurosteer.version import VERSION as __version__
 if TYPE_CHECKING:
     from neurosteer.artifacts import NeuronCircuit, SteeringVector
     from neurosteer.building import build
+    from neurosteer.calibration import calibrate
     from neurosteer.circuits import (
         attribute,
         compare_with_circuit,
@@ -51,6 +52,7 @@ _HOMES = {
     "Use": "recipes",
     "attribute": "circuits",
     "build": "building",
+    "calibrate": "calibration",
     "compare_with_circuit": "circuits",
     "cosines": "combining",
     "decompose": "circuits",
@@ -92,6 +94,7 @@ __all__ = [
     "__version__",
     "attribute",
     "build",
+    "calibrate",
     "compare_with_circuit",
     "cosines",
     "decompose",

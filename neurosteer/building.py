@@ -12,11 +12,16 @@ from torch import Tensor
 
 from neurosteer.activations import Activations, HeldOut, Request, Tokens, read_activations
 from neurosteer.artifacts import Artifact, Provenance, SteeringVector, safe_name
+from neurosteer.calibration import N_TOKENS, PERCENTILE, TARGET_KL
+from neurosteer.calibration import calibrate as calibrated
+from neurosteer.divergence import UnsteeredTexts, unsteered_texts
 from neurosteer.errors import UsageError
-from neurosteer.examples import ContrastSet, Split
+from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, Split, calibration_prompts
+from neurosteer.layer_choice import APART, Candidate, best_single_layers, compare, neutral_places, reason
 from neurosteer.methods import find_method
 from neurosteer.methods.base import Method, Tensors
 from neurosteer.models import Framing, LanguageModel
+from neurosteer.preference import labelled_texts
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.readable import describe_features, output_scores
 from neurosteer.saes import EMBEDDED, SparseAutoencoder, embedded_saes, load_sae
@@ -29,6 +34,9 @@ HELD_OUT_AT_MOST = 100
 AUTO_RANGE = (0.2, 0.8)
 MAX_ROW_BYTES = 1 << 30
 _SPLIT_SEED = 0
+_FEWEST_TO_COMPARE = 20
+_COMPARED_ON = 12  # texts per class: every choice of layers costs two forward passes over them
+_SINGLE_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,17 @@ class _Plan:
     candidates: tuple[int, ...]
     reason: str = "layers as given"
     saes: Mapping[int, SparseAutoencoder] = field(default_factory=dict)
+    everywhere: tuple[int, ...] = ()  # all layers, where a spread over them is one of the choices
+
+    @property
+    def leaves_a_choice(self) -> bool:
+        """Whether there are layers to compare."""
+        return self.layers is None and len(self.candidates) > 1
+
+    @property
+    def rows_needed(self) -> tuple[int, ...]:
+        """At which layers every text must be kept to compute the method at any candidate."""
+        return self.candidates if self.method.needs_rows else ()
 
 
 def build(
@@ -55,39 +74,146 @@ def build(
     description: str = "",
     framing: Framing | None = None,
     tokens: Tokens | None = None,
+    hold_out: float = 0.0,
+    calibrate: bool = True,
+    target_kl: float = TARGET_KL,
+    percentile: float = PERCENTILE,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
     **parameters: Any,
 ) -> Artifact:
-    """Build an artifact from a contrast set.
+    """Build an artifact from a contrast set, and set its strength 1 by measurement.
 
     Args:
         method: `caa`, `pca`, `probe`, `sae` or `cna`.
-        layers: `auto` (the layer of the middle 20 to 80% that separates held-out examples best), `all`, a number,
-            a range (`"10-18"` or `range(10, 19)`) or a list. For `cna`, the layers searched for neurons; with
-            `rank="write"` the last of them is the reference layer, and `auto` searches up to the best layer. For
-            `sae`, those of its SAEs.
+        layers: `auto`, `all`, a number, a range (`"10-18"` or `range(10, 19)`) or a list. With `auto`, a few choices
+            (single layers that separate held-out examples well, spreads over many layers) are brought to the same KL,
+            and the one that does most to held-out texts is taken; without `calibrate`, the layer of the middle 20 to
+            80% that separates held-out examples best. For `cna`, the layers searched for neurons; with `rank="write"`
+            the last of them is the reference layer. For `sae`, those of its SAEs.
         framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models.
         tokens: `mean` over a text's tokens, or the `last`.
+        hold_out: the share of each class (`examples.parts(hold_out, seed=HOLD_OUT_SEED)`) that takes no part at all, so
+            that a judge can be trained on it.
+        calibrate: set strength ±1 to `target_kl` nats (see `calibration.calibrate`); else the default amounts.
         parameters: the method's own, such as `rank`, `operation`, `top_k`, `skip_layers` for `cna`; `sae` (a
             reference as for `load_sae`, or several), `rank`, `top_k`, `weight`, … for `sae`.
 
     Raises:
         UsageError: a parameter is not one of the allowed values.
+        ExamplesError: nothing would be left of a class beside what is held out.
         Cancelled: `cancel` was set.
     """
     plan = _plan(lm, method, layers, framing, tokens, parameters, progress)
-    split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
-    activations = _read(lm, examples, split, plan, progress, cancel)
-    separation = {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
-    chosen, reason = _choose(plan, separation, activations.held_out)
-    if plan.method.needs_rows and not set(chosen) <= set(activations.rows):
-        activations = _read(lm, examples, split, replace(plan, layers=chosen), progress, cancel)
-    check_cancelled(cancel, "Building")
-    progress(f"Computing {method}")
-    artifact = _compute(lm, examples, plan, activations, chosen, safe_name(name or f"{examples.name}-{method}"))
-    provenance = _provenance(examples, activations, plan, separation, reason)
-    return replace(artifact, description=description, provenance=provenance)
+    training = examples.parts(hold_out, seed=HOLD_OUT_SEED)[0] if hold_out else examples
+    compared_on = None
+    if calibrate and plan.leaves_a_choice and min(len(training.positive), len(training.negative)) >= _FEWEST_TO_COMPARE:
+        training, compared_on = training.parts(HELD_OUT_SHARE, seed=HOLD_OUT_SEED, at_most=_COMPARED_ON)
+        spread = not plan.method.needs_rows and not plan.method.needs_neurons and not plan.method.needs_features
+        plan = replace(plan, everywhere=tuple(range(lm.n_layers)) if spread else ())
+    name = safe_name(name or f"{examples.name}-{method}")
+    work = _Work(lm, training, plan, name, progress, cancel)
+    if not calibrate:
+        artifact = work.finished(*work.by_separation(work.read()))
+        return replace(artifact, description=description, provenance=_of_all(artifact, examples, hold_out))
+    activations = work.read()
+    texts = unsteered_texts(lm, calibration_prompts(), N_TOKENS, progress=progress, cancel=cancel)
+    if compared_on is not None and set(plan.rows_needed) <= set(activations.rows):
+        artifact = work.finished(*work.by_effect(activations, texts, compared_on, target_kl, percentile))
+    else:
+        artifact = work.finished(*work.by_separation(activations))
+    artifact = replace(artifact, description=description, provenance=_of_all(artifact, examples, hold_out))
+    return calibrated(
+        lm, artifact, target_kl=target_kl, percentile=percentile, texts=texts, progress=progress, cancel=cancel
+    )
+
+
+def _of_all(artifact: Artifact, examples: ContrastSet, hold_out: float) -> Provenance:
+    """The provenance with the whole set's hash: by it a judge recognises the texts and what was held out of them."""
+    return replace(artifact.provenance, examples_sha256=examples.sha256, hold_out=hold_out)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Building one artifact, step by step."""
+
+    lm: LanguageModel
+    examples: ContrastSet
+    plan: _Plan
+    name: str
+    progress: Progress
+    cancel: threading.Event | None
+
+    def read(self, layers: tuple[int, ...] | None = None) -> Activations:
+        plan = self.plan if layers is None else replace(self.plan, layers=layers)
+        split = self.examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
+        return _read(self.lm, self.examples, split, plan, self.progress, self.cancel)
+
+    def by_separation(self, activations: Activations) -> tuple[Artifact, Activations, Provenance]:
+        """At the layers given, or at the one that separates held-out examples best."""
+        separation = _separations(activations)
+        chosen, why = _choose(self.plan, separation, activations.held_out)
+        provenance = _provenance(self.examples, activations, self.plan, separation, why)
+        if self.plan.method.needs_rows and not set(chosen) <= set(activations.rows):
+            activations = self.read(chosen)
+        check_cancelled(self.cancel, "Building")
+        self.progress(f"Computing {self.plan.method.name}")
+        return _computed(self.lm, self.plan, activations, chosen, self.name), activations, provenance
+
+    def by_effect(
+        self,
+        activations: Activations,
+        texts: UnsteeredTexts,
+        compared_on: ContrastSet,
+        target_kl: float,
+        percentile: float,
+    ) -> tuple[Artifact, Activations, Provenance]:
+        """At the choice of layers that does most to held-out texts at equal KL."""
+        separation = _separations(activations)
+        neutral = neutral_places(self.lm, texts, activations.residual, self.plan.framing, cancel=self.cancel)
+        candidates = [
+            Candidate(label, chosen, _computed(self.lm, self.plan, activations, chosen, self.name))
+            for label, chosen in _candidates(self.plan, separation, neutral)
+        ]
+        held_out = labelled_texts(
+            self.lm, compared_on.positive, compared_on.negative, self.plan.framing, name=self.examples.name
+        )
+        compared = compare(
+            self.lm, candidates, texts, held_out, neutral,
+            target_kl=target_kl, percentile=percentile, progress=self.progress, cancel=self.cancel,
+        )  # fmt: skip
+        provenance = _provenance(self.examples, activations, self.plan, separation, reason(compared))
+        figures = tuple(one.figures(separation) for one in compared)
+        return compared[0].artifact, activations, replace(provenance, candidates=figures)
+
+    def finished(self, artifact: Artifact, activations: Activations, provenance: Provenance) -> Artifact:
+        artifact = _described(self.lm, self.examples, self.plan, activations, artifact)
+        return replace(artifact, provenance=provenance)
+
+
+def _separations(activations: Activations) -> dict[int, float]:
+    return {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
+
+
+def _candidates(
+    plan: _Plan, separation: Mapping[int, float], neutral: Mapping[int, float]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """A few choices of layers worth comparing, each with its name."""
+    last = plan.candidates[-1]
+    if plan.method.needs_features:
+        singles, spreads = list(plan.candidates), [plan.candidates] if len(plan.candidates) > 1 else []
+    else:
+        singles = best_single_layers({layer: separation[layer] for layer in plan.candidates}, neutral, _SINGLE_LAYERS)
+        spreads = [layers for layers in (plan.candidates, plan.everywhere) if len(layers) > 1]
+    if plan.method.needs_neurons:
+        singles += [last] if all(abs(last - single) >= APART for single in singles) else []
+        return [(f"neurons up to layer {single}", tuple(range(single + 1))) for single in sorted(singles)]
+    found: list[tuple[str, tuple[int, ...]]] = [(f"layer {single}", (single,)) for single in singles]
+    for layers in spreads:
+        whole = len(layers) == layers[-1] - layers[0] + 1
+        named = f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+        found.append((f"layers {named} together", tuple(layers)))
+    return found
 
 
 def build_each(
@@ -111,28 +237,20 @@ def build_each(
     plan = replace(plan, layers=plan.candidates, reason="every layer by itself")
     split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
     activations = _read(lm, examples, split, plan, progress, cancel, every_residual=True)
-    separation = {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
-    provenance = _provenance(examples, activations, plan, separation, plan.reason)
+    provenance = _provenance(examples, activations, plan, _separations(activations), plan.reason)
     skipped = set(plan.parameters.get("skip_layers", ()))
     artifacts = {}
     for layer in (layer for layer in plan.candidates if layer not in skipped):
         check_cancelled(cancel, "Building")
         progress(f"Computing {method} at layer {layer}")
         name = safe_name(f"{examples.name}-{method}-{layer}")
-        artifact = _compute(lm, examples, plan, activations, (layer,), name)
-        artifacts[layer] = replace(artifact, provenance=provenance)
+        artifact = _computed(lm, plan, activations, (layer,), name)
+        artifacts[layer] = replace(_described(lm, examples, plan, activations, artifact), provenance=provenance)
     return artifacts
 
 
-def _compute(
-    lm: LanguageModel,
-    examples: ContrastSet,
-    plan: _Plan,
-    activations: Activations,
-    layers: tuple[int, ...],
-    name: str,
-) -> Artifact:
-    artifact = plan.method.function(
+def _computed(lm: LanguageModel, plan: _Plan, activations: Activations, layers: tuple[int, ...], name: str) -> Artifact:
+    return plan.method.function(
         activations,
         layers,
         name=name,
@@ -143,6 +261,12 @@ def _compute(
         ),
         parameters=plan.parameters,
     )
+
+
+def _described(
+    lm: LanguageModel, examples: ContrastSet, plan: _Plan, activations: Activations, artifact: Artifact
+) -> Artifact:
+    """The artifact with its features, where it has some, in words."""
     if not isinstance(artifact, SteeringVector) or not artifact.features:
         return artifact
     texts = [*examples.positive, *examples.negative]
@@ -155,7 +279,7 @@ def _compute(
         _request(plan, len(texts), lm.shape.d_model),
         contexts=plan.parameters["contexts"],
     )
-    names = {str(layer): plan.saes[layer].name for layer in layers}
+    names = {str(layer): plan.saes[layer].name for layer in artifact.layers}
     return replace(artifact, features=features, parameters={**artifact.parameters, "sae": names})
 
 
@@ -285,7 +409,7 @@ def _request(plan: _Plan, n_texts: int, d_model: int) -> Request:
         residual = plan.candidates if plan.layers is None else (last,)
         searched = plan.candidates if plan.layers is not None else tuple(range(last + 1))
         return Request(residual=residual, neurons=searched, framing=plan.framing, tokens=plan.tokens)
-    residual = plan.layers or tuple(range(last + 1))
+    residual = plan.layers or plan.everywhere or tuple(range(last + 1))
     wanted = plan.candidates if plan.method.needs_rows else ()
     if plan.layers is None and len(wanted) * n_texts * d_model * 4 > MAX_ROW_BYTES:
         wanted = ()  # too many to keep at every candidate: choose the layer first, then read again there

@@ -35,6 +35,9 @@ _LEAST = {"add": 1e-4, "shift": 1e-3, "scale": 1e-3, "ablate": 1e-3}
 _MOST = {"add": (30.0, 30.0), "shift": (1e4, 1e4), "scale": (1e3, 1.0), "ablate": (1.0, 30.0)}
 _CLAMP_FACTORS, _CLAMP_LEAST, _CLAMP_MOST = (0.5, 1.0, 2.0), 1e-3, 1e3
 _STEP = 4.0
+_GUESSES = (
+    7  # so many amounts are tried as if KL grew as the square of the distance, or straight between two in logarithms
+)
 
 
 @dataclass
@@ -45,6 +48,7 @@ class _Side:
     least: float
     most: float
     target: float
+    tolerance: float
     tried: dict[float, float] = field(default_factory=dict)
 
     @property
@@ -63,7 +67,7 @@ class _Side:
 
     @property
     def found(self) -> bool:
-        return abs(self.tried[self.best] / self.target - 1.0) <= TOLERANCE
+        return abs(self.tried[self.best] / self.target - 1.0) <= self.tolerance
 
     @property
     def ended(self) -> bool:
@@ -75,20 +79,20 @@ class _Side:
     def next(self) -> list[float]:
         """What to try now."""
         low, high = self.bracket
-        if high is None:
-            assert low is not None
-            steps = sorted({min(low * _STEP, self.most), min(low * _STEP**2, self.most)})
-        elif low is None:
-            steps = sorted({max(high / _STEP, self.least), max(high / _STEP**2, self.least)})
-        else:
-            steps = [self._between(low, high)]
-        return steps
+        if low is not None and high is not None:
+            return [self._between(low, high)]
+        end = low if low is not None else high
+        assert end is not None
+        near = 0.05 < self.tried[end] / self.target < 20.0 and len(self.tried) <= _GUESSES
+        factor = math.sqrt(self.target / self.tried[end]) if near else (_STEP if high is None else 1 / _STEP)
+        steps = [end * factor] if near else [end * factor, end * factor**2]
+        return sorted({min(max(step, self.least), self.most) for step in steps})
 
     def _between(self, low: float, high: float) -> float:
-        """Along the line through the bracket's ends in logarithms (KL grows about as the square of a small dose)."""
+        """Along the line through the bracket's ends in logarithms."""
         ends = [math.log(max(self.tried[end], 1e-12) / self.target) for end in (low, high)]
         share = 0.5
-        if len(self.tried) <= 7 and all(map(math.isfinite, ends)):
+        if len(self.tried) <= _GUESSES and all(map(math.isfinite, ends)):
             share = min(max(-ends[0] / (ends[1] - ends[0]), 0.05), 0.95)
         return low * (high / low) ** share
 
@@ -143,18 +147,21 @@ def calibrate_each(
     prompts: Sequence[Prompt] | None = None,
     n_tokens: int = N_TOKENS,
     texts: UnsteeredTexts | None = None,
+    tolerance: float = TOLERANCE,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
 ) -> list[Artifact]:
-    """As `calibrate`, for several artifacts whose doses are tried in the same batches."""
+    """As `calibrate`, for several artifacts whose doses are tried in the same batches.
+
+    Where an artifact's amounts were measured before (such as on fewer prompts), the search begins there.
+    """
     _check(target_kl, percentile, n_tokens)
     for artifact in artifacts:
         check_model(artifact, lm.reference)
     chosen = calibration_prompts() if prompts is None else prompts
     if texts is None:
-        progress("Calibrating: writing the unsteered continuations", 0.0)
-        texts = unsteered_texts(lm, chosen, n_tokens, cancel=cancel)
-    sides = [[_side(artifact, sign, target_kl) for sign in (1.0, -1.0)] for artifact in artifacts]
+        texts = unsteered_texts(lm, chosen, n_tokens, progress=progress, cancel=cancel)
+    sides = [[_side(artifact, sign, target_kl, tolerance) for sign in (1.0, -1.0)] for artifact in artifacts]
     for number in range(MAX_ROUNDS):
         todo = [
             (side, artifact, distance)
@@ -202,15 +209,20 @@ def _unit_of(artifact: Artifact) -> float:
     return abs(artifact.calibration.amount) or 1.0
 
 
-def _side(artifact: Artifact, sign: float, target: float) -> _Side:
+def _side(artifact: Artifact, sign: float, target: float, tolerance: float) -> _Side:
     if artifact.operation == "clamp":
         unit = _unit_of(artifact)
-        return _Side(sign, _CLAMP_LEAST * unit, _CLAMP_MOST * unit, target)
+        return _Side(sign, _CLAMP_LEAST * unit, _CLAMP_MOST * unit, target, tolerance)
     most = _MOST[artifact.operation][0 if sign > 0 else 1]
-    return _Side(sign, _LEAST[artifact.operation], most, target)
+    return _Side(sign, _LEAST[artifact.operation], most, target, tolerance)
 
 
 def _first(artifact: Artifact, side: _Side) -> list[float]:
+    known = artifact.calibration
+    if known.measured and known.amount_down is not None:
+        amount = known.amount if side.sign > 0 else known.amount_down
+        distance = abs(amount - 1.0) if artifact.operation == "scale" else abs(amount)
+        return [min(max(distance, side.least), side.most)]
     if artifact.operation == "clamp":
         return [factor * _unit_of(artifact) for factor in _CLAMP_FACTORS]
     return [distance for distance in _FIRST[artifact.operation] if distance <= side.most]

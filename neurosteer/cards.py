@@ -30,11 +30,11 @@ _CAPTIONS = {
     EVALUATION_PLOT: "Effect, KL and perplexity by strength, and the controls",
 }
 _MEANING = {
-    "add": "strength 1 adds a push of {amount:g} × the median norm of the residual stream",
-    "ablate": "strength 1 projects the direction out",
+    "add": "strength 1 adds a push of {amount:.3g} × the median norm of the residual stream",
+    "ablate": "strength 1 projects {amount:.3g} of the direction out",
     "clamp": "strength 1 holds the feature's activation at {amount:g}",
-    "scale": "strength 1 multiplies the neurons by {amount:g}; strength −1 by {opposite:g}",
-    "shift": "strength 1 adds {amount:g} class differences to each neuron",
+    "scale": "strength 1 multiplies the neurons by {amount:.3g}; strength −1 by {opposite:.3g}",
+    "shift": "strength 1 adds {amount:.3g} class differences to each neuron",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _MARK = "<!-- Written by NeuroSteer; what you change above is kept. SHA-256: {digest} -->\n"
@@ -48,10 +48,24 @@ _OF_PROMPTS = ("prompts", "targets", "counterfactuals", "metrics")  # parameters
 
 def strength_meaning(artifact: Artifact) -> str:
     """What strength 1 of `artifact` does, as a phrase."""
-    amount = artifact.calibration.amount
-    phrase = _MEANING[artifact.operation].format(amount=amount, opposite=2 - amount)
-    chosen = artifact.calibration.measured or artifact.operation == "clamp"  # whose value belongs to the feature
-    return phrase + ("" if chosen else " (the default; not calibrated)")
+    calibration = artifact.calibration
+    down = calibration.amount_down
+    scales = artifact.operation == "scale"
+    opposite = 2 - calibration.amount if down is None else down
+    phrase = _MEANING[artifact.operation].format(amount=calibration.amount, opposite=opposite)
+    if down is not None and not scales and down != calibration.amount:
+        phrase += f", strength −1 {down:.3g} the other way"
+    if not calibration.measured:
+        # A clamp's value belongs to its feature.
+        return phrase + ("" if artifact.operation == "clamp" else " (the default; not calibrated)")
+    if calibration.target_kl is None or calibration.percentile is None:
+        return phrase
+    reached = [f"{kl:.2f}" for kl in (calibration.kl, calibration.kl_down) if kl is not None]
+    phrase += (
+        f" (calibrated: the {calibration.percentile:g}th percentile of the KL from the unsteered model is "
+        f"{' and '.join(reached) or 'beyond measure'} nats; {calibration.target_kl:g} was aimed at)"
+    )
+    return phrase + (f". {calibration.note.rstrip('.')}" if calibration.note else "")
 
 
 def layers_text(artifact: Artifact) -> str:

@@ -51,8 +51,9 @@ def orthogonalise(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
     orthonormal sets the one nearest to them, in which no vector comes first (Löwdin, J. Chem. Phys. 18, 365 (1950)).
     Each direction keeps its length, and each vector its other layers, norms and amounts. Whose direction changed says
     so in its parameters (`orthogonalised_against`); it has no receipts and no features there any more, and its amounts
-    count as unmeasured: those were of the old direction. Only vectors that are added change; what is projected out or clamped is returned as it is
-    (projecting several directions out takes nothing out twice, and a clamp reads one particular feature).
+    count as unmeasured: those were of the old direction. Only vectors that are added change; what is projected out or
+    clamped is returned as it is (projecting several directions out takes nothing out twice, and a clamp reads one
+    particular feature).
 
     Raises:
         UsageError: directions lie in nearly one line, or in the space of fewer directions than they are.

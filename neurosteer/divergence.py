@@ -12,7 +12,7 @@ from neurosteer.decoding import RowText, Sampler, Sampling
 from neurosteer.errors import UsageError
 from neurosteer.forcing import ForcedText, forced_logits
 from neurosteer.models import LanguageModel, Prompt
-from neurosteer.progress import check_cancelled
+from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.recipes import UNSTEERED, Recipe
 
 _WHAT = "Measuring KL"
@@ -39,6 +39,7 @@ def unsteered_texts(
     n_tokens: int = 20,
     *,
     raw: bool = False,
+    progress: Progress = silent,
     cancel: threading.Event | None = None,
 ) -> UnsteeredTexts:
     """Continue `prompts` greedily by `n_tokens` tokens, past an end of the text if need be, and read them.
@@ -47,6 +48,7 @@ def unsteered_texts(
     """
     if not prompts or not all(prompts):
         raise UsageError("KL needs prompts that are not empty; give at least one.")
+    progress("Writing unsteered continuations to measure KL on")
     encoded = [lm.prompt_ids(prompt, raw=raw) for prompt in prompts]
     texts: list[ForcedText] = []
     for first in range(0, len(encoded), _PROMPTS_AT_ONCE):

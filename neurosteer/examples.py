@@ -10,7 +10,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from neurosteer._examples_parsing import (
@@ -29,6 +29,9 @@ from neurosteer._examples_parsing import (
 )
 
 MIN_PER_CLASS, MAX_PER_CLASS, FEW_PER_CLASS = 2, 20_000, 20
+
+HOLD_OUT_SEED = 1
+"""Of the split that building with `hold_out` makes, so that a judge finds the same texts again."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,21 @@ class ContrastSet:
         positive = _hold_out(len(self.positive), fraction, at_most, rng)
         negative = positive if self.paired else _hold_out(len(self.negative), fraction, at_most, rng)
         return Split(positive[0], negative[0], positive[1], negative[1])
+
+    def parts(self, fraction: float, *, seed: int = 0, at_most: int | None = None) -> "tuple[ContrastSet, ContrastSet]":
+        """The texts left to train on, and those held out as in `split`. Raises `ExamplesError` also where one of the
+        two parts would have fewer than 2 texts of a class."""
+        split = self.split(fraction, seed=seed, at_most=at_most)
+        rows = ((split.train_positive, split.train_negative), (split.held_out_positive, split.held_out_negative))
+        kept, held = (
+            replace(
+                self,
+                positive=tuple(self.positive[place] for place in positive),
+                negative=tuple(self.negative[place] for place in negative),
+            )
+            for positive, negative in rows
+        )
+        return kept, held
 
 
 def read_examples(source: str | Path, negative: str | Path | None = None, *, name: str | None = None) -> ContrastSet:

@@ -9,13 +9,25 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from tiny import D_MLP, N_LAYERS, Tiny, byte_tokenizer, hook_count, make_tiny, naive_states, own_hooks, pool, texts
+from tiny import (
+    D_MLP,
+    N_LAYERS,
+    Tiny,
+    build,
+    byte_tokenizer,
+    hook_count,
+    make_tiny,
+    naive_states,
+    own_hooks,
+    pool,
+    texts,
+)
 from torch import Tensor
 
 from neurosteer import building
 from neurosteer.activations import ClassRows, HeldOut
 from neurosteer.artifacts import NeuronCircuit, SteeringVector
-from neurosteer.building import build, parse_layers, separation_of
+from neurosteer.building import parse_layers, separation_of
 from neurosteer.errors import ArtifactError, Cancelled, ExamplesError, UsageError
 from neurosteer.examples import ContrastSet
 from neurosteer.version import VERSION

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import build
 
 from neurosteer.artifacts import NeuronCircuit
-from neurosteer.building import build
 from neurosteer.circuits import (
     Attribution,
     Selection,

@@ -30,6 +30,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("methods", "forcing"),
     ("divergence", "preference"),
     ("calibration",),
+    ("layer_choice",),
     ("building", "steering", "features", "token_scores"),
     ("evaluation", "circuits", "sae_training", "layer_profile", "lm_harness", "serving"),
     ("hub", "export"),

@@ -17,6 +17,7 @@ from tiny import (
     D_MODEL,
     N_LAYERS,
     Tiny,
+    build,
     byte_tokenizer,
     first,
     hook_count,
@@ -35,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 from neurosteer import saes
 from neurosteer.activations import FeatureStatistics, Request, read_activations
 from neurosteer.artifacts import NeuronCircuit, SteeringVector
-from neurosteer.building import build, build_each
+from neurosteer.building import build_each
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.examples import ContrastSet, neutral_prompts
 from neurosteer.models import describe_model

@@ -17,7 +17,7 @@ import pytest
 import torch
 from checks import refused
 from safetensors.torch import load_file, save_file
-from tiny import D_MODEL, N_LAYERS, VOCABULARY, Tiny, byte_tokenizer, make_tiny, random_model, texts, tiny
+from tiny import D_MODEL, N_LAYERS, VOCABULARY, Tiny, build, byte_tokenizer, make_tiny, random_model, texts, tiny
 from tiny_saes import N_FEATURES, PlainSae, random_sae
 from torch import Tensor
 from transformers import AutoConfig, GPT2Config
@@ -25,7 +25,6 @@ from transformers import AutoConfig, GPT2Config
 from neurosteer import saes
 from neurosteer.activations import Request, read_activations, read_tokens
 from neurosteer.artifacts import SteeringVector
-from neurosteer.building import build
 from neurosteer.decoding import Sampling
 from neurosteer.errors import MismatchError, ModelError, NeuroSteerError, UsageError
 from neurosteer.examples import ContrastSet

@@ -19,6 +19,7 @@ import torch
 from tiny import (
     Tiny,
     ablating,
+    build,
     clamping,
     hook_count,
     make_circuit,
@@ -32,7 +33,6 @@ from tiny import (
 from neurosteer import serving
 from neurosteer.artifacts import Calibration
 from neurosteer.batches import Batch
-from neurosteer.building import build
 from neurosteer.decoding import Sampling
 from neurosteer.errors import MismatchError, UsageError
 from neurosteer.examples import ContrastSet

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,9 +27,13 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from neurosteer import building
 from neurosteer.artifacts import Calibration, FeatureEncoder, ModelReference, NeuronCircuit, SteeringVector
 from neurosteer.models import LanguageModel, describe_model
 from neurosteer.recipes import Use
+
+build = partial(building.build, calibrate=False)
+"""For tests of what is built, not of how strong it is and which of several choices does most."""
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")
 N_LAYERS, D_MODEL, D_MLP, VOCABULARY = 4, 32, 64, 300
@@ -341,11 +345,15 @@ class Writes:
 
 def writes_of(uses: Sequence[Use]) -> Writes:
     """From the definitions: dose x norm shared by the layers; m = 1 + s (m1 - 1); s x c x difference; full ablation;
-    a target s x value for |s| >= 1, the share |s| of the way to +-value for others."""
+    a target s x value for |s| >= 1, the share |s| of the way to +-value for others. Below 0 by the amount for -1, where
+    there is one: for a multiplier m = 1 + |s| (m-1 - 1)."""
     writes = Writes()
     for use in uses:
         artifact = use.artifact
-        calibrated = artifact.calibration.amount
+        calibrated, towards = artifact.calibration.amount, use.strength
+        if use.strength < 0 and artifact.calibration.amount_down is not None:
+            calibrated = artifact.calibration.amount_down
+            towards = abs(use.strength) if artifact.operation == "scale" else use.strength
         if isinstance(artifact, SteeringVector):
             for layer, direction in artifact.directions.items():
                 unit = direction / torch.linalg.vector_norm(direction)
@@ -367,7 +375,7 @@ def writes_of(uses: Sequence[Use]) -> Writes:
         for place in range(len(artifact.neurons)):
             where = (int(artifact.neuron_layers[place]), int(artifact.neurons[place]))
             if artifact.operation == "scale":
-                multiplier = 1 + use.strength * (calibrated - 1) if use.multiplier is None else use.multiplier
+                multiplier = 1 + towards * (calibrated - 1) if use.multiplier is None else use.multiplier
                 writes.scales.append((*where, multiplier))
             else:
                 writes.shifts.append((*where, use.strength * calibrated * float(artifact.differences[place])))

@@ -1,11 +1,14 @@
 """The verbs that make an artifact of examples, or show what each layer would make of them."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer.cards import strength_meaning
+from neurosteer.cli.inputs import read_prompts
 from neurosteer.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -60,6 +63,15 @@ def build(
     contexts: Annotated[
         int | None, typer.Option("--contexts", help="sae: places kept per feature from your texts (0: none; 3).")
     ] = None,
+    hold_out: Annotated[
+        float, typer.Option("--hold-out", help="Share of each class kept out, to judge with later (evaluate): 0.5.")
+    ] = 0.0,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Set strength 1 by measurement; else default amounts.")
+    ] = True,
+    target_kl: Annotated[
+        float, typer.Option("--target-kl", help="What strength ±1 is to come to, nats (95th percentile of KL).")
+    ] = 1.0,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -82,7 +94,8 @@ def build(
         started = time.perf_counter()
         artifact = build_artifact(
             lm, contrast, method=method, layers=layers, name=name, description=description,
-            framing=framing or ("raw" if raw else None), tokens=tokens, progress=progress, **parameters,  # type: ignore[arg-type]
+            framing=framing or ("raw" if raw else None), tokens=tokens,  # type: ignore[arg-type]
+            hold_out=hold_out, calibrate=calibrate, target_kl=target_kl, progress=progress, **parameters,
         )  # fmt: skip
         seconds = time.perf_counter() - started
     written = save(artifact, folder or Path(artifact.name))
@@ -173,6 +186,9 @@ def _build_data(artifact: "Artifact", folder: Path, seconds: float) -> dict[str,
         "dropped": dict(source.dropped),
         "n_cut": source.n_cut,
         "layer_choice": source.layer_choice,
+        "candidates": [dict(one) for one in source.candidates],
+        "hold_out": source.hold_out,
+        "calibration": asdict(artifact.calibration),
         "seconds": round(seconds, 3),
     }
 
@@ -184,8 +200,49 @@ def _build_text(artifact: "Artifact", seconds: float) -> str:
         f"Built {artifact.name} ({artifact.kind}) with {artifact.method} in {seconds:.1f} s from "
         f"{source.n_positive} positive and {source.n_negative} negative texts "
         f"(dropped: {dropped}; cut: {source.n_cut}).\n"
-        f"Layers: {source.layer_choice}."
+        f"Layers: {source.layer_choice}.\n"
+        f"Strength: {strength_meaning(artifact)}."
     )
+
+
+def calibrate(
+    artifact: Annotated[str, typer.Argument(metavar="REF", help="A folder to write into, or any artifact with --out.")],
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder to write; REF's own when left out.")] = None,
+    target_kl: Annotated[float, typer.Option("--target-kl", help="What strength ±1 is to come to, in nats.")] = 1.0,
+    percentile: Annotated[float, typer.Option("--percentile", help="Of the per-token KL, 0 to 100.")] = 95.0,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A text file, one prompt a line; 24 neutral ones when left out.")
+    ] = None,
+    n_tokens: Annotated[int, typer.Option("--tokens", help="Of each continuation, that count.")] = 20,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set an artifact's strength 1 by measurement, for +1 and −1 by themselves."""
+    from neurosteer.calibration import calibrate as calibrated
+    from neurosteer.references import resolve
+    from neurosteer.storage import save
+
+    texts = read_prompts(prompts) if prompts else None
+    found = resolve(artifact)
+    if folder is None and not Path(artifact).is_dir():
+        raise UsageError(f"{artifact!r} is not a folder of yours; say with --out where the calibrated one goes.")
+    with progress_line() as progress:
+        lm = load(model or found.model.name, revision, device, dtype, progress)
+        started = time.perf_counter()
+        found = calibrated(
+            lm, found, target_kl=target_kl, percentile=percentile, prompts=texts, n_tokens=n_tokens,
+            progress=progress,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+    written = save(found, folder or Path(artifact))
+    if as_json:
+        data = {"artifact": str(written), "calibration": asdict(found.calibration), "seconds": round(seconds, 3)}
+        print_json(data)
+        return
+    out.print(f"{found.name}: {strength_meaning(found)}. Written to {written} in {seconds:.1f} s.")
 
 
 def _print_profile(profile: "LayerProfile") -> None:

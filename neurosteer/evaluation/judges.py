@@ -7,6 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,13 +15,10 @@ import numpy as np
 from neurosteer.artifacts import Artifact
 from neurosteer.errors import UsageError
 from neurosteer.evaluation.openings import is_refusal, labelled_openings
-from neurosteer.examples import ContrastSet
+from neurosteer.examples import HOLD_OUT_SEED, ContrastSet
 from neurosteer.recipes import Recipe
 
 WEAK_BELOW = 0.65
-HOLD_OUT_SEED = 1
-"""`ContrastSet.split` with this seed tells which texts an artifact's building left out."""
-
 MAX_PATTERN = 500
 _FOLDS = 5
 
@@ -165,7 +163,7 @@ def judge_for(recipe: Recipe | Artifact, examples: ContrastSet, *, seed: int = 0
     building held out. Texts are told apart by the SHA-256 of the whole set: a file that shares some of its texts with
     another is not noticed.
 
-    Raises `UsageError` where an artifact was built from all of `examples`, or too few were held out.
+    Raises `UsageError` where an artifact was built from all of `examples`, `ExamplesError` where too few were held out.
     """
     uses = recipe.uses if isinstance(recipe, Recipe) else Recipe.of(recipe).uses
     seen = [use.artifact for use in uses if use.artifact.provenance.examples_sha256 == examples.sha256]
@@ -177,7 +175,8 @@ def judge_for(recipe: Recipe | Artifact, examples: ContrastSet, *, seed: int = 0
             f"{least.name!r} was built from all of the texts of {examples.name[:60]!r}, so they cannot judge it; give "
             "other labelled texts, or build it with --hold-out 0.5 and give the same ones."
         )
-    return TextClassifier.train(_held_out(examples, least.provenance.hold_out), seed=seed)
+    held_out = examples.parts(least.provenance.hold_out, seed=HOLD_OUT_SEED)[1]
+    return TextClassifier.train(replace(held_out, name=f"what building held out of {examples.name}"), seed=seed)
 
 
 def named_judge(text: str, examples: ContrastSet | None = None) -> Judge:
@@ -199,21 +198,6 @@ def accuracy_text(judge: Judge) -> str:
         return "how often it is right was not measured"
     found = f"right on {judge.accuracy:.1%} of {judge.n_accuracy:,} labelled texts it had not seen"
     return f"{found}: too weak to conclude from" if judge.is_weak else found
-
-
-def _held_out(examples: ContrastSet, share: float) -> ContrastSet:
-    split = examples.split(share, seed=HOLD_OUT_SEED)
-    if min(len(split.held_out_positive), len(split.held_out_negative)) < 2:
-        raise UsageError(
-            f"Building held out fewer than 2 texts per class of {examples.name[:60]!r}, too few to train a judge on; "
-            "hold out more, or give other labelled texts."
-        )
-    return ContrastSet(
-        tuple(examples.positive[place] for place in split.held_out_positive),
-        tuple(examples.negative[place] for place in split.held_out_negative),
-        f"{examples.name}, the part held out of building",
-        examples.paired,
-    )
 
 
 def _fitted(texts: Sequence[str], labels: np.ndarray) -> Any:

@@ -81,7 +81,7 @@ def speed(examples: ContrastSet, rounds: int, only: str) -> None:
             bare = floors[options.get("layers")]
             before = seconds(bare)
             given = {"layers": "all", "framing": "raw", "tokens": "mean", **options}
-            took = seconds(lambda given=given: build(lm, examples, **given))
+            took = seconds(lambda given=given: build(lm, examples, calibrate=False, **given))
             after = seconds(bare)
             ratios[name].append(took / ((before + after) / 2))
     print(f"{len(examples.positive)} + {len(examples.negative)} texts, {lm.dtype}; the floor is 1.00")
@@ -111,7 +111,7 @@ def peak(examples: ContrastSet, count: int) -> None:
     """Build once and print the peak of the process's resident memory while building, in MB (Linux)."""
     lm, larger = load_model(), enlarged(examples, count)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading the model
-    build(lm, larger, layers="all", framing="raw", tokens="mean")
+    build(lm, larger, layers="all", framing="raw", tokens="mean", calibrate=False)
     lines = Path("/proc/self/status").read_text().splitlines()
     kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     print(json.dumps({"count": count, "peak_mb": kilobytes / 1024}))

@@ -76,7 +76,7 @@ def main() -> None:
     for name, options in VARIANTS.items():
         if arguments.only not in name:
             continue
-        artifact = build(lm, examples, **options)
+        artifact = build(lm, examples, calibrate=False, **options)
         parts = []
         for sign in (-1.0, 1.0):
             amount = solve(lm, texts, artifact, sign, arguments.kl)

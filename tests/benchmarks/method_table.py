@@ -70,7 +70,7 @@ def measure(bench: Bench, behaviour: str, folder: Path, methods: Sequence[str], 
     print(f"| {behaviour} | unsteered (judge {right:.1f}% right) | {plain:.1f} | | | 1.00 | |", flush=True)
     built = {}
     for method in methods:
-        built[method] = build(bench.lm, examples, method=method)
+        built[method] = build(bench.lm, examples, method=method, calibrate=False)
         print(line(behaviour, method, *bench.move(built[method], judge)), flush=True)
     like = next(artifact for artifact in built.values() if isinstance(artifact, SteeringVector))
     for seed in range(n_random):

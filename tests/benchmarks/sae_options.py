@@ -50,7 +50,7 @@ def main() -> None:
         examples, judge = read_examples(folder / "train.csv"), Judge(read_examples(folder / "judge.csv"))
         for name, options in VARIANTS.items():
             if arguments.only in name:
-                artifact = build(bench.lm, examples, method="sae", **options)
+                artifact = build(bench.lm, examples, method="sae", calibrate=False, **options)
                 print(line(behaviour, name, *bench.move(artifact, judge)), flush=True)
 
 

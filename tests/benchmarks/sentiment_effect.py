@@ -6,7 +6,7 @@ DATA is a folder with `train.csv` (artifacts are built from it), `judge.csv` (a 
 (the judge's accuracy is measured on it): disjoint texts labelled positive or negative. Artifacts are built and sweeps
 written by the command line (`neurosteer build`, `neurosteer sweep --strengths -1,0,1` over the 16 default prompts); the
 judge then says how many continuations are positive. Controls: a random direction of the same dose, random neurons of
-the same layers and shifts, and the instruction in plain words.
+the same layers and shifts, and the instruction in plain words. All at the default amounts, uncalibrated.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main() -> None:
             if arguments.only not in (None, name):
                 continue
             folder = work / name
-            command("build", str(arguments.data / "train.csv"), *options, "--out", str(folder))
+            command("build", str(arguments.data / "train.csv"), *options, "--no-calibrate", "--out", str(folder))
             show(name, sweep(folder, work / f"{name}-sweep", *size), judge, divergences_of(lm, folder))
             if name == "cna-paper":
                 continue

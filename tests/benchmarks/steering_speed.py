@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     lm = load_model()
-    vector = build(lm, read_examples("sentiment"), layers=16, framing="raw")
-    circuit = build(lm, read_examples("sentiment"), method="cna", layers="2-16", framing="raw")
+    vector = build(lm, read_examples("sentiment"), layers=16, framing="raw", calibrate=False)
+    circuit = build(lm, read_examples("sentiment"), method="cna", layers="2-16", framing="raw", calibrate=False)
     session, prompt = Session(lm), neutral_prompts()[0]
     options = {"max_new_tokens": arguments.tokens, "sampling": Sampling(greedy=True)}
     bare = plain(lm, prompt, arguments.tokens)

@@ -60,8 +60,8 @@ def build_all(lm: LanguageModel) -> list[Artifact]:
     found: list[Artifact] = []
     for name in SETS:
         examples = read_examples(name)
-        found.append(build(lm, examples, method="caa", layers="all", framing="raw"))
-        found.append(build(lm, examples, method="cna", layers="2-16", framing="raw"))
+        found.append(build(lm, examples, method="caa", layers="all", framing="raw", calibrate=False))
+        found.append(build(lm, examples, method="cna", layers="2-16", framing="raw", calibrate=False))
     return found
 
 
