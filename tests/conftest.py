@@ -1,11 +1,12 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny as tinies
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from neurosteer.ui.build_tab import BuildHandlers
     from neurosteer.ui.loading import ModelHolder
     from neurosteer.ui.steer_handlers import SteerHandlers
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -129,6 +133,19 @@ def mood(llama: Tiny) -> SteeringVector:
     built = build(llama.lm, EXAMPLES, layers=1, name="mood")
     assert isinstance(built, SteeringVector)
     return built
+
+
+@pytest.fixture(scope="module")  # while it runs, this thread has an event loop
+def browser() -> Iterator[Any]:
+    """Chromium, or a skip where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

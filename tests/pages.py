@@ -1,19 +1,26 @@
 """A visitor of the page and its model, for tests without a browser."""
 
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+import pytest
 import torch
 from tiny import D_MODEL, make_vector
 
 from neurosteer.artifacts import Feature, FeatureContext, SteeringVector
+from neurosteer.batches import Batch
 from neurosteer.examples import ContrastSet
 from neurosteer.steering import Session
 from neurosteer.ui.build_tab import Source
 from neurosteer.ui.gpu import Here
 from neurosteer.ui.loading import ModelHolder, Status
 from neurosteer.ui.mixer import MOST
+from neurosteer.ui.page import create_app, launch
 from neurosteer.ui.steer_handlers import Ask, SteerHandlers, View, new_talk
 
 HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
@@ -42,6 +49,33 @@ class Never(ModelHolder):
 
     def start(self) -> None:
         pass
+
+
+@contextmanager
+def serving(holder: ModelHolder) -> Iterator[str]:
+    """The address of a page of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = create_app(holder=holder)
+    try:
+        yield launch(page, port=port, prevent_thread_lock=True, quiet=True)[1]
+    finally:
+        page.close(verbose=False)
+
+
+def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
+    """When a step of decoding was done; each takes at least so long."""
+    done: list[float] = []
+    step = Batch.step
+
+    def slowly(self: Batch) -> Any:
+        time.sleep(seconds)
+        done.append(time.monotonic())
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", slowly)
+    return done
 
 
 def visitor(name: str = "anna") -> Any:

@@ -1,7 +1,6 @@
 """The page in a real browser, with the embedded model: what a visitor does, from a file of texts to steered text."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,8 +23,6 @@ from neurosteer.storage import load, pack, unpack
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 
 ROOT = Path(__file__).parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 PATIENCE_MS = 120_000
 TABS = ("Steer", "Build", "Circuits", "Library", "About")
 HOSTILE = "<img src=x onerror=document.title='taken'> ${1+1} {{1+1}}"
@@ -67,18 +64,6 @@ def _until_it_listens(port: int, process: subprocess.Popen) -> None:
                 return
         time.sleep(0.1)
     raise TimeoutError("app.py does not listen after a minute")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -4,13 +4,11 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ from gradio_client import Client
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, TextContent, Tool
-from pages import Ready, texts
+from pages import Ready, serving, slow_steps, texts
 from tiny import Tiny, make_circuit, make_vector, tiny
 
-from neurosteer.batches import Batch
 from neurosteer.decoding import Sampling
 from neurosteer.errors import ModelError
 from neurosteer.examples import ContrastSet
@@ -35,24 +32,10 @@ from neurosteer.storage import artifact_data, load, pack, unpack
 from neurosteer.ui import endpoints
 from neurosteer.ui import shelf as shelves
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
-from neurosteer.ui.loading import ModelHolder, Models
-from neurosteer.ui.page import create_app, launch
+from neurosteer.ui.loading import Models
 
 NAMES = ["steer", "build", "list", "inspect", "pull", "attribute", "edges"]
 POSITIVE, NEGATIVE = list(texts("happy")), list(texts("sad"))
-
-
-@contextmanager
-def serving(holder: ModelHolder) -> Iterator[str]:
-    """The address of a page of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    page = create_app(holder=holder)
-    try:
-        yield launch(page, port=port, prevent_thread_lock=True, quiet=True)[1]
-    finally:
-        page.close(verbose=False)
 
 
 def connected(url: str) -> Client:
@@ -366,17 +349,7 @@ def test_a_fault_of_ours_is_one_line_that_tells_nothing(client: Client, monkeypa
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When a step of decoding was done; each takes its time."""
-    done: list[float] = []
-    step = Batch.step
-
-    def slowly(self: Batch) -> Any:
-        time.sleep(0.03)
-        done.append(time.monotonic())
-        return step(self)
-
-    monkeypatch.setattr(Batch, "step", slowly)
-    return done
+    return slow_steps(monkeypatch, 0.03)
 
 
 def test_what_takes_too_long_is_stopped_and_what_was_written_is_kept(

@@ -47,6 +47,8 @@ def test_the_zip_on_offer_is_the_artifact_and_goes_with_it(mood: Any) -> None:
     mine = replace(mood)
     path = Path(zip_file(mine))
     assert path.name == "mood.zip" and zip_file(mine) == str(path)
+    path.unlink()  # as when its visitor's connection broke off
+    assert zip_file(mine) == str(path)
     unpacked: Any = unpack(path)
     assert unpacked.directions[1].equal(mood.directions[1])
     del mine

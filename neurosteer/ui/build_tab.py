@@ -262,6 +262,7 @@ class BuildHandlers:
             cancel = self.jobs.current(request.session_hash, KIND)
             artifact, seconds = self.make(examples, settings, report, cancel, mix.model)
             shelf, label = put(mix.shelf, artifact)
+            self.jobs.keep(request.session_hash, zip_file(artifact))
             shown = Built(artifact, label, seconds, examples)
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
             return [*buttons, "", "", *shown.updates(), label, *mixed]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _ZIP = "UEsD"  # how a zip file begins, as base64
 _MOST_BASE64 = 100 << 20
+_LOOK_S = 1.0
 _HUB_CALLS = 8  # at once
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
 
@@ -91,7 +92,7 @@ class Endpoints:
                 "use" (names with strengths), "model", "seconds", and "warnings" (a list of sentences).
         """
         _check_request(prompt, max_new_tokens)
-        uses = _uses(use)
+        uses = uses_of(use)
         with working(self.jobs) as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
             from neurosteer.artifacts import check_model
@@ -153,7 +154,7 @@ class Endpoints:
                 means), "separation" (by layer, how well it tells held-out texts apart: 0.5 is chance, 1 perfect),
                 "examples" (counts), "warnings" (a list of sentences), "seconds".
         """
-        examples = _examples(positive, negative)
+        examples = examples_of(positive, negative)
         settings = Settings(
             name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae
         )
@@ -221,15 +222,30 @@ class Endpoints:
 @contextmanager
 def working(jobs: Jobs) -> Iterator[threading.Event]:
     """An event that is set when the caller has gone or it takes too long."""
-    request = LocalContext.request.get(None)
+    request, ended = LocalContext.request.get(None), threading.Event()
     with jobs.alone(getattr(request, "session_hash", None)) as cancel:
-        timer = threading.Timer(MAX_SECONDS, cancel.set)
-        timer.daemon = True
-        timer.start()
+        watch = threading.Thread(target=_watch, args=(_event_of_caller(), cancel, ended), daemon=True)
+        watch.start()
         try:
             yield cancel
         finally:
-            timer.cancel()
+            ended.set()
+
+
+def _event_of_caller() -> Any:
+    """What gradio's queue knows of the call under way; None where it did not come through the queue."""
+    page, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    return page._queue.event_ids_to_events.get(event_id) if page is not None and event_id is not None else None
+
+
+def _watch(event: Any, cancel: threading.Event, ended: threading.Event) -> None:
+    """Set `cancel` when it takes too long, or when nobody listens any more. (Of clients of gradio's own the page hears
+    when they leave; of others only their event tells.)"""
+    latest = time.monotonic() + MAX_SECONDS
+    while not ended.wait(max(0.0, min(_LOOK_S, latest - time.monotonic()))):
+        if time.monotonic() >= latest or (event is not None and not event.alive):
+            cancel.set()
+            return
 
 
 class Endpoint(NamedTuple):
@@ -306,7 +322,8 @@ def _check_request(prompt: str, max_new_tokens: int) -> None:
         raise UsageError(f"{max_new_tokens} tokens are asked for; this page writes at most {MAX_NEW_TOKENS}.")
 
 
-def _uses(texts: list[str]) -> "list[Use]":
+def uses_of(texts: list[str]) -> "list[Use]":
+    """What REF:STRENGTH texts name. Raises the library's errors."""
     from neurosteer.recipes import Use
 
     if not 1 <= len(texts) <= MOST:
@@ -354,7 +371,8 @@ def _decoded(text: str) -> bytes:
         raise UsageError(f"The artifact {text[:20]!r}… is not base64 ({error}); hand it over as you got it.") from error
 
 
-def _examples(positive: list[str], negative: list[str]) -> ContrastSet:
+def examples_of(positive: list[str], negative: list[str]) -> ContrastSet:
+    """Texts of a call as a contrast set. Raises `ExamplesError`."""
     data = json.dumps({"positive": positive, "negative": negative}, ensure_ascii=False)
     return parse_examples(data, filename="examples")
 

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from neurosteer.errors import NeuroSteerError
 
@@ -20,12 +23,13 @@ BUSY = "Too many visitors are waiting at the moment; what you entered is kept, s
 
 
 class Jobs:
-    """The cancel events of running work, by visitor and kind of work, and the files that visitors uploaded. One visitor
-    never stops another's work nor removes another's file."""
+    """The cancel events of running work, by visitor and kind of work, and the files that visitors uploaded or
+    can download. One visitor never stops another's work nor removes another's file."""
 
     def __init__(self) -> None:
         self._events: dict[tuple[str | None, str], threading.Event] = {}
         self._files: dict[str | None, set[Path]] = {}
+        self._folders: dict[str | None, Path] = {}
         self._lock = threading.Lock()
 
     def begin(self, visitor: str | None, kind: str) -> threading.Event:
@@ -59,10 +63,18 @@ class Jobs:
         if event is not None:
             event.set()
 
-    def keep(self, visitor: str | None, *uploads: str | None) -> None:
-        """Remember what a visitor uploaded, to remove it when they leave."""
+    def keep(self, visitor: str | None, *files: str | None) -> None:
+        """Remember a visitor's files, to remove them when they leave."""
         with self._lock:
-            self._files.setdefault(visitor, set()).update(Path(path) for path in uploads if path)
+            self._files.setdefault(visitor, set()).update(Path(path) for path in files if path)
+
+    def folder(self, visitor: str | None) -> Path:
+        """A folder of the visitor's own, gone when they leave."""
+        with self._lock:
+            if visitor not in self._folders:
+                Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+                self._folders[visitor] = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))
+            return self._folders[visitor]
 
     def leave(self, visitor: str | None) -> None:
         """Stop and forget everything of a visitor who closed the page. (A file that two uploaded is one file.)"""
@@ -70,11 +82,14 @@ class Jobs:
             keys = [key for key in self._events if key[0] == visitor]
             events = [self._events.pop(key) for key in keys]
             files = self._files.pop(visitor, set()).difference(*self._files.values())
+            folder = self._folders.pop(visitor, None)
         for event in events:
             event.set()
         for file in files:
             with suppress(OSError):
                 file.unlink()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def problem(error: Exception) -> str:

@@ -71,14 +71,15 @@ def put(shelf: Shelf, artifact: "Artifact") -> tuple[dict[str, "Artifact"], str]
 
 
 def zip_file(artifact: "Artifact") -> str:
-    """The path of a zip file of `artifact`, written once and gone with the artifact."""
+    """The path of a zip file of `artifact`, written where there is none and gone with the artifact."""
     from neurosteer.storage import pack
 
     if artifact not in _zips:
         Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))  # else gradio copies it there
         weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
-        path = folder / f"{artifact.name}.zip"
+        _zips[artifact] = folder / f"{artifact.name}.zip"
+    path = _zips[artifact]
+    if not path.exists():  # not yet, or no longer: its visitor's connection broke off
         path.write_bytes(pack(artifact))
-        _zips[artifact] = path
-    return str(_zips[artifact])
+    return str(path)

@@ -22,7 +22,7 @@ from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT, MAX_SECONDS, visito
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix, unchanged
 from neurosteer.ui.presets import Preset
-from neurosteer.ui.shelf import OWN, PULLED, RELEASED, origin, put, released_for
+from neurosteer.ui.shelf import OWN, PULLED, RELEASED, origin, put, released_for, zip_file
 
 if TYPE_CHECKING:
     from neurosteer.decoding import Sampling
@@ -303,6 +303,7 @@ class SteerHandlers:
             artifact = unpack(Path(path))
             warning = check_model(artifact, self.models.holder(mix.model).wait().lm.reference)
             shelf, label = put(mix.shelf, artifact)
+            self.jobs.keep(request.session_hash, zip_file(artifact))
             chosen = mix.chosen if len(mix.chosen) == mixing.MOST else (*mix.chosen, label)
             return ["", render.added(artifact, label, warning), *mix.choosing(shelf, chosen).updates()]
         except Exception as error:
@@ -326,6 +327,7 @@ class SteerHandlers:
             cancel = self.jobs.current(request.session_hash, BUILD_KIND)
             artifact, _ = self.building.make(examples, Settings(), report, cancel, mix.model)
             shelf, label = put(mix.shelf, artifact)
+            self.jobs.keep(request.session_hash, zip_file(artifact))
             ready = render.note_line(f"{label} is ready: press Run.")
             return [button, "", ready, *mix.choosing(shelf, [label]).updates()]
         except Exception as error:
