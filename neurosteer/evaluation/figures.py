@@ -55,7 +55,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
 def generations_csv(rows: Sequence[EvaluatedText]) -> str:
     """The texts with their scores, a row each."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.writer(buffer)  # its own line ends, or a lone carriage return in a text would not be quoted
     writer.writerow([*_COLUMNS, "tokens"])
     writer.writerows([*(getattr(row, name) for name in _COLUMNS), row.tokens] for row in rows)
     return buffer.getvalue()

@@ -93,7 +93,8 @@ def figures(groups: Sequence[Sampled], plain: Sampled, sign: float, seed: int) -
 def _kl_p95(found: Sequence[np.ndarray]) -> float | None:
     if not found:
         return None
-    value = float(np.quantile(np.concatenate([nats.ravel() for nats in found]), KL_PERCENTILE / 100))
+    with np.errstate(invalid="ignore"):  # between two infinite values lies none
+        value = float(np.quantile(np.concatenate([nats.ravel() for nats in found]), KL_PERCENTILE / 100))
     return value if math.isfinite(value) else None
 
 

@@ -1,0 +1,541 @@
+"""Evaluations: figures that follow from the texts, controls beside them, work that goes on where it was cut."""
+
+import csv
+import io
+import json
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checks import Run, assert_one_clear_line, refused
+from hub_server import FakeHub
+from PIL import Image
+from tiny import Tiny, Writes, clamping, make_circuit, make_vector, naive_greedy, naive_logits, writes_of
+
+from neurosteer.artifacts import Artifact, Calibration, NeuronCircuit, Receipt, SteeringVector, unit
+from neurosteer.building import build
+from neurosteer.cards import render_card
+from neurosteer.decoding import Sampling
+from neurosteer.errors import Cancelled, MismatchError, UsageError
+from neurosteer.evaluation import CallableJudge, Evaluation, TextClassifier, evaluate, write_evaluation
+from neurosteer.evaluation import texts as texts_module
+from neurosteer.evaluation.controls import control_strengths, default_instructions, groups
+from neurosteer.evaluation.receipts import receipt_text
+from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, read_examples
+from neurosteer.hub import push
+from neurosteer.models import LanguageModel
+from neurosteer.plots import receipt_plot, receipt_points
+from neurosteer.recipes import Recipe, Use
+from neurosteer.steering import Row, Session
+from neurosteer.storage import load, save
+from neurosteer.twins import random_recipe, random_twin
+
+PROMPTS = ("the cat runs", "a dog sings slowly", "we never thank you", "bread and cheese", "under the river")
+E_SHARE = CallableJudge("many e", lambda text: min(1.0, 8 * text.count("e") / max(1, len(text))))
+
+
+def vector_for(this: Tiny, **changes: Any) -> SteeringVector:
+    return make_vector(model=this.lm.reference, name="sentiment-vector", **changes)
+
+
+def measured(this: Tiny, artifact: Artifact | Recipe, **options: Any) -> Evaluation:
+    given: dict[str, Any] = {"prompts": PROMPTS, "strengths": (-2, -1, 1, 2), "samples": 2, "max_new_tokens": 12}
+    return evaluate(this.lm, artifact, E_SHARE, **{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def found(llama: Tiny) -> Evaluation:
+    return measured(llama, vector_for(llama))
+
+
+def row_of(found: Evaluation, kind: str, strength: float, draws: Sequence[int] = ()) -> dict[str, Any]:
+    rows = found.receipt.data["rows"]
+    (row,) = [one for one in rows if (one["kind"], one["strength"], one["draws"]) == (kind, strength, list(draws))]
+    return row
+
+
+def score_of(rows: Sequence[dict[str, str]], prompt: str) -> float:
+    return float(np.mean(E_SHARE.scores([row["text"] for row in rows if row["prompt"] == prompt])))
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_a_share_follows_from_the_texts_as_written(found: Evaluation, tmp_path: Path) -> None:
+    write_evaluation(found, tmp_path)
+    with (tmp_path / "generations.csv").open(newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    plain = [row for row in written if row["kind"] == "unsteered"]
+    before = {prompt: score_of(plain, prompt) for prompt in PROMPTS}
+    receipt = json.loads((tmp_path / "receipt.json").read_text(encoding="utf-8"))
+    assert len(receipt["rows"]) == 1 + 4 + 6 + 2 + 2
+    for figures in receipt["rows"]:
+        own = [
+            row
+            for row in written
+            if (row["kind"], float(row["strength"])) == (figures["kind"], figures["strength"])
+            and (not figures["draws"] or int(row["draw"]) in figures["draws"])
+        ]
+        assert len(own) == figures["n_texts"] == 10 * max(1, len(figures["draws"]))
+        scores = [E_SHARE.scores([row["text"]])[0] for row in own]
+        assert figures["share"] == pytest.approx(np.mean([score >= 0.5 for score in scores]), abs=1e-4)
+        assert figures["mean"] == pytest.approx(np.mean(scores), abs=1e-4)
+        assert figures["share_low"] <= figures["share"] <= figures["share_high"]
+        assert figures["tokens"] == pytest.approx(np.mean([int(row["tokens"]) for row in own]), abs=1e-4)
+        if figures["kind"] == "unsteered":
+            continue
+        moved = [score_of(own, prompt) - before[prompt] for prompt in PROMPTS]
+        wrong = [change * figures["strength"] < 0 for change in moved]
+        assert figures["wrong_way"] == pytest.approx(np.mean(wrong), abs=1e-4)
+
+
+def test_every_text_is_the_one_written_alone(llama: Tiny, found: Evaluation) -> None:
+    session, vector = Session(llama.lm), vector_for(llama)
+    for text in found.rows[:: len(found.rows) // 12]:
+        recipe = Recipe() if text.kind in ("unsteered", "instruction") else Recipe.of((vector, text.strength))
+        if text.kind == "random":
+            recipe = Recipe.of((random_twin(vector, text.draw), text.strength))
+        prompt = text.prompt
+        if text.kind == "instruction":
+            prompt = f"{found.receipt.data['settings']['instructions'][text.strength < 0]} {prompt}"
+        (alone,) = session.generate([Row(prompt, recipe, text.sample)], max_new_tokens=12)
+        assert (alone.text, alone.ids) == (text.text, text.ids)
+
+
+def test_kl_is_that_of_naive_passes_along_naive_greedy_continuations(llama: Tiny) -> None:
+    vector = vector_for(llama)
+    found = measured(llama, vector, prompts=PROMPTS[:2], strengths=(1,), samples=1)
+    divergences = []
+    for prompt in PROMPTS[:2]:
+        start = llama.lm.prompt_ids(prompt)
+        ids = [*start, *naive_greedy(llama, start, Writes(), 20, stop=())]
+        steered, plain = (
+            naive_logits(llama, ids, writes).log_softmax(-1)[len(start) - 1 : -1]
+            for writes in (writes_of([Use(vector)]), Writes())
+        )
+        divergences += (steered.exp() * (steered - plain)).sum(-1).tolist()
+    assert row_of(found, "steered", 1.0)["kl_p95"] == pytest.approx(np.quantile(divergences, 0.95), rel=1e-3)
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+def test_no_steering_random_twins_and_plain_words_stand_in_every_table(found: Evaluation) -> None:
+    rows = found.receipt.data["table"]["rows"]
+    assert [row[:2] for row in rows if row[1] in ("-1", "0", "+1")] == [
+        ["sentiment-vector", "-1"],
+        ["random directions (3)", "-1"],
+        ["the instruction in plain words", "-1"],
+        ["no steering", "0"],
+        ["sentiment-vector", "+1"],
+        ["random directions (3)", "+1"],
+        ["the instruction in plain words", "+1"],
+    ]
+    assert found.receipt.data["settings"]["instructions"][0].startswith("Write in a very positive")
+
+
+def test_a_random_twin_pushes_as_hard_in_another_direction() -> None:
+    vector, circuit = make_vector((0, 2)), make_circuit()
+    twin, other = random_twin(vector, 1), random_twin(vector, 2)
+    assert isinstance(twin, SteeringVector) and isinstance(other, SteeringVector)
+    assert (twin.norms, twin.calibration, twin.layers) == (vector.norms, vector.calibration, vector.layers)
+    for layer in vector.layers:
+        assert float(twin.directions[layer].norm()) == pytest.approx(float(vector.directions[layer].norm()), rel=1e-5)
+        assert abs(float(unit(twin.directions[layer]) @ unit(vector.directions[layer]))) < 0.6
+        assert not torch.equal(twin.directions[layer], other.directions[layer])
+    drawn = random_twin(circuit, 1)
+    assert isinstance(drawn, NeuronCircuit)
+    assert torch.equal(drawn.neuron_layers, circuit.neuron_layers) and not torch.equal(drawn.neurons, circuit.neurons)
+    held = random_twin(clamping((1,), seed=0), 3)
+    assert isinstance(held, SteeringVector) and held.encoders  # it still reads the feature, but writes elsewhere
+
+
+def test_each_artifact_of_a_recipe_gets_a_twin_of_its_own() -> None:
+    one, other = make_vector((1,), seed=0), make_vector((1,), seed=1)
+    recipe = random_recipe(Recipe.of((one, 0.5), (other, -1.0), make_circuit()), 7)
+    assert [use.strength for use in recipe.uses] == [0.5, -1.0, 1.0]
+    first, second, third = (use.artifact for use in recipe.uses)
+    assert isinstance(first, SteeringVector) and isinstance(second, SteeringVector)
+    assert isinstance(third, NeuronCircuit)
+    assert abs(float(unit(first.directions[1]) @ unit(second.directions[1]))) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("strengths", "controls"),
+    [((-2, -1, 0, 1, 2), [-1, 1]), ((0, 0.5, 3), [0.5]), ((-4, -3, 1), [-3, 1]), ((-1,), [-1])],
+)
+def test_random_twins_are_tried_at_plus_and_minus_1_or_the_weakest_there_is(
+    strengths: tuple[float, ...], controls: list[float]
+) -> None:
+    assert control_strengths(sorted(strengths)) == controls
+    found = groups(Recipe.of(make_vector()), strengths, ("up", "down"), 2, 0)
+    assert [group.strength for group in found if group.kind == "unsteered"] == [0.0]
+    assert [(one.draw, one.strength) for one in found if one.kind == "random"] == [
+        (draw, strength) for draw in (1, 2) for strength in controls
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "start"),
+    [
+        ("politeness-cna", 1.0, "Be very polite"),
+        ("politeness", -1.0, "Be blunt"),
+        ("my_own-mood", 1.0, "Write in a my own mood way."),
+        ("refusal", 1.0, "Refuse"),
+    ],
+)
+def test_the_instruction_in_plain_words_has_a_default(name: str, strength: float, start: str) -> None:
+    up, down = default_instructions(Recipe.of((make_vector(name=name), strength)))
+    assert up.startswith(start) and up != down
+
+
+# --- the same again --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_files_byte_for_byte_and_another_one_others(
+    llama: Tiny, found: Evaluation, tmp_path: Path
+) -> None:
+    again, other = measured(llama, vector_for(llama)), measured(llama, vector_for(llama), seed=1)
+    for one, folder in ((found, "one"), (again, "two"), (other, "three")):
+        write_evaluation(one, tmp_path / folder)
+    for name in ("receipt.json", "generations.csv", "evaluation.html", "evaluation.png"):
+        first, second, third = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two", "three"))
+        assert first == second
+        assert first != third
+
+
+class Stopping:
+    """Progress that cancels when the given part begins."""
+
+    def __init__(self, part: int) -> None:
+        self.cancel, self.left = threading.Event(), part
+
+    def __call__(self, message: str, fraction: float | None = None) -> None:
+        if message.startswith("Writing texts"):
+            self.left -= 1
+            if self.left < 0:
+                self.cancel.set()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Parts of 16 texts; and how many texts each call of `Session.generate` writes."""
+    monkeypatch.setattr(texts_module, "PART_ROWS", 16)
+    counts: list[int] = []
+    generate = Session.generate
+
+    def counted(self: Session, rows: Any, *arguments: Any, **options: Any) -> list[Row]:
+        counts.append(len(rows))
+        return generate(self, rows, *arguments, **options)
+
+    monkeypatch.setattr(Session, "generate", counted)
+    return counts
+
+
+def test_what_was_cut_goes_on_where_it_was_and_writes_no_text_twice(
+    llama: Tiny, tmp_path: Path, small_parts: list[int]
+) -> None:
+    vector, stopping = vector_for(llama), Stopping(4)
+    whole = measured(llama, vector)
+    total = sum(small_parts)
+    small_parts.clear()
+    with pytest.raises(Cancelled, match="64 of 130 texts are kept"):
+        measured(llama, vector, out=tmp_path, progress=stopping, cancel=stopping.cancel)
+    small_parts.clear()
+    resumed = measured(llama, vector, out=tmp_path)
+    assert sum(small_parts) == total - 64
+    places = [json.loads(line)["place"] for line in (tmp_path / "texts.jsonl").read_bytes().splitlines()]
+    assert sorted(places) == list(range(total))
+    assert receipt_text(resumed.receipt) == receipt_text(whole.receipt) and resumed.rows == whole.rows
+    small_parts.clear()
+    measured(llama, vector, out=tmp_path)
+    assert small_parts == []
+
+
+def test_a_file_that_was_cut_within_a_line_is_mended(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
+    vector, file = vector_for(llama), tmp_path / "texts.jsonl"
+    whole = measured(llama, vector, out=tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:40]) + lines[40][:25])  # killed while it wrote the third part
+    small_parts.clear()
+    resumed = measured(llama, vector, out=tmp_path)
+    assert sum(small_parts) == len(lines) - 32
+    assert receipt_text(resumed.receipt) == receipt_text(whole.receipt)
+    assert sorted(json.loads(line)["place"] for line in file.read_bytes().splitlines()) == list(range(len(lines)))
+
+
+def test_texts_of_other_settings_and_other_peoples_lines_stay_in_the_file(llama: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes(b'{"mine": 1}\nplain words\n')
+    vector = vector_for(llama)
+    measured(llama, vector, out=tmp_path)
+    before = file.read_bytes()
+    stronger = replace(vector, calibration=Calibration(0.6))
+    assert row_of(measured(llama, stronger, out=tmp_path), "steered", 1.0)["n_texts"] == 10
+    assert file.read_bytes().startswith(before) and before.startswith(b'{"mine": 1}\nplain words\n')
+    assert len(file.read_bytes()) > 1.8 * len(before)
+
+
+def test_another_judge_judges_the_same_texts(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
+    vector = vector_for(llama)
+    first = measured(llama, vector, out=tmp_path)
+    small_parts.clear()
+    options: dict[str, Any] = {"prompts": PROMPTS, "strengths": (-2, -1, 1, 2), "samples": 2, "max_new_tokens": 12}
+    second = evaluate(llama.lm, vector, CallableJudge("all", lambda text: 1.0), out=tmp_path, **options)
+    assert small_parts == [] and [row.text for row in second.rows] == [row.text for row in first.rows]
+    assert row_of(second, "unsteered", 0.0)["share"] == 1.0
+
+
+def test_a_receipt_takes_the_place_of_an_earlier_one_of_the_same_settings_and_judge(llama: Tiny) -> None:
+    other = Receipt({"kind": "someone else's"})
+    once = measured(llama, vector_for(llama, receipts=(other,))).artifact
+    assert once is not None and once.receipts[0] is other and len(once.receipts) == 2
+    twice = measured(llama, once).artifact
+    assert twice is not None and len(twice.receipts) == 2
+    more = measured(llama, once, seed=5).artifact
+    assert more is not None and len(more.receipts) == 3
+    assert measured(llama, Recipe.of((once, 0.5))).artifact is None
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompts": []}, ("prompts",)),
+        ({"prompts": ["fine", " "]}, ("prompts",)),
+        ({"prompts": ["twice", "twice"]}, ("twice",)),
+        ({"strengths": (0,)}, ("-1,0,1",)),
+        ({"strengths": (1, float("nan"))}, ("nan", "finite")),
+        ({"samples": 0}, ("samples", "0")),
+        ({"max_new_tokens": 5000}, ("max_new_tokens", "5000")),
+        ({"n_random": 0}, ("n_random",)),
+        ({"instructions": ("up", " ")}, ("instructions",)),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_written(
+    llama: Tiny, tmp_path: Path, options: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    refused(lambda: measured(llama, vector_for(llama), out=tmp_path / "out", **options), UsageError, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_of_another_model_an_empty_recipe_and_an_odd_judge_are_refused(llama: Tiny, tmp_path: Path) -> None:
+    other = replace(llama.lm.reference, d_model=16)
+    stranger = make_vector(model=other, directions={1: torch.ones(16)}, norms={1: 1.0})
+    refused(lambda: measured(llama, stranger), MismatchError, "vector-0")
+    refused(lambda: measured(llama, Recipe()), UsageError, "empty")
+    (tmp_path / "file").write_text("")
+    refused(lambda: measured(llama, vector_for(llama), out=tmp_path / "file"), UsageError, "another folder")
+
+    class Short:
+        name, accuracy, n_accuracy, is_weak = "short", None, 0, False
+
+        def scores(self, texts: Sequence[str]) -> list[float]:
+            return [0.5]
+
+    refused(lambda: evaluate(llama.lm, vector_for(llama), Short(), prompts=PROMPTS[:1]), UsageError, "'short'")
+
+
+# --- the harness cannot be fooled ------------------------------------------------------------------------------------
+
+
+def test_a_weak_judge_is_marked_wherever_its_figures_are(llama: Tiny) -> None:
+    rng = random.Random(0)
+    words = [f"{rng.choice(['the', 'a'])} {rng.choice(['song', 'day'])} {place}" for place in range(100)]
+    rng.shuffle(words)
+    judge = TextClassifier.train(ContrastSet(tuple(words[:50]), tuple(words[50:]), "noise"))
+    found = evaluate(llama.lm, vector_for(llama), judge, prompts=PROMPTS, max_new_tokens=6)
+    assert found.receipt.data["judge"]["is_weak"] is True
+    assert found.receipt.data["judge"]["accuracy"] == pytest.approx(judge.accuracy, abs=1e-4)
+    assert found.artifact is not None
+    for shown in (found.receipt.data["table"]["title"], render_card(found.artifact)):
+        assert "too weak to conclude from" in shown and f"{judge.accuracy:.1%}"[:-1] in shown
+
+
+def shuffled(examples: ContrastSet, seed: int) -> ContrastSet:
+    texts = [*examples.positive, *examples.negative]
+    random.Random(seed).shuffle(texts)
+    return ContrastSet(tuple(texts[: len(texts) // 2]), tuple(texts[len(texts) // 2 :]), "shuffled")
+
+
+@pytest.mark.embedded
+def test_shuffled_labels_and_random_directions_show_no_effect_where_the_real_labels_do(
+    embedded_lm: LanguageModel,
+) -> None:
+    kept, held = read_examples("sentiment").parts(0.5, seed=HOLD_OUT_SEED)
+    judge = TextClassifier.train(held)
+    options: dict[str, Any] = {"prompts": None, "strengths": (-1, 1), "max_new_tokens": 20, "n_random": 1}
+    real, fake = (
+        evaluate(embedded_lm, build(embedded_lm, texts, layers=16, calibrate=False), judge, **options)
+        for texts in (kept, shuffled(kept, 1))
+    )
+    for strength in (-1.0, 1.0):
+        steered = row_of(real, "steered", strength)
+        near, far = sorted((steered["change_low"], steered["change_high"]), key=abs)
+        assert near * strength > 0, (near, far)
+        for idle in (row_of(fake, "steered", strength), row_of(real, "random", strength, [1])):
+            assert idle["change_low"] <= 0 <= idle["change_high"], idle
+            assert abs(idle["change"]) < abs(steered["change"])
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def card_rows(card: str) -> list[list[str]]:
+    """The cells of the card's first table of more than two columns, unescaped."""
+    lines = card[card.index("## What it does") : card.index("## How to use it")].splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    return [[cell.strip().replace("\\", "") for cell in row[1:-1].split(" | ")] for row in rows]
+
+
+def test_a_pushed_cards_table_and_plot_are_the_receipts(hub: FakeHub, found: Evaluation, tmp_path: Path) -> None:
+    assert found.artifact is not None
+    pushed = push(save(found.artifact, tmp_path / "mood"), "alice/mood")
+    assert "evaluation.png" in pushed.files
+    files = {path: file.data for path, file in hub.repos["alice/mood"].head.files.items()}
+    table = found.receipt.data["table"]
+    card = files["README.md"].decode()
+    assert card_rows(card) == [table["columns"], *table["rows"]]
+    assert "](evaluation.png)" in card and "many e" in card
+    assert (
+        files["evaluation.png"] == receipt_plot(found.receipt.data) == (tmp_path / "mood/evaluation.png").read_bytes()
+    )
+    assert Image.open(io.BytesIO(files["evaluation.png"])).size == (1200, 408)
+    assert json.loads(files["config.json"])["receipts"] == [json.loads(receipt_text(found.receipt))]
+    shares = [entry for entry in json.loads(receipt_text(found.receipt))["metrics"] if entry["type"] == "share"]
+    assert [one["value"] for one in shares] == [
+        row_of(found, kind, strength)["share"]
+        for kind, strength in (("unsteered", 0.0), ("steered", -1.0), ("steered", 1.0))
+    ]
+    push(replace(found.artifact, receipts=()), "alice/mood")
+    assert "evaluation.png" not in hub.repos["alice/mood"].head.files
+
+
+def test_saving_without_receipts_leaves_no_picture_of_old_ones(found: Evaluation, tmp_path: Path) -> None:
+    assert found.artifact is not None
+    folder = save(found.artifact, tmp_path / "mood")
+    assert "](evaluation.png)" in (folder / "README.md").read_text(encoding="utf-8")
+    save(replace(load(folder), receipts=()), folder)
+    assert not (folder / "evaluation.png").exists()
+    assert "evaluation.png" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"rows": 5},
+        {"rows": [None, {"kind": "steered"}, {"kind": ["steered"], "strength": 1, "share": 0.5}]},
+        {"rows": [{"kind": "steered", "strength": "1", "share": 0.5}]},
+        {"rows": [{"kind": "random", "strength": 1, "share": 0.5, "draws": [1]}]},
+        {"rows": [{"kind": "steered", "strength": 1e300, "share": 0.5}]},
+        {"rows": [{"kind": "steered", "strength": 10**400, "share": True}]},
+    ],
+)
+def test_receipts_with_nothing_to_draw_are_passed_over(data: dict[str, Any], tmp_path: Path) -> None:
+    assert receipt_plot(data) is None
+    folder = save(make_vector(receipts=(Receipt(data),)), tmp_path / "odd")
+    assert not (folder / "evaluation.png").exists()
+
+
+def test_a_receipt_is_drawn_from_what_there_is_of_it() -> None:
+    row = {"kind": "steered", "strength": 1, "share": 0.5, "share_low": "x", "kl_p95": None, "perplexity": 1e12}
+    (point,) = receipt_points({"rows": [row, 7]})["steered"]
+    assert (point.low, point.high, point.kl, point.perplexity) == (0.5, 0.5, None, None)
+    assert receipt_plot({"rows": [row]}) is not None
+
+
+def test_what_texts_and_prompts_hold_is_no_html_on_the_page(llama: Tiny, tmp_path: Path) -> None:
+    odd = "<script>alert(1)</script>"
+    judge = CallableJudge(f"{odd} | judge", lambda text: 0.5)
+    found = evaluate(llama.lm, vector_for(llama), judge, prompts=[odd], strengths=(1,), max_new_tokens=4)
+    write_evaluation(found, tmp_path)
+    page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
+    assert odd not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert found.artifact is not None and odd not in render_card(found.artifact).split("---", 2)[2]
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mood(model_folder: Path, tmp_path: Path) -> Path:
+    from neurosteer.models import load_model
+
+    lm = load_model(model_folder, dtype="float32")
+    return save(make_vector(model=lm.reference, name="mood"), tmp_path / "mood")
+
+
+def test_the_verb_evaluates_writes_its_files_and_keeps_the_receipt(
+    run: Run, model_folder: Path, mood: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:3]), encoding="utf-8")
+    options = (
+        "--model",
+        model_folder,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompts,
+        "--strengths=-1,1",
+        "--max-new-tokens",
+        "5",
+        "--json",
+    )
+    ran = run("evaluate", "--use", f"{mood}:1", "--judge", "regex:e", *options, "--out", tmp_path / "out", "--save")
+    assert ran.code == 0, ran.err
+    printed = json.loads(ran.out)
+    written = json.loads((tmp_path / "out" / "receipt.json").read_text(encoding="utf-8"))
+    assert printed["receipt"] == written == dict(load(mood).receipts[0].data)
+    names = {Path(file).name for file in printed["files"]}
+    assert names == {"receipt.json", "generations.csv", "evaluation.html", "evaluation.png"}
+    assert (mood / "evaluation.png").read_bytes() == (tmp_path / "out" / "evaluation.png").read_bytes()
+    swept = run("sweep", "--use", mood, "--judge", "regex:e", *options, "--out", tmp_path / "swept")
+    assert swept.code == 0, swept.err
+    assert (tmp_path / "swept" / "receipt.json").read_bytes() == (tmp_path / "out" / "receipt.json").read_bytes()
+
+
+def test_without_json_the_verb_prints_the_table(run: Run, model_folder: Path, mood: Path, tmp_path: Path) -> None:
+    examples = tmp_path / "labelled.csv"
+    lines = ["text,label", *(f"a lovely day {n},positive\nan awful day {n},negative" for n in range(6))]
+    examples.write_text("\n".join(lines), encoding="utf-8")
+    options = ("--model", model_folder, "--dtype", "float32", "--strengths=-1,1", "--max-new-tokens", "3")
+    words = ("--random", "2", "--instructions", "Be glad.", "Be sad.")
+    ran = run("evaluate", "--use", mood, "--examples", examples, *options, *words)
+    assert ran.code == 0, ran.err
+    for shown in ("text classifier trained on labelled (6 + 6 texts)", "no steering", "random directions (2)", "mood"):
+        assert shown in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("no judge", "--examples")),
+        (("--judge", "mine"), ("'mine'", "regex:PATTERN")),
+        (("--judge", "regex:("), ("regular expression",)),
+        (("--judge", "refusal", "--examples", "sentiment"), ("leave --examples out",)),
+        (("--judge", "refusal", "--strengths", "a"), ("--strengths",)),
+        (("--judge", "refusal", "--save"), ("--save", "strength 1")),
+    ],
+)
+def test_mistakes_at_the_command_line_are_one_clear_line(
+    run: Run, mood: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_one_clear_line(run("evaluate", "--use", f"{mood}:0.5", *arguments), *words)
+
+
+def test_the_seed_of_an_evaluation_is_that_of_its_samples(llama: Tiny) -> None:
+    once = measured(llama, vector_for(llama), sampling=Sampling(temperature=0.8, seed=77))
+    assert receipt_text(once.receipt) == receipt_text(measured(llama, vector_for(llama)).receipt)
+    greedy = measured(llama, vector_for(llama), sampling=Sampling(greedy=True))
+    same = [row.text for row in greedy.rows if (row.kind, row.strength, row.prompt) == ("steered", 2.0, PROMPTS[0])]
+    assert len(same) == 2 and len(set(same)) == 1
