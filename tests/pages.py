@@ -25,6 +25,7 @@ from neurosteer.ui.steer_handlers import Ask, SteerHandlers, View, new_talk
 
 HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
 SKIP = gr.skip()
+ENDPOINTS = ["steer", "build", "list", "inspect", "pull", "attribute", "edges"]
 
 
 def texts(word: str, count: int = 24) -> tuple[str, ...]:

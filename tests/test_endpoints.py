@@ -18,7 +18,7 @@ from gradio_client import Client
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, TextContent, Tool
-from pages import Ready, serving, slow_steps, texts
+from pages import ENDPOINTS, Ready, serving, slow_steps, texts
 from tiny import Tiny, make_circuit, make_vector, tiny
 
 from neurosteer.decoding import Sampling
@@ -34,7 +34,7 @@ from neurosteer.ui import shelf as shelves
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
 
-NAMES = ["steer", "build", "list", "inspect", "pull", "attribute", "edges"]
+ENDPOINTS = ["steer", "build", "list", "inspect", "pull", "attribute", "edges", "evaluate"]
 POSITIVE, NEGATIVE = list(texts("happy")), list(texts("sad"))
 
 
@@ -108,13 +108,13 @@ def checked_line(line: str) -> str:
 
 def test_the_endpoints_are_open_and_no_other(client: Client) -> None:
     info: Any = client.view_api(return_format="dict", print_info=False)
-    assert list(info["named_endpoints"]) == [f"/{name}" for name in NAMES]
+    assert list(info["named_endpoints"]) == [f"/{name}" for name in ENDPOINTS]
     assert info["unnamed_endpoints"] == {}
 
 
 def test_the_tools_say_what_they_do_what_they_take_and_what_they_return(url: str) -> None:
     found: list[Tool] = asyncio.run(with_mcp(url, lambda session: session.list_tools())).tools
-    assert [tool.name for tool in found] == NAMES
+    assert [tool.name for tool in found] == ENDPOINTS
     for tool in found:
         assert tool.description and "Returns: " in tool.description and "  " not in tool.description
         for name, described in tool.inputSchema["properties"].items():

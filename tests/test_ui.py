@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from pages import (
+from pages import ENDPOINTS, (
     HOSTILE,
     Never,
 )
@@ -175,7 +175,7 @@ def test_the_page_is_made_without_importing_torch() -> None:
 def test_no_handler_of_the_page_is_an_open_endpoint() -> None:
     page = create_app(holder=Never())
     opened = [str(fn.api_name) for fn in page.fns.values() if fn.fn is not None and fn.api_visibility != "private"]
-    assert opened == ["steer", "build", "list", "inspect", "pull"]
+    assert opened == ENDPOINTS
 
 
 def test_the_settings_begin_where_the_library_does() -> None:
