@@ -25,7 +25,7 @@ from neurosteer.ui.steer_handlers import Ask, SteerHandlers, View, new_talk
 
 HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
 SKIP = gr.skip()
-ENDPOINTS = ["steer", "build", "list", "inspect", "pull", "attribute", "edges"]
+ENDPOINTS = ["steer", "build", "list", "inspect", "pull", "attribute", "edges", "evaluate"]
 
 
 def texts(word: str, count: int = 24) -> tuple[str, ...]:

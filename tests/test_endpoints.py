@@ -34,7 +34,6 @@ from neurosteer.ui import shelf as shelves
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
 
-ENDPOINTS = ["steer", "build", "list", "inspect", "pull", "attribute", "edges", "evaluate"]
 POSITIVE, NEGATIVE = list(texts("happy")), list(texts("sad"))
 
 

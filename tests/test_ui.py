@@ -13,7 +13,8 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from pages import ENDPOINTS, (
+from pages import (
+    ENDPOINTS,
     HOSTILE,
     Never,
 )
