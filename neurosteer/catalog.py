@@ -19,17 +19,28 @@ class PackagedWeights:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """One model of the catalog; `memory_gb` is what its weights need in the default dtype."""
+    """One model of the catalog; `memory_gb` is what its weights need in the default dtype.
+
+    A model without a `hub_id` is `base`, another one of the catalog, with the low-rank `adapter` of that name among the
+    bundled files merged in.
+    """
 
     name: str
-    hub_id: str
-    revision: str
     chat: bool
     memory_gb: float
     licence: str
+    hub_id: str | None = None
+    revision: str = "main"
+    base: str | None = None
+    adapter: str | None = None
     sae_releases: tuple[str, ...] = ()
     weights_sha256: str | None = None
     package: PackagedWeights | None = None
+
+    @property
+    def recorded_name(self) -> str:
+        """What artifacts record as their base model: the Hub id where there is one."""
+        return self.hub_id or self.name
 
 
 @cache
@@ -40,7 +51,7 @@ def catalog() -> tuple[CatalogModel, ...]:
         CatalogModel(
             **{
                 **entry,
-                "sae_releases": tuple(entry["sae_releases"]),
+                "sae_releases": tuple(entry.get("sae_releases", ())),
                 "package": PackagedWeights(**entry["package"]) if "package" in entry else None,
             }
         )
@@ -56,7 +67,7 @@ def default_model() -> str:
 def find_model(name: str) -> CatalogModel | None:
     """The catalog's model with this name or Hub id (case-insensitive), or None."""
     wanted = name.lower()
-    return next((model for model in catalog() if wanted in (model.name.lower(), model.hub_id.lower())), None)
+    return next((model for model in catalog() if wanted in (model.name.lower(), model.recorded_name.lower())), None)
 
 
 @cache

@@ -15,6 +15,7 @@ from torch.nn import Module, ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from neurosteer.adapters import merge_adapter
 from neurosteer.artifacts import ModelReference
 from neurosteer.catalog import default_model
 from neurosteer.errors import ModelError, UsageError
@@ -240,7 +241,11 @@ def load_model(
     progress(f"Loading {source.name}")
     transformers_logging.disable_progress_bar()
     spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
-    model, tokenizer = _read(source, wanted, "auto" if spread else None)
+    placed = "auto" if spread else None
+    if source.adapter is None:
+        model, tokenizer = _read(source, wanted, placed)
+    else:
+        model, tokenizer = _read_merged(source, source.adapter, wanted, placed)
     if not spread:
         _move(model, chosen)
     return describe_model(
@@ -301,6 +306,19 @@ def _read(source: Source, dtype: torch.dtype, device_map: str | None) -> tuple[P
     except Exception as error:  # transformers raises many kinds for damaged or unsupported folders
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"{source.name} in {source.folder} could not be loaded: {first_line[:300]}") from error
+    return model, tokenizer
+
+
+def _read_merged(
+    source: Source, adapter: Path, dtype: torch.dtype, device_map: str | None
+) -> tuple[PreTrainedModel, Any]:
+    """Merged in float32 and only then rounded, so that the weights, and their fingerprint, do not depend on rounding
+    them twice. Buffers keep the precision that the model gave them."""
+    model, tokenizer = _read(source, torch.float32, device_map)
+    merge_adapter(model, adapter)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     return model, tokenizer
 
 

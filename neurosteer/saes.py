@@ -366,7 +366,7 @@ def _same_weights(lm: LanguageModel, metadata: Mapping[str, Any]) -> bool:
 def _check_model_name(lm: LanguageModel, name: str, made_for: str) -> None:
     ours, theirs = (_plain_name(text) for text in (lm.name, made_for))
     known = find_model(lm.name)
-    names = {ours, *((_plain_name(known.name), _plain_name(known.hub_id)) if known else ())}
+    names = {ours, *((_plain_name(known.name), _plain_name(known.recorded_name)) if known else ())}
     if not theirs or theirs in names or any(_is_variant(theirs, mine) for mine in names):
         return
     raise MismatchError(f"The SAE {name!r} was made for {made_for}, not for {lm.name}. {_fitting(lm)}")

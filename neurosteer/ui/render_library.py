@@ -18,7 +18,7 @@ _MAX_LINE = 160
 def hub_id(model: str) -> str:
     """The Hub id of a model of the catalog, or the name itself."""
     known = find_model(model)
-    return known.hub_id if known else model
+    return known.recorded_name if known else model
 
 
 def nothing_found(text: str) -> str:
