@@ -202,7 +202,8 @@ class Shell(cmd.Cmd):
         examples = _contrast_set(arg[len(given) :])
         chosen = {name: value for name, value in options.items() if value is not None}
         with progress_line() as progress:
-            found = build(self.lm, examples, method="cna", progress=progress, **chosen)
+            # What is multiplied by is said here: there is no strength to calibrate.
+            found = build(self.lm, examples, method="cna", calibrate=False, progress=progress, **chosen)
         assert isinstance(found, NeuronCircuit)
         self.circuit, self.attribution = found, None
         out.print(f"{found.name}: circuit of {found.size} neurons.")
