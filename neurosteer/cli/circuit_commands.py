@@ -297,7 +297,7 @@ def attributed(
     options: dict[str, Any],
     progress: Progress,
 ) -> "Attribution":
-    """As `attribute` with `options`, of which `specific` says whether to leave out what everyday answers are owed to."""
+    """As `attribute` with `options`; their `specific` leaves out, too, what everyday answers are owed to."""
     from neurosteer.circuits import attribute as find
     from neurosteer.circuits import find_unspecific
 
