@@ -26,7 +26,7 @@ PLOTS = (SEPARATION_PLOT, EVALUATION_PLOT)
 """The file names of pictures that NeuroSteer puts beside a card."""
 
 _CAPTIONS = {
-    SEPARATION_PLOT: "How well the examples separate at each layer",
+    SEPARATION_PLOT: "How well the examples separate at each layer, and what choices of layers do at equal KL",
     EVALUATION_PLOT: "Effect, KL and perplexity by strength, and the controls",
 }
 _MEANING = {

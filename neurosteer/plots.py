@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +31,17 @@ class Point:
 
 def receipt_points(data: Mapping[str, Any]) -> dict[str, list[Point]]:
     """What a receipt holds to be drawn, by kind (`steered` with the unsteered point in it, `random`, `instruction`),
-    ascending in strength. Random twins count together where the receipt does so. Whoever wrote it: what is no row of
+    ascending in strength. Whoever wrote it: what is no row of
     figures is passed over, and the result may be empty."""
     rows = data.get("rows")
-    found: dict[str, dict[float, tuple[int, Point]]] = {"steered": {}, "random": {}, "instruction": {}}
+    found: dict[str, dict[float, Point]] = {"steered": {}, "random": {}, "instruction": {}}
     for row in rows if isinstance(rows, list) else []:
         point = _point(row) if isinstance(row, Mapping) else None
         kind = "steered" if point and row.get("kind") == "unsteered" else point and row.get("kind")
         if point is None or not isinstance(kind, str) or kind not in found:
             continue
-        draws = len(row["draws"]) if isinstance(row.get("draws"), list) else 0
-        if draws >= found[kind].get(point.strength, (0, point))[0]:
-            found[kind][point.strength] = (draws, point)
-    return {kind: [points[key][1] for key in sorted(points)] for kind, points in found.items() if points}
+        found[kind][point.strength] = point
+    return {kind: [points[key] for key in sorted(points)] for kind, points in found.items() if points}
 
 
 def _point(row: Mapping[str, Any]) -> Point | None:
@@ -94,17 +92,40 @@ def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
     return buffer.getvalue()
 
 
-def separation_plot(separation: Mapping[int, float]) -> bytes:
-    """How well the examples separate (ROC AUC, 0.5 is chance) at each layer, the best one marked."""
+def separation_plot(separation: Mapping[int, float], candidates: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    """How well the examples separate (ROC AUC, 0.5 is chance) at each layer, the best one marked; beside it, where
+    choices of layers were compared, what each does at equal KL (nats per token), the best on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    effects = candidate_effects(candidates)
+    figure = Figure(figsize=(11 if effects else 7, 3), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(1, 2 if effects else 1, squeeze=False)[0]
+    _draw_separation(every[0], separation)
+    if effects:
+        _draw_effects(every[1], effects)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def candidate_effects(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """Choices of layers with their effect at equal KL, the largest first; what is no such figure is passed over."""
+    found = [(one.get("label"), one.get("effect")) for one in candidates if isinstance(one, Mapping)]
+    usable = [
+        (label[:60], float(effect))
+        for label, effect in found
+        if isinstance(label, str) and isinstance(effect, (int, float)) and math.isfinite(effect)
+    ]
+    return sorted(usable, key=lambda one: -one[1])
+
+
+def _draw_separation(axes: Any, separation: Mapping[int, float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     layers = sorted(separation)
     best = max(layers, key=lambda layer: separation[layer])
-    figure = Figure(figsize=(7, 3), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     axes.plot(layers, [separation[layer] for layer in layers], color=_LINE, marker="o", markersize=3)
     axes.plot([best], [separation[best]], color=_BEST, marker="o", markersize=7, linestyle="none")
     axes.annotate(f"layer {best}", (best, separation[best]), textcoords="offset points", xytext=(0, 8), ha="center")
@@ -114,6 +135,12 @@ def separation_plot(separation: Mapping[int, float]) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+
+
+def _draw_effects(axes: Any, effects: Sequence[tuple[str, float]]) -> None:
+    places = range(len(effects), 0, -1)
+    axes.barh(places, [effect for _, effect in effects], color=[_BEST, *[_LINE] * (len(effects) - 1)], height=0.55)
+    axes.set_yticks(places, [label.replace("$", "\\$") for label, _ in effects])
+    axes.set_xlabel("Effect at equal KL (nats per token)")
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)

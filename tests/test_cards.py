@@ -467,6 +467,9 @@ def test_a_plot_is_a_png_and_the_same_for_the_same_figures() -> None:
     assert first == separation_plot(dict(reversed(separation.items())))
     picture = Image.open(io.BytesIO(first))
     assert picture.format == "PNG" and picture.size == (840, 360)
+    candidates = [{"label": "layers 1 to 3 together", "effect": 0.2}, {"label": "layer 1 $x_", "effect": 0.1}]
+    assert separation_plot(separation, candidates) not in (first, separation_plot(separation, candidates[:1]))
+    assert separation_plot(separation, [{"label": 3}, {"effect": "much"}, "no"]) == first  # type: ignore[list-item]
     assert first != separation_plot({**separation, 3: 0.99})
     assert b"matplotlib" not in first.lower() and b"Date" not in first
 

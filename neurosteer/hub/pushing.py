@@ -175,7 +175,7 @@ def _files_of(artifact: Artifact) -> dict[str, bytes]:
             f"{artifact.name} could not be prepared ({error.strerror or error}); make room in the temporary folder."
         ) from error
     if len(artifact.provenance.separation) > 1:
-        files[SEPARATION_PLOT] = separation_plot(artifact.provenance.separation)
+        files[SEPARATION_PLOT] = separation_plot(artifact.provenance.separation, artifact.provenance.candidates)
     return files
 
 
