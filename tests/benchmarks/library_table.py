@@ -1,0 +1,89 @@
+"""What the released library does at strength −1 and +1, from the receipts on its artifacts; Markdown.
+
+    python tests/benchmarks/library_table.py [--vectors vectors]
+
+"Reached" counts the signs at which the effect is at least 20 points in the intended direction with an interval clear of
+the random control's, wrong-way prompts are at most 15%, perplexity at most 1.5 × and 4-gram quality at least .95.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neurosteer.artifacts import Artifact
+from neurosteer.storage import load
+
+LEAST_EFFECT, MOST_WRONG_WAY, MOST_PERPLEXITY, LEAST_QUALITY = 0.20, 0.15, 1.5, 0.95
+COLUMNS = (
+    "artifact",
+    "method",
+    "judge right",
+    "% at −1 / 0 / +1",
+    "random at −1 / +1",
+    "in words at −1 / +1",
+    "wrong way",
+    "perplexity ×",
+    "4-gram quality",
+    "effect clear of random at −1 / +1",
+    "all bounds met",
+)
+
+
+def rows_by(receipt: Mapping[str, Any]) -> dict[tuple[str, float], Mapping[str, Any]]:
+    """Rows by kind and strength; of random twins the one that counts all of them together."""
+    found: dict[tuple[str, float], Mapping[str, Any]] = {}
+    for row in receipt["rows"]:
+        key = (row["kind"], row["strength"])
+        if key not in found or len(row.get("draws") or ()) > len(found[key].get("draws") or ()):
+            found[key] = row
+    return found
+
+
+def clear(row: Mapping[str, Any], plain: Mapping[str, Any], random: Mapping[str, Any], sign: int) -> bool:
+    moved = sign * (row["share"] - plain["share"]) >= LEAST_EFFECT
+    apart = row["share_low"] > random["share_high"] if sign > 0 else row["share_high"] < random["share_low"]
+    return moved and apart
+
+
+def line(artifact: Artifact) -> str:
+    receipt = artifact.receipts[-1].data
+    rows = rows_by(receipt)
+    plain = rows["unsteered", 0.0]
+    both = [rows["steered", sign] for sign in (-1.0, 1.0)]
+    random = [rows["random", sign] for sign in (-1.0, 1.0)]
+    words = [rows["instruction", sign] for sign in (-1.0, 1.0)]
+    shares = [both[0], plain, both[1]]
+    effects = [clear(row, plain, other, sign) for row, other, sign in zip(both, random, (-1, 1), strict=True)]
+    bounds = [
+        row["wrong_way"] <= MOST_WRONG_WAY and row["perplexity"] <= MOST_PERPLEXITY and row["quality"] >= LEAST_QUALITY
+        for row in both
+    ]
+
+    def percent(some: list[Mapping[str, Any]], key: str = "share") -> str:
+        return " / ".join(f"{100 * row[key]:.0f}" for row in some)
+
+    def number(key: str) -> str:
+        return " / ".join(f"{row[key]:.2f}" for row in both)
+
+    said = [" / ".join("yes" if one else "no" for one in some) for some in (effects, bounds)]
+    cells = (
+        artifact.name, artifact.method, f"{100 * receipt['judge']['accuracy']:.0f}%", percent(shares), percent(random),
+        percent(words), percent(both, "wrong_way"), number("perplexity"), number("quality"), *said,
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vectors", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
+    arguments = parser.parse_args()
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for config in sorted(arguments.vectors.glob("*/config.json")):
+        artifact = load(config.parent)
+        if artifact.receipts:
+            print(line(artifact))
+
+
+if __name__ == "__main__":
+    main()
