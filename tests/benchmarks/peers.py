@@ -11,9 +11,10 @@ ours, after a check that theirs gives the same logits; each sign is solved by it
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from at_one_nat import HEADING, AtOneNat
 from measuring import Judge
 from torch import Tensor
 
-from neurosteer.artifacts import Calibration, SteeringVector
+from neurosteer.artifacts import Artifact, Calibration, SteeringVector
 from neurosteer.building import build
 from neurosteer.examples import ContrastSet, read_examples, sweep_prompts
 from neurosteer.models import LanguageModel, load_model
@@ -34,6 +35,7 @@ from neurosteer.twins import random_twin
 Directions = Mapping[int, Tensor]
 Steer = Callable[[LanguageModel, Directions, float], AbstractContextManager[Any]]
 Pairs = list[tuple[str, str]]
+Rows = dict[str, Callable[[], Artifact]]
 
 
 def as_ours(lm: LanguageModel, directions: Directions) -> SteeringVector:
@@ -118,31 +120,38 @@ def pairs_of(lm: LanguageModel, examples: ContrastSet, *, framed: bool) -> Pairs
     return [(start + one, start + other) for one, other in zip(examples.positive, examples.negative, strict=False)]
 
 
-def our_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Iterator[tuple[str, Any]]:
-    one = build(lm, examples, method="caa", layers=layer, calibrate=False)
-    every = build(lm, examples, method="caa", layers="all", calibrate=False)
-    yield f"`caa`, layer {layer}", one
-    yield "`caa`, all layers", every
-    chosen = build(lm, examples, method="caa")
-    yield f"`caa`, layers chosen automatically ({_span(chosen.layers)})", chosen
-    circuit = build(lm, examples, method="cna", calibrate=False)
-    yield f"`cna`, {len(circuit.neurons)} neurons", circuit  # type: ignore[union-attr]
-    yield f"random direction, layer {layer}", random_twin(one, 0)
-    yield "random directions, all layers", random_twin(every, 0)
+def our_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Rows:
+    def caa(layers: str | int) -> Artifact:
+        return build(lm, examples, method="caa", layers=layers, calibrate=False)
+
+    return {
+        f"`caa`, layer {layer}": lambda: caa(layer),
+        "`caa`, all layers": lambda: caa("all"),
+        "`caa`, layers chosen automatically": lambda: build(lm, examples, method="caa"),
+        "`cna`, 0.5% of the neurons": lambda: build(lm, examples, method="cna", calibrate=False),
+        f"random direction, layer {layer}": lambda: random_twin(caa(layer), 0),
+        "random directions, all layers": lambda: random_twin(caa("all"), 0),
+    }
 
 
-def peer_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Iterator[tuple[str, SteeringVector]]:
-    for framed in (False, True):
-        pairs, texts = pairs_of(lm, examples, framed=framed), "answers" if framed else "texts"
-        found = trained_steering_vector(lm, pairs)
-        yield f"steering-vectors, layer {layer}, {texts}", as_ours(lm, {layer: found[layer]})
-        yield f"steering-vectors, all layers, {texts}", as_ours(lm, found)
+def peer_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Rows:
+    @cache
+    def steering_vector(framed: bool) -> Directions:
+        return trained_steering_vector(lm, pairs_of(lm, examples, framed=framed))
+
+    def one_layer(framed: bool) -> Artifact:
+        return as_ours(lm, {layer: steering_vector(framed)[layer]})
+
+    def control_vector(framed: bool, method: str) -> Artifact:
+        return as_ours(lm, trained_control_vector(lm, pairs_of(lm, examples, framed=framed), method))
+
+    rows: Rows = {}
+    for framed, texts in ((False, "texts"), (True, "answers")):
+        rows[f"steering-vectors, all layers, {texts}"] = lambda framed=framed: as_ours(lm, steering_vector(framed))
+        rows[f"steering-vectors, layer {layer}, {texts}"] = lambda framed=framed: one_layer(framed)
         for method in ("pca_diff", "pca_center"):
-            yield f"repeng `{method}`, {texts}", as_ours(lm, trained_control_vector(lm, pairs, method))
-
-
-def _span(layers: Sequence[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
+            rows[f"repeng `{method}`, {texts}"] = lambda framed=framed, method=method: control_vector(framed, method)
+    return rows
 
 
 def check_peers(examples: ContrastSet, layer: int) -> None:
@@ -173,10 +182,10 @@ def main() -> None:
     )  # fmt: skip
     print(f"judge right on {judge.accuracy(read_examples(arguments.data / 'dev.csv')):.1f}% of unseen texts")
     print(f"{len(prompts) * arguments.samples} continuations of {arguments.tokens} tokens per figure\n\n{HEADING}")
-    for rows in (our_rows, peer_rows):
-        for name, artifact in rows(lm, examples, arguments.layer):
-            if arguments.only in name:
-                print(f"| {name} | {' | '.join(bench.cells(bench.move(artifact)))} |", flush=True)
+    rows = our_rows(lm, examples, arguments.layer) | peer_rows(lm, examples, arguments.layer)
+    for name, make in rows.items():
+        if arguments.only in name:
+            print(f"| {name} | {' | '.join(bench.cells(bench.move(make())))} |", flush=True)
     print(f"\n{time.monotonic() - started:.0f} s")
 
 
