@@ -1,14 +1,15 @@
 """What a circuit built from refusals does to refusing, beside a vector at the same KL and random neurons, as Markdown.
 
-    python tests/benchmarks/refusal_table.py DATA [--layers 0-20] [--tokens 40] [--limit 100] [--only refusing]
+    python tests/benchmarks/refusal_table.py DATA [--limit 100] [--only refusing] [--ways caa random]
 
 DATA holds `train.csv` (requests to refuse and ordinary ones: artifacts are built from it), `jbb.csv` and
 `benign_eval.csv` (what is measured on). Rows: the refusing model and its base, each steered with artifacts of its own,
 on the goals of JailbreakBench and on ordinary requests. A cell is the share refused in percent and, in brackets, the
 quality (1 − repeated 4-grams); answers are greedy, in bfloat16. Columns: the `cna` circuit that writes the behaviour
 (class differences read at the last token of the prompt, at most 0.5% of all neurons) with its neurons multiplied by
-0 to 1, the same circuit shifted by class differences, the paper's (ranked by difference) switched off, a `caa` vector
-at the KL of the circuit shifted most, and random neurons of the same layers. Only shares are printed; no text is kept.
+0 to 1, the same circuit shifted by class differences, the paper's (ranked by difference) switched off, the circuit
+calibrated to 1 nat, a `caa` vector at the KL of the circuit shifted by −1, and random neurons of the same layers.
+Only shares are printed; no text is kept.
 """
 
 import argparse
@@ -48,8 +49,8 @@ def one_difference(artifact: Artifact) -> Artifact:
     return replace(artifact, calibration=Calibration(1.0))
 
 
-def columns(lm: LanguageModel, examples: ContrastSet, layers: str) -> list[Column]:
-    """The ways to steer `lm`, the unsteered model first."""
+def columns(lm: LanguageModel, examples: ContrastSet, layers: str, wanted: Sequence[str]) -> list[Column]:
+    """The ways to steer `lm`, the unsteered model first; only those whose title holds a `wanted` word, if any is."""
     settings: dict[str, Any] = {"framing": "prompt", "tokens": "last", "calibrate": False}
     circuit = one_difference(build(lm, examples, method="cna", layers=layers, **settings))
     paper = build(lm, examples, method="cna", layers="all", rank="difference", operation="scale", **settings)
@@ -61,11 +62,14 @@ def columns(lm: LanguageModel, examples: ContrastSet, layers: str) -> list[Colum
         found.append(Column(f"`cna` × {multiplier:g}", Recipe((Use(scaling, multiplier=multiplier),))))
     found.append(Column("paper's `cna` × 0", Recipe((Use(paper, multiplier=0.0),))))
     found += [Column(f"`cna` shifted by {shift:g}", Recipe.of((circuit, shift))) for shift in SHIFTS]
-    target = damage(lm, texts, [found[-1].recipe])[0]
+    found.append(Column("`cna` at 1 nat", Recipe.of((calibrate(lm, circuit, texts=texts), -1.0))))
+    target = damage(lm, texts, [Recipe.of((circuit, SHIFTS[0]))])[0]
     matched = calibrate(lm, vector, target_kl=target, texts=texts)
-    found.append(Column("`caa`, same KL", Recipe.of((matched, -1.0))))
+    found.append(Column(f"`caa`, KL of {SHIFTS[0]:g}", Recipe.of((matched, -1.0))))
     found.append(Column("random neurons × 0", Recipe((Use(random_twin(scaling, 0), multiplier=0.0),))))
-    found.append(Column("random neurons shifted", Recipe.of((random_twin(circuit, 0), SHIFTS[-1]))))
+    found.append(Column("random neurons shifted", Recipe.of((random_twin(circuit, 0), SHIFTS[0]))))
+    if wanted:
+        found = [column for column in found if any(word in column.title for word in wanted)]
     kls = damage(lm, texts, [column.recipe for column in found])
     return [replace(column, kl=kl) for column, kl in zip(found, kls, strict=True)]
 
@@ -89,9 +93,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--layers", default="0-20", help="searched for neurons; the last one is the reference")
-    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--limit", type=int, default=100, help="prompts of each kind")
     parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--ways", nargs="*", default=(), help="only columns whose title holds one of these words")
     arguments = parser.parse_args()
     examples = read_examples(arguments.data / "train.csv", name="refusal")
     files = {"JBB": "jbb.csv", "ordinary": "benign_eval.csv"}
@@ -101,7 +106,7 @@ def main() -> None:
         if arguments.only not in (None, short):
             continue
         lm = load_model(name, device="cpu", dtype="bfloat16")
-        ways = columns(lm, examples, arguments.layers)
+        ways = columns(lm, examples, arguments.layers, arguments.ways)
         if not headed:
             print(line(["% refused (quality)", *(way.title for way in ways)]))
             print(line(["---"] * (len(ways) + 1)))
