@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from neurosteer.models import LanguageModel
 
 KIND = "build"
+HELD_FOR_JUDGING = 0.5
 
 _SOURCES = [
     ("A ready-made set", "bundled"),
@@ -91,6 +92,8 @@ class Settings(NamedTuple):
     sae: str = ""
     min_output_score: str = ""
     contexts: bool = True
+    calibrate: bool = True
+    keep_half: bool = False
 
 
 def read_source(source: Source) -> ContrastSet | None:
@@ -128,7 +131,8 @@ def build_options(settings: Settings) -> dict[str, Any]:
     options = {name: value for name, value in own.items() if name in takes}
     options |= {"name": settings.name.strip(), "framing": settings.framing, "tokens": settings.tokens}
     options = {name: value for name, value in options.items() if value != ""}
-    return {"method": settings.method, "layers": settings.layers.strip() or "auto", **options}
+    always = {"calibrate": settings.calibrate, "hold_out": HELD_FOR_JUDGING if settings.keep_half else 0.0}
+    return {"method": settings.method, "layers": settings.layers.strip() or "auto", **always, **options}
 
 
 def _number(text: str) -> float | str:
@@ -408,8 +412,24 @@ def _settings_inputs() -> tuple[Any, ...]:
                 [_AUTOMATIC], value="", label="Operation", info="Scale the neurons, or shift them", visible=False
             )
             top_k = gr.Textbox("", label="Neurons (top_k)", placeholder="automatic", visible=False)
-        own = (rank, operation, top_k, *_feature_inputs())
+        own = (rank, operation, top_k, *_feature_inputs(), *_measuring_inputs())
     return name, method, layers, framing, tokens, *own
+
+
+def _measuring_inputs() -> tuple[Any, ...]:
+    calibrate = gr.Checkbox(
+        True,
+        label="Calibrate",
+        info="Strength 1 is made the same safe push everywhere, by measurement; takes some seconds",
+        elem_id="calibrate",
+    )
+    keep_half = gr.Checkbox(
+        False,
+        label="Keep half the examples for judging",
+        info="They take no part in building, so that the Evaluate tab can train a judge on them",
+        elem_id="keep-half",
+    )
+    return calibrate, keep_half
 
 
 def _feature_inputs() -> tuple[Any, ...]:
@@ -448,7 +468,7 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
     """Connect the components with the handlers."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     name, method, layers, framing, tokens, *own = tab.settings
-    _rank, operation, _top_k, weight, sides, *_rest = own
+    _rank, operation, _top_k, weight, sides, *_ = own = own[: len(_OWN)]
     page.load(guarded(handlers.choices), None, [method, framing, tokens, operation, weight, sides], **quiet)
     page.load(guarded(handlers.preview), list(tab.source), tab.preview, **quiet)
     tab.kind.change(handlers.show_source, tab.kind, list(tab.groups), queue=False, **quiet)

@@ -113,13 +113,17 @@ def built(artifact: "Artifact", label: str, seconds: float, examples: ContrastSe
     source = artifact.provenance
     lines = [
         f"<p class='ns-done'><b>{escape(label)}</b> is ready: {escape(what_it_is(artifact))}, built in "
-        f"{seconds:.1f} s from {source.n_positive:,} + {source.n_negative:,} texts.</p>"
+        f"{seconds:.1f} s from {source.n_positive:,} + {source.n_negative:,} texts{escape(calibrated(artifact))}.</p>"
     ]
     if reason := why_these_layers(artifact):
         lines.append(f"<p>{escape(reason)}</p>")
     if dropped := left_out(source.dropped, source.n_cut):
         lines.append(f"<p>{escape(dropped)}</p>")
     lines += [f"<p class='ns-warning'>{escape(text)}</p>" for text in (*examples.warnings, *warnings_of(artifact))]
+    if source.hold_out:
+        lines.append(f"<p>{escape(_kept_for_judging(source.hold_out))}</p>")
+    if receipt := measured(artifact):
+        lines.append(f"<p>{escape(receipt)}</p>")
     lines.append(f"<p class='ns-faint'>{escape(meaning(artifact))}</p>")
     if len(source.separation) > 1:
         lines.append(f"<p class='ns-faint'>{escape(_PLOT_HELP)}</p>")
@@ -152,6 +156,41 @@ def meaning(artifact: "Artifact") -> str:
 
     phrase = strength_meaning(artifact)
     return f"{phrase[:1].upper()}{phrase[1:]}."
+
+
+def calibrated(artifact: "Artifact") -> str:
+    """What strength 1 was set to, as the end of a sentence; empty where nothing was measured."""
+    known = artifact.calibration
+    if not known.measured or known.target_kl is None or known.percentile is None:
+        return ""
+    nats = f"{known.target_kl:g} nat{'' if known.target_kl == 1 else 's'}"
+    missed = " (as near as it comes)" if known.note else ""
+    return f"; strength 1 = {known.percentile:g}th percentile KL of {nats}{missed}"
+
+
+def _kept_for_judging(share: float) -> str:
+    return f"{share:.0%} of the examples took no part: on the Evaluate tab a judge can be trained on them."
+
+
+def measured(artifact: "Artifact") -> str:
+    """The short form of the newest receipt that holds figures: 'Measured: 88% show it at strength +1, …'."""
+    from neurosteer.plots import receipt_points
+
+    for receipt in reversed(artifact.receipts):
+        points = {point.strength: point for point in receipt_points(receipt.data).get("steered", [])}
+        moved = sorted(points.keys() - {0.0}, key=lambda strength: (abs(strength) != 1, -strength))[:2]
+        if moved:
+            said = [f"{points[strength].share:.0%} show it at strength {signed(strength)}" for strength in moved]
+            plain = [f"{points[0.0].share:.0%} unsteered"] if 0.0 in points else []
+            return f"Measured: {', '.join([*said, *plain])}{_by_whom(receipt.data.get('judge'))}."
+    return ""
+
+
+def _by_whom(judge: object) -> str:
+    if not isinstance(judge, Mapping) or not isinstance(judge.get("name"), str):
+        return ""
+    weak = ": too weak to conclude from" if judge.get("is_weak") is True else ""
+    return f" (judge: {judge['name'][:120]}{weak})"
 
 
 def warnings_of(artifact: "Artifact") -> list[str]:
@@ -191,6 +230,7 @@ def about(label: str, artifact: "Artifact") -> str:
         f"{what[:1].upper()}{what[1:]}, made on {artifact.model.name} with {artifact.method}{texts}.",
         why_these_layers(artifact),
         meaning(artifact),
+        measured(artifact),
     ]
     shown = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
     return (
