@@ -1,6 +1,6 @@
 """What steering does and what it breaks: judges, metrics, controls and receipts."""
 
-from neurosteer.evaluation.evaluate import EvaluatedText, Evaluation, evaluate
+from neurosteer.evaluation.evaluate import EvaluatedText, Evaluation, evaluate, with_receipt
 from neurosteer.evaluation.figures import evaluation_figure, evaluation_page, table_html, write_evaluation
 from neurosteer.evaluation.judges import (
     CallableJudge,
@@ -28,5 +28,6 @@ __all__ = [
     "judge_for",
     "named_judge",
     "table_html",
+    "with_receipt",
     "write_evaluation",
 ]

@@ -27,15 +27,18 @@ INSTRUCTIONS = {
 class Group:
     """Texts of all prompts and samples that are counted together.
 
-    `draw` numbers the random twins from 1; `instruction` stands before the prompts of an instructed group, whose
-    `strength` is +1 or −1.
+    `recipes` is one, or one for each random twin: then prompts and samples take them in turn. `instruction` stands
+    before the prompts of an instructed group, whose `strength` is +1 or −1.
     """
 
     kind: Kind
     strength: float
-    recipe: Recipe = UNSTEERED
-    draw: int = 0
+    recipes: tuple[Recipe, ...] = (UNSTEERED,)
     instruction: str = ""
+
+    def turn(self, prompt: int, sample: int) -> int:
+        """Which of `recipes` a sample of that prompt (by its place) is written under."""
+        return (prompt + sample) % len(self.recipes)
 
     def ask(self, prompt: str) -> str:
         """What the model is given."""
@@ -48,18 +51,24 @@ def groups(
     """The unsteered group first, then the recipe at every strength but 0, then the controls."""
     strengths = sorted({float(strength) for strength in strengths} - {0.0})
     found = [Group("unsteered", 0.0)]
-    found += [Group("steered", strength, recipe.scaled(strength)) for strength in strengths]
-    for draw in range(1, n_random + 1):
-        twin = random_recipe(recipe, seed * n_random + draw)
-        found += [Group("random", strength, twin.scaled(strength), draw) for strength in control_strengths(strengths)]
+    found += [Group("steered", strength, (recipe.scaled(strength),)) for strength in strengths]
+    twins = [random_recipe(recipe, seed * n_random + draw) for draw in range(1, n_random + 1)]
+    for strength in control_strengths(strengths):
+        found.append(Group("random", strength, tuple(twin.scaled(strength) for twin in twins)))
     up, down = instructions
     return [*found, Group("instruction", 1.0, instruction=up), Group("instruction", -1.0, instruction=down)]
+
+
+def n_groups(strengths: Sequence[float]) -> int:
+    """How many groups `groups` makes."""
+    moved = sorted({float(strength) for strength in strengths} - {0.0})
+    return 1 + len(moved) + len(control_strengths(moved)) + 2
 
 
 def control_strengths(strengths: Sequence[float]) -> list[float]:
     """At which of `strengths` random twins are tried: −1 and +1, or where they are missing the weakest of that sign.
 
-    Not at all of them: three twins at every strength would be as many texts again as all the rest twice.
+    Not at all of them, for what it would cost; beyond these, the nearest is what there is to compare with.
     """
     chosen = []
     for sign in (-1.0, 1.0):

@@ -84,11 +84,12 @@ def evaluate(
         judge: tells whether a text shows the behaviour; `judges.judge_for` makes the default one.
         prompts: what is continued or answered; 16 neutral ones when left out.
         strengths: strength 0 is always written too. Random twins are written at −1 and +1 only (or at the weakest
-            strength of either sign): at all strengths they would cost twice as much as everything else together.
+            strength of either sign), for what more would cost.
         samples: texts per prompt.
         instructions: what asks in plain words for the behaviour, and for its opposite; by default what
             `controls.default_instructions` derives from the artifact's name.
-        n_random: how many random twins.
+        n_random: how many random twins; prompts and samples take them in turn, so that their figure is one of as many
+            texts as the others.
         seed: of samples, random twins and intervals: the same seed gives the same receipt.
         sampling: how tokens are drawn (by default at temperature 0.8); its own seed counts for nothing.
         out: a folder to which texts are written as they come. Called again with the same settings, `evaluate` goes on
@@ -120,7 +121,7 @@ def evaluate(
     measured = _measured(_sampled(writing, texts, nats, kl), seed)
     measured_on = {"n_prompts": min(len(prompts), KL_PROMPTS), "n_tokens": KL_TOKENS}
     receipt = receipt_of(lm, recipe, judge, writing, measured, instructions=asked, kl=measured_on)
-    return Evaluation(receipt, tuple(texts), _with_receipt(recipe, receipt))
+    return Evaluation(receipt, tuple(texts), _measured_artifact(recipe, receipt))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -172,21 +173,26 @@ def _judged(judge: Judge, writing: Writing, rows: Sequence[Row]) -> list[Evaluat
     per_group = len(writing.prompts) * writing.samples
     found = []
     for place, (row, score) in enumerate(zip(rows, scores, strict=True)):
-        group, prompt = writing.groups[place // per_group], writing.prompts[place % per_group // writing.samples]
-        found.append(
-            EvaluatedText(
-                group.kind, group.strength, group.draw, prompt, row.sample, row.text, row.ids, row.finish, float(score)
-            )
-        )
+        group, number = writing.groups[place // per_group], place % per_group // writing.samples
+        draw = group.turn(number, row.sample) + 1 if group.kind == "random" else 0
+        written = (row.sample, row.text, row.ids, row.finish, float(score))
+        found.append(EvaluatedText(group.kind, group.strength, draw, writing.prompts[number], *written))
     return found
 
 
 def _divergences(lm: LanguageModel, writing: Writing, cancel: threading.Event | None) -> dict[Group, np.ndarray]:
-    """Nats `[n_prompts, n_tokens]` of the groups that are steered."""
-    steered = [group for group in writing.groups if group.recipe.uses]
+    """Nats `[n_prompts, n_tokens]` of the groups that are steered; random twins take the prompts in turn."""
     texts = unsteered_texts(lm, writing.prompts[:KL_PROMPTS], KL_TOKENS, cancel=cancel)
-    found = divergences(lm, texts, [group.recipe for group in steered], cancel=cancel)
-    return {group: nats.numpy() for group, nats in zip(steered, found.double(), strict=True)}
+    alone = [group for group in writing.groups if group.kind == "steered"]
+    nats = divergences(lm, texts, [group.recipes[0] for group in alone], cancel=cancel)
+    found = dict(zip(alone, nats.double().numpy(), strict=True))
+    twins = [group for group in writing.groups if group.kind == "random"]
+    n_twins = len(twins[0].recipes)
+    parts: list[np.ndarray] = []
+    for draw in range(min(n_twins, len(texts.texts))):
+        nats = divergences(lm, texts[draw::n_twins], [group.recipes[draw] for group in twins], cancel=cancel)
+        parts.append(nats.double().numpy())
+    return found | dict(zip(twins, np.concatenate(parts, axis=1), strict=True))
 
 
 def _sampled(
@@ -209,28 +215,26 @@ def _sampled(
 
 
 def _measured(sampled: dict[Group, Sampled], seed: int) -> list[Measured]:
-    """Figures of every group, and of the random twins at each strength together."""
+    """Figures of every group."""
     plain = next(found for group, found in sampled.items() if group.kind == "unsteered")
     measured = []
     for group, found in sampled.items():
-        draws = (group.draw,) if group.draw else ()
-        measured.append(Measured(group.kind, group.strength, draws, figures([found], plain, group.strength, seed)))
-    twins = [group for group in sampled if group.kind == "random"]
-    for strength in sorted({group.strength for group in twins}):
-        same = [group for group in twins if group.strength == strength]
-        if len(same) > 1:
-            pooled = figures([sampled[group] for group in same], plain, strength, seed)
-            measured.append(Measured("random", strength, tuple(group.draw for group in same), pooled))
+        n_random = len(group.recipes) if group.kind == "random" else 0
+        measured.append(Measured(group.kind, group.strength, n_random, figures(found, plain, group.strength, seed)))
     return measured
 
 
-def _with_receipt(recipe: Recipe, receipt: Receipt) -> Artifact | None:
-    """The artifact with the receipt, in place of an earlier one of the same settings and judge."""
+def _measured_artifact(recipe: Recipe, receipt: Receipt) -> Artifact | None:
     use = recipe.uses[0]
     if len(recipe.uses) > 1 or use.strength != 1.0 or use.multiplier is not None:
         return None
-    kept = [one for one in use.artifact.receipts if not _is_same(one, receipt)]
-    return replace(use.artifact, receipts=(*kept, receipt))
+    return with_receipt(use.artifact, receipt)
+
+
+def with_receipt(artifact: Artifact, receipt: Receipt) -> Artifact:
+    """The artifact with the receipt, in place of an earlier one of the same settings and judge."""
+    kept = [one for one in artifact.receipts if not _is_same(one, receipt)]
+    return replace(artifact, receipts=(*kept, receipt))
 
 
 def _is_same(one: Receipt, other: Receipt) -> bool:

@@ -24,6 +24,8 @@ from neurosteer.building import build
 from neurosteer.catalog import find_model
 from neurosteer.decoding import Sampling
 from neurosteer.errors import NeuroSteerError
+from neurosteer.evaluation import evaluate
+from neurosteer.evaluation.controls import n_groups
 from neurosteer.models import LanguageModel, load_model
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.recipes import UNSTEERED
@@ -240,7 +242,17 @@ def _calling_s(
         (examples,) = arguments
         texts = (*examples.positive, *examples.negative)
         return sum(min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) for text in texts) / _TOKENS_PER_S
+    if function is evaluate:
+        return _evaluating_s(options)
     return _OTHER_S
+
+
+def _evaluating_s(options: dict[str, Any]) -> float:
+    """All texts are written once and read once; so many groups more are read to measure KL."""
+    groups = n_groups(options["strengths"])
+    texts = groups * len(options["prompts"]) * options["samples"]
+    steps = math.ceil(texts / _BATCH_ROWS) * options["max_new_tokens"]
+    return _OTHER_S + steps * _STEP_S + 2 * texts * _TEXT_TOKENS / 4 / _TOKENS_PER_S
 
 
 _WORK_S: dict[Task, Callable[..., float]] = {_write: _writing_s, _call: _calling_s}

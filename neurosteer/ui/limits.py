@@ -8,6 +8,9 @@ MAX_PROMPT = 8_000  # characters
 MAX_SECONDS = 300.0  # of one run or build
 MAX_VISITORS = 64  # runs and builds that the page takes on at once; most of them wait for their turn
 MAX_BUILDS = 2  # at once
+MAX_EVALUATED_TEXTS = 600  # of one evaluation, its controls counted
+MAX_EVALUATED_PROMPTS, MAX_EVALUATED_STRENGTHS, MAX_EVALUATED_SAMPLES, MAX_EVALUATED_TOKENS = 32, 9, 5, 128
+MAX_JUDGE_CHARACTERS = 2_000_000  # of the labelled texts that a judge is trained on
 
 
 def on_a_space() -> bool:

@@ -10,11 +10,13 @@ from gradio.themes import Base, Default
 
 from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.ui import about_tab, build_tab, circuits_tab, library_tab, render, steer_tab
+from neurosteer.ui import about_tab, build_tab, circuits_tab, evaluate_tab, library_tab, render, steer_tab
 from neurosteer.ui.build_tab import BuildHandlers
 from neurosteer.ui.circuit_endpoints import CircuitEndpoints, serve_circuits
 from neurosteer.ui.circuits_tab import CircuitHandlers
 from neurosteer.ui.endpoints import Endpoints, serve
+from neurosteer.ui.evaluate_endpoint import EvaluateEndpoint, serve_evaluate
+from neurosteer.ui.evaluate_tab import EvaluateHandlers
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.library_tab import LibraryHandlers
 from neurosteer.ui.limits import MAX_VISITORS, on_a_space
@@ -65,6 +67,7 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
     with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
         serve(Endpoints(building))  # before all others, who would take their names
         serve_circuits(CircuitEndpoints(models, jobs))
+        serve_evaluate(EvaluateEndpoint(models, jobs))
         gr.HTML(render.heading(), elem_classes="ns-flush")
         with gr.Row(elem_classes="ns-model"):
             model = gr.Dropdown(
@@ -88,6 +91,8 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
                 build = build_tab.lay_out()
             with gr.Tab("Circuits", id="circuits"):
                 circuits = circuits_tab.lay_out()
+            with gr.Tab("Evaluate", id="evaluate-tab") as evaluating:
+                evaluate = evaluate_tab.lay_out()
             with gr.Tab("Library", id="library") as entry:
                 library = library_tab.lay_out()
             with gr.Tab("About", id="about-tab"):
@@ -96,6 +101,7 @@ def create_app(model_name: str | None = None, *, holder: ModelHolder | None = No
         steer_tab.wire(steer, steering)
         steer_tab.wire_arrival(steer, page, steering)
         circuits_tab.wire(circuits, steer.mixer, CircuitHandlers(models, jobs))
+        evaluate_tab.wire(evaluate, steer.mixer, build.source, evaluating, EvaluateHandlers(models, jobs))
         library_tab.wire(library, steer.mixer, tabs, entry, LibraryHandlers(models))
         _wire_status(page, PageHandlers(models, jobs), model, status, retry)
     models.holder().start()

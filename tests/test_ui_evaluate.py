@@ -1,0 +1,478 @@
+"""The Evaluate tab without a browser: what it shows, and what its handlers do."""
+
+import json
+import threading
+import zipfile
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import EXAMPLES, HOSTILE, SKIP, Never, Ready, mix_values, slow_steps, source, texts, told, visitor
+from tiny import Tiny, make_vector
+
+from neurosteer.artifacts import Receipt
+from neurosteer.building import build
+from neurosteer.evaluation import CallableJudge, Evaluation, PatternJudge, evaluate
+from neurosteer.evaluation.figures import generations_csv
+from neurosteer.examples import bundled_sets, neutral_prompts
+from neurosteer.steering import Session
+from neurosteer.ui import evaluate_tab, gpu, render
+from neurosteer.ui import render_evaluation as shown
+from neurosteer.ui.evaluate_tab import (
+    BUNDLED,
+    FILE,
+    KIND,
+    OWN,
+    PATTERN,
+    RECIPE,
+    REFUSAL,
+    WORDS,
+    EvaluateHandlers,
+    JudgeAsked,
+    Measured,
+    Plan,
+)
+from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.limits import MAX_EVALUATED_TEXTS, MAX_PROMPT
+from neurosteer.ui.loading import Models
+
+PROMPTS = ("the cat", "happy mountain", "over the")
+WORDS_ASKED = JudgeAsked(WORDS, None, None, "a, t, the", "")
+PLAN = Plan("\n".join(PROMPTS), 8, "-1, 0, 1", 1, 6, 1, "", "", 0)
+NO_SOURCE = source("bundled")
+
+
+@pytest.fixture
+def handlers(llama: Tiny) -> EvaluateHandlers:
+    return EvaluateHandlers(Models.of(Ready(Session(llama.lm))), Jobs())
+
+
+@pytest.fixture(scope="module")
+def found(llama_module: Tiny) -> Evaluation:
+    """A vector on the tiny model, judged by a word that hostile prompts hold."""
+    vector = make_vector([1], name="mood")
+    judge = CallableJudge("letters", lambda text: sum(char in "aeiou" for char in text) / max(len(text), 1))
+    prompts = (HOSTILE, *PROMPTS)
+    return evaluate(
+        llama_module.lm,
+        vector,
+        judge,
+        prompts=prompts,
+        strengths=(-1, 0, 1, 2),
+        samples=2,
+        max_new_tokens=6,
+        n_random=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def llama_module() -> Tiny:
+    from tiny import tiny
+
+    return tiny("llama")
+
+
+class Page(HTMLParser):
+    """The text of HTML, its tags, and the cells of its rows."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.rows = "", set[str](), list[list[str]]()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def asked(
+    handlers: EvaluateHandlers,
+    mixed: list[Any],
+    what: str | None = "mood",
+    judge: JudgeAsked = WORDS_ASKED,
+    plan: Plan = PLAN,
+    examples: Any = NO_SOURCE,
+    who: str = "anna",
+) -> list[Any]:
+    return handlers.evaluate(visitor(who), told, what, *judge, *plan, *examples, *mixed)
+
+
+def error_of(answer: list[Any]) -> str:
+    assert answer[0]["interactive"] and not answer[1]["interactive"], "Run can be pressed again"
+    assert answer[4:] == [SKIP] * 8, "what was shown before stays"
+    return Page(answer[2]).text
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def row_of(found: Evaluation, kind: str, strength: float) -> dict[str, Any]:
+    (row,) = [row for row in found.receipt.data["rows"] if (row["kind"], row["strength"]) == (kind, strength)]
+    return row
+
+
+def test_the_summary_tells_the_receipts_figures_in_words(found: Evaluation) -> None:
+    said = Page(shown.summary(found.receipt, 12.4)).text
+    up, down, plain = (row_of(found, *at) for at in (("steered", 1.0), ("steered", -1.0), ("unsteered", 0.0)))
+    assert f"at strength +1 {up['share']:.0%} of the texts show it ({up['share_low']:.0%} to" in said
+    assert f"−1 {down['share']:.0%} (" in said and f"unsteered {plain['share']:.0%} (" in said
+    assert f"random twins at the same dose {row_of(found, 'random', 1.0)['share']:.0%} at +1" in said
+    assert f"KL {up['kl_p95']:.2g} nats, perplexity × {up['perplexity']:.2f}" in said
+    n_texts = len(found.rows)
+    assert f"{n_texts} texts of at most 6 tokens in 12 s" in said
+    assert "how often it is right was not measured" in said and "too weak" not in said
+
+
+def test_a_judge_that_is_hardly_ever_right_is_marked_and_its_name_is_text(found: Evaluation) -> None:
+    judge = {"name": HOSTILE, "accuracy": 0.6, "n_accuracy": 1200, "is_weak": True}
+    html = shown.summary(Receipt({**found.receipt.data, "judge": judge}), 1.0)
+    page = Page(html)
+    assert "right on 60% of 1,200 labelled texts" in page.text and shown.WEAK_JUDGE in page.text
+    assert HOSTILE in page.text and page.tags <= {"div", "p", "b"}
+
+
+def test_the_effect_is_drawn_with_its_interval_and_its_controls(found: Evaluation) -> None:
+    figure = shown.effect_figure(found.receipt)
+    traces = {trace.name: trace for trace in figure.data}
+    steered = traces["steered"]
+    assert list(steered.x) == [-1, 0, 1, 2]
+    for place, strength in enumerate(steered.x):
+        row = row_of(found, "steered" if strength else "unsteered", strength)
+        assert steered.y[place] == pytest.approx(100 * row["share"])
+        assert steered.y[place] + steered.error_y.array[place] == pytest.approx(100 * row["share_high"])
+        assert steered.y[place] - steered.error_y.arrayminus[place] == pytest.approx(100 * row["share_low"])
+    twins = traces["random twins, same dose"]
+    assert [round(x) for x in twins.x] == [-1, 1] and twins.mode == "markers"
+    assert [twins.y[1]] == pytest.approx([100 * row_of(found, "random", 1.0)["share"]])
+    assert len(traces["the instruction in plain words"].x) == 2
+    assert figure.layout.paper_bgcolor == "rgba(0,0,0,0)", "light or dark, the page shows through"
+
+
+def test_damage_is_drawn_for_all_and_kl_where_there_is_one(found: Evaluation) -> None:
+    figure = shown.damage_figure(found.receipt)
+    by_axis: dict[str, dict[str, Any]] = {}
+    for trace in figure.data:
+        by_axis.setdefault(trace.yaxis or "y", {})[trace.name] = trace
+    assert len(by_axis) == 3
+    kl, perplexity, quality = by_axis.values()
+    assert list(kl["steered"].y) == pytest.approx(
+        [row_of(found, "steered" if at else "unsteered", at)["kl_p95"] for at in (-1.0, 0.0, 1.0, 2.0)]
+    )
+    assert len(kl["the instruction in plain words"].x) == 0
+    assert len(perplexity["the instruction in plain words"].x) == len(quality["random twins, same dose"].x) == 2
+
+
+def test_the_table_is_the_receipts_with_true_minus_signs(found: Evaluation) -> None:
+    html, data = shown.table(found.receipt), found.receipt.data["table"]
+    page = Page(html)
+    head, *rows = page.rows
+    assert head[1:] == data["columns"][1:]
+    assert [[cell.replace("−", "-") for cell in row] for row in rows] == data["rows"]
+    assert "tabindex='0'" in html and data["title"] in page.text
+    hostile = {**data, "title": HOSTILE, "rows": [[HOSTILE] * len(data["columns"])]}
+    assert "<script" not in shown.table(Receipt({**found.receipt.data, "table": hostile}))
+
+
+def test_texts_are_listed_by_prompt_and_strength_as_they_are(found: Evaluation) -> None:
+    html = shown.texts(found.rows)
+    page = Page(html)
+    assert page.tags == {"section", "h3", "details", "summary", "ul", "li", "span", "p"} | ({"i"} & page.tags)
+    assert "<script" not in html and HOSTILE in page.text
+    assert html.count("<details open>") == 1 and html.count("<details") == 4
+    first = [row for row in found.rows if row.prompt == PROMPTS[0] and row.sample == 0 and row.kind == "steered"]
+    for row in first:
+        assert row.text.strip() in page.text
+    assert page.text.index("strength −1") < page.text.index("unsteered") < page.text.index("strength +2")
+    assert "asked in plain words (more)" in page.text and "random" not in page.text
+    hostile = [replace(row, text=HOSTILE) for row in found.rows]
+    assert "<script" not in shown.texts(hostile)
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def test_neutral_prompts_are_half_instructions_half_openings() -> None:
+    prompts = neutral_prompts()
+    some = evaluate_tab.neutral(8)
+    assert len(set(some)) == 8 and set(some) < set(prompts)
+    assert sum(prompts.index(prompt) < len(prompts) // 2 for prompt in some) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"strengths": "1, x"}, "strengths are '1, x'"),
+        ({"strengths": "0"}, "no other than 0"),
+        ({"strengths": ""}, "0 strengths"),
+        ({"strengths": "nan"}, "finite"),
+        ({"strengths": ",".join(map(str, range(1, 12)))}, "11 strengths"),
+        ({"prompts": "\n".join(map(str, range(40)))}, "40 prompts"),
+        ({"prompts": "x" * (MAX_PROMPT + 1)}, "8,001 characters"),
+        ({"tokens": 1000}, "1,000 tokens a text"),
+        ({"n_prompts": 32, "samples": 5, "prompts": ""}, f"this page writes {MAX_EVALUATED_TEXTS}"),
+        ({"more": "Be glad."}, "One of the two instructions is empty"),
+    ],
+)
+def test_too_much_or_nonsense_is_one_line_and_nothing_is_lost(
+    handlers: EvaluateHandlers, mood: Any, changes: dict[str, Any], words: str
+) -> None:
+    answer = asked(handlers, mix_values({"mood": mood}, ["mood"]), plan=PLAN._replace(**changes))
+    assert words in error_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("what", "judge", "words"),
+    [
+        (RECIPE, WORDS_ASKED, "Nothing is chosen on the Steer tab"),
+        (None, WORDS_ASKED, "Choose what to evaluate"),
+        ("gone", WORDS_ASKED, "Choose what to evaluate"),
+        ("mood", WORDS_ASKED._replace(words=" , "), "no words to look for"),
+        ("mood", JudgeAsked(FILE, None, None, "", ""), "Upload labelled texts"),
+        ("mood", JudgeAsked(OWN, None, None, "", ""), "no examples on the Build tab"),
+        ("mood", JudgeAsked(BUNDLED, None, None, "", ""), "Choose the set"),
+        ("mood", JudgeAsked(PATTERN, None, None, "", "("), "no regular expression"),
+    ],
+)
+def test_what_is_missing_is_said(
+    handlers: EvaluateHandlers, mood: Any, what: str | None, judge: JudgeAsked, words: str
+) -> None:
+    assert words in error_of(asked(handlers, mix_values({"mood": mood}, []), what, judge))
+
+
+def test_strangers_patterns_are_not_taken(
+    handlers: EvaluateHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    answer = asked(handlers, mix_values({"mood": mood}, []), judge=JudgeAsked(PATTERN, None, None, "", "a"))
+    assert "Choose a judge" in error_of(answer)
+
+
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_an_artifact_was_built_from_do_not_judge_it(handlers: EvaluateHandlers, mood: Any) -> None:
+    mixed = mix_values({"mood": mood}, [])
+    paste = source("paste", positive_text="\n".join(EXAMPLES.positive), negative_text="\n".join(EXAMPLES.negative))
+    own = JudgeAsked(OWN, None, None, "", "")
+    assert "was built from all texts of 'pasted'" in error_of(asked(handlers, mixed, judge=own, examples=paste))
+    said = handlers.about_judge(visitor(), "mood", *own, *paste, *mixed)
+    assert "ns-warning" in said and "cannot judge it" in said
+
+
+def test_what_building_held_out_judges_and_is_said(handlers: EvaluateHandlers, llama: Tiny) -> None:
+    half = build(llama.lm, EXAMPLES, layers=1, name="half", hold_out=0.5, calibrate=False)
+    mixed = mix_values({"half": half}, [])
+    paste = source("paste", positive_text="\n".join(EXAMPLES.positive), negative_text="\n".join(EXAMPLES.negative))
+    own = JudgeAsked(OWN, None, None, "", "")
+    assert "the texts that building left out of pasted" in handlers.about_judge(visitor(), "half", *own, *paste, *mixed)
+    answer = asked(handlers, mixed, "half", own, examples=paste)
+    receipt = answer[-1].receipt.data
+    assert "what building held out of pasted (12 + 12 texts)" in receipt["judge"]["name"]
+    assert receipt["judge"]["n_accuracy"] == 24
+
+
+def test_an_uploaded_file_judges_and_goes_when_its_owner_leaves(
+    handlers: EvaluateHandlers, mood: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "labelled.csv"
+    rows = [f"{text},{label}" for label, word in (("pos", "glad"), ("neg", "low")) for text in texts(word)]
+    file.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    mixed, judge = mix_values({"mood": mood}, []), JudgeAsked(FILE, None, str(file), "", "")
+    assert "all texts of labelled" in handlers.about_judge(visitor(), "mood", *judge, *NO_SOURCE, *mixed)
+    answer = asked(handlers, mixed, judge=judge)
+    assert answer[-1].receipt.data["judge"]["accuracy"] > 0.9
+    file.write_text("text,label\nhappy,positive\nsad,maybe\n", encoding="utf-8")
+    assert "maybe" in error_of(asked(handlers, mixed, judge=judge))
+    assert "maybe" in handlers.about_judge(visitor(), "mood", *judge, *NO_SOURCE, *mixed)
+    handlers.jobs.leave("anna")
+    assert not file.exists()
+
+
+def test_labelled_texts_have_a_limit(
+    handlers: EvaluateHandlers, mood: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_tab, "MAX_JUDGE_CHARACTERS", 100)
+    judge = JudgeAsked(BUNDLED, "sentiment", None, "", "")
+    assert "this page takes 100" in error_of(asked(handlers, mix_values({"mood": mood}, []), judge=judge))
+
+
+def test_the_groups_of_inputs_follow_the_judge(handlers: EvaluateHandlers) -> None:
+    visible = {kind: [one["visible"] for one in handlers.show_judge(kind)] for kind in (BUNDLED, FILE, REFUSAL, WORDS)}
+    assert visible[BUNDLED] == [True, False, False, False] and visible[FILE] == [False, True, False, False]
+    assert not any(visible[REFUSAL]) and visible[WORDS][2]
+
+
+def test_what_there_is_to_evaluate_follows_the_shelf(handlers: EvaluateHandlers, mood: Any) -> None:
+    first = bundled_sets()[0]
+    gratitude = make_vector([1], name="gratitude-vector")
+    shelf = {"mood": mood, "thanks": gratitude}
+    update, _ = handlers.choices(None, first, *mix_values(shelf, ["thanks"], 0.5))
+    assert update["value"] == "thanks"
+    assert update["choices"] == [
+        ("mood", "mood"),
+        ("thanks", "thanks"),
+        ("The Steer tab’s recipe: thanks +0.5", RECIPE),
+    ]
+    assert handlers.fitting("thanks", first, *mix_values(shelf, [])) == "gratitude"
+    assert handlers.fitting("mood", first, *mix_values(shelf, [])) == first
+    kept, bundled = handlers.choices("mood", first, *mix_values(shelf, ["thanks"]))
+    assert kept["value"] == "mood" and bundled == SKIP, "a choice that is still there stays"
+    assert handlers.choices("mood", first, *mix_values({}, []))[0]["value"] == RECIPE
+
+
+# --- evaluating ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluating_shows_what_the_library_measures_and_offers_it(
+    handlers: EvaluateHandlers, mood: Any, llama: Tiny, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+    mixed = mix_values({"mood": mood}, [])
+    told_to: Any = lambda fraction, desc="": heard.append(desc)  # noqa: E731
+    answer = handlers.evaluate(visitor(), told_to, "mood", *WORDS_ASKED, *PLAN, *NO_SOURCE, *mixed)
+    assert answer[2:4] == ["", ""]
+    judge = PatternJudge(["a", "t", "the"])
+    wanted = evaluate(
+        llama.lm, mood, judge, prompts=PROMPTS, strengths=(-1, 0, 1), max_new_tokens=6, n_random=1, seed=0
+    )
+    _, _, _, _, summary, effect, damage, table, written, download, keep, measured = answer
+    assert measured.receipt.data == wanted.receipt.data and measured.label == "mood"
+    assert table == shown.table(wanted.receipt) and written == shown.texts(wanted.rows)
+    assert "mood" in summary and effect["visible"] and damage["visible"] and effect["value"].data
+    assert keep["visible"] and keep["value"] == "Keep on mood"
+    with zipfile.ZipFile(download["value"]) as file:
+        names = {"receipt.json", "generations.csv", "evaluation.html", "evaluation.png"}
+        assert set(file.namelist()) == names and Path(download["value"]).name == "mood-evaluation.zip"
+        assert json.loads(file.read("receipt.json")) == wanted.receipt.data
+        assert file.read("generations.csv").decode() == generations_csv(wanted.rows)
+    assert "Training the judge" in heard and any("Writing texts 1 to" in one for one in heard)
+    again = asked(handlers, mixed)
+    assert again[-1].receipt.data == wanted.receipt.data, "the same seed, the same figures"
+    assert not Path(download["value"]).exists() and Path(again[9]["value"]).exists(), "only the newest is kept"
+    handlers.jobs.leave("anna")
+    assert not Path(again[9]["value"]).exists()
+
+
+def test_the_steer_tabs_recipe_is_evaluated_where_its_sliders_stand(handlers: EvaluateHandlers, mood: Any) -> None:
+    other = make_vector([1], name="other")
+    shelf = {"mood": mood, "other": other}
+    answer = asked(handlers, mix_values(shelf, ["mood", "other"], 0.5, -1.0), RECIPE)
+    assert answer[-1] is None and not answer[-2]["visible"], "a receipt of a mixture belongs to no artifact"
+    assert "mood + other" in answer[4]
+    alone = asked(handlers, mix_values(shelf, ["mood"], 1.0), RECIPE)
+    assert alone[-1].label == "mood" and alone[-1].receipt.data["recipe"][0]["strength"] == 1.0
+
+
+def test_a_receipt_is_kept_on_the_artifact_that_was_measured_and_on_no_other(
+    handlers: EvaluateHandlers, mood: Any
+) -> None:
+    mixed = mix_values({"mood": mood, "other": make_vector([1])}, ["mood"], 0.7)
+    measured = asked(handlers, mixed)[-1]
+    error, note, button, shelf, *_ = handlers.keep(visitor(), measured, *mixed)
+    assert error == "" and "carries the receipt now" in note and not button["visible"]
+    assert shelf["mood"].receipts == (measured.receipt,) and not mood.receipts and list(shelf) == ["mood", "other"]
+    twice = handlers.keep(visitor(), measured, *mix_values(shelf, ["mood"]))[3]
+    assert len(twice["mood"].receipts) == 1
+    judged_otherwise = asked(handlers, mix_values(shelf, []), judge=WORDS_ASKED._replace(words="e"))[-1]
+    both = handlers.keep(visitor(), judged_otherwise, *mix_values(shelf, ["mood"]))[3]
+    assert len(both["mood"].receipts) == 2
+    another = {"mood": make_vector([1], name="mood")}
+    error, _, _, *rest = handlers.keep(visitor(), measured, *mix_values(another, []))
+    assert "no longer what was measured" in error and rest[0] == SKIP
+    assert handlers.keep(visitor(), None, *mixed)[0] == SKIP
+
+
+def test_a_kept_receipt_is_told_in_short(handlers: EvaluateHandlers, mood: Any) -> None:
+    mixed = mix_values({"mood": mood}, [])
+    measured: Measured = asked(handlers, mixed)[-1]
+    kept = replace(mood, receipts=(measured.receipt,))
+    steered = {row["strength"]: row["share"] for row in measured.receipt.data["rows"] if row["kind"] == "steered"}
+    said = render.measured(kept)
+    assert f"{steered[1.0]:.0%} show it at strength +1" in said and "words a, t, the" in said
+    assert said in Page(render.about("mood", kept)).text
+    assert render.measured(mood) == ""
+    for data in ({}, {"rows": "x"}, {"rows": [{"kind": "steered"}]}, {"rows": [{"kind": "unsteered", "strength": 0}]}):
+        assert render.measured(replace(mood, receipts=(Receipt(data),))) == ""
+
+
+def test_cancelling_stops_at_once_and_loses_nothing(
+    handlers: EvaluateHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_steps(monkeypatch, 0.2)
+    handlers.begin(visitor())
+    threading.Timer(0.3, lambda: handlers.cancel(visitor())).start()
+    answer = asked(handlers, mix_values({"mood": mood}, []), plan=PLAN._replace(tokens=100))
+    assert "Cancelled" in answer[3] and answer[2] == "" and answer[4:] == [SKIP] * 8
+    assert answer[0]["interactive"] and not answer[1]["interactive"]
+
+
+def test_what_takes_too_long_is_stopped_and_said(
+    handlers: EvaluateHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_steps(monkeypatch, 0.1)
+    monkeypatch.setattr(evaluate_tab, "MAX_SECONDS", 0.2)
+    answer = asked(handlers, mix_values({"mood": mood}, []), plan=PLAN._replace(tokens=100))
+    assert "was stopped" in error_of(answer)
+
+
+def test_two_visitors_do_not_meet(handlers: EvaluateHandlers, mood: Any) -> None:
+    mixed = mix_values({"mood": mood}, [])
+    anna, ben = (asked(handlers, mixed, who=name)[9]["value"] for name in ("anna", "ben"))
+    handlers.jobs.leave("anna")
+    assert not Path(anna).exists() and Path(ben).exists()
+    handlers.jobs.leave("ben")
+
+
+def test_cancelling_while_the_model_is_on_its_way_ends_the_waiting(mood: Any) -> None:
+    handlers = EvaluateHandlers(Models.of(Never()), Jobs())
+    handlers.begin(visitor())
+    handlers.cancel(visitor())
+    answer = asked(handlers, mix_values({"mood": mood}, []))
+    assert "Cancelled" in answer[3]
+
+
+def test_a_fault_of_ours_is_one_sentence(handlers: EvaluateHandlers, mood: Any, monkeypatch: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(handlers, "judge", fail)
+    said = error_of(asked(handlers, mix_values({"mood": mood}, [])))
+    assert "Something went wrong on our side" in said and "secret" not in said
+
+
+def test_an_artifact_of_another_model_is_refused(handlers: EvaluateHandlers, mood: Any) -> None:
+    odd = replace(mood, model=replace(mood.model, n_layers=mood.model.n_layers + 3))
+    assert "layers" in error_of(asked(handlers, mix_values({"mood": odd}, [])))
+
+
+def test_a_gpu_is_asked_for_longer_where_more_is_written() -> None:
+    few: dict[str, Any] = {
+        "prompts": PROMPTS, "strengths": (-1.0, 0.0, 1.0), "samples": 1, "max_new_tokens": 8, "n_random": 1,
+    }  # fmt: skip
+    seconds = gpu._calling_s(evaluate, (), few, ())
+    assert seconds < gpu._calling_s(evaluate, (), {**few, "max_new_tokens": 800}, ())
+    assert seconds < gpu._calling_s(evaluate, (), {**few, "prompts": PROMPTS * 20}, ())
+
+
+def test_the_work_is_cancelled_when_its_visitor_leaves(handlers: EvaluateHandlers) -> None:
+    event = handlers.jobs.begin("anna", KIND)
+    handlers.jobs.leave("anna")
+    assert event.is_set()
+
+
+def test_the_examples_of_a_set_are_named_in_what_is_said(handlers: EvaluateHandlers, mood: Any) -> None:
+    judge = JudgeAsked(BUNDLED, "sentiment", None, "", "")
+    said = handlers.about_judge(visitor(), "mood", *judge, *NO_SOURCE, *mix_values({"mood": mood}, []))
+    assert "all texts of sentiment" in said
+    hint = handlers.about_judge(visitor(), None, *judge, *NO_SOURCE, *mix_values({}, []))
+    assert "Choose what to evaluate" in hint and "ns-hint" in hint
