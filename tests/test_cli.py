@@ -33,7 +33,19 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def vector(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "mood"
-    ran = run("build", examples, "--model", model_folder, "--dtype", "float32", "--layers", "1-2", "--out", folder)
+    ran = run(
+        "build",
+        examples,
+        "--model",
+        model_folder,
+        "--dtype",
+        "float32",
+        "--layers",
+        "1-2",
+        "--no-calibrate",
+        "--out",
+        folder,
+    )
     assert ran.code == 0, ran.err
     return folder
 
@@ -135,7 +147,7 @@ def test_inspect_shows_what_the_artifact_is(run: Run, vector: Path) -> None:
 def other_vector(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> Path:
     """Of the same texts by another method, at layers 2 and 3."""
     folder = tmp_path / "other"
-    options = ("--method", "probe", "--layers", "2-3", "--name", "other", "--out", folder)
+    options = ("--method", "probe", "--layers", "2-3", "--name", "other", "--no-calibrate", "--out", folder)
     ran = run("build", examples, "--model", model_folder, "--dtype", "float32", *options)
     assert ran.code == 0, ran.err
     return folder
