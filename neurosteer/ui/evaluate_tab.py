@@ -499,16 +499,16 @@ def _judge_inputs() -> tuple[tuple[Any, ...], gr.HTML]:
     bundled = gr.Dropdown(names, value=names[0] if names else None, label="Ready-made set", elem_id="judge-set")
     file = gr.File(label=_LABELLED, height=140, visible=False, elem_id="judge-file")
     words = gr.Textbox(
-        label="Words", info="A text with any of them shows it; commas between", max_lines=2, max_length=500,
+        "", label="Words", info="A text with any of them shows it; commas between", max_lines=2, max_length=500,
         visible=False, elem_id="judge-words",
     )  # fmt: skip
-    pattern = gr.Textbox(label="Pattern", max_lines=1, max_length=500, visible=False, elem_id="judge-pattern")
+    pattern = gr.Textbox("", label="Pattern", max_lines=1, max_length=500, visible=False, elem_id="judge-pattern")
     return (kind, bundled, file, words, pattern), gr.HTML(elem_id="about-judge", elem_classes="ns-flush")
 
 
 def _plan_inputs() -> tuple[Any, ...]:
     prompts = gr.Textbox(
-        label="Prompts, one a line", placeholder="empty: neutral ones that ask for nothing in particular", lines=3,
+        "", label="Prompts, one a line", placeholder="empty: neutral ones that ask for nothing in particular", lines=3,
         max_lines=10, elem_id="evaluate-prompts",
     )  # fmt: skip
     with gr.Row():
@@ -532,8 +532,8 @@ def _plan_inputs() -> tuple[Any, ...]:
     with gr.Accordion("Controls", open=False):
         n_random = gr.Slider(1, MOST_RANDOM, value=MOST_RANDOM, step=1, label="Random twins")
         with gr.Row():
-            more = gr.Textbox(label="Asking for it in plain words", placeholder="automatic", max_length=300)
-            less = gr.Textbox(label="… and for the opposite", placeholder="automatic", max_length=300)
+            more = gr.Textbox("", label="Asking for it in plain words", placeholder="automatic", max_length=300)
+            less = gr.Textbox("", label="… and for the opposite", placeholder="automatic", max_length=300)
         seed = gr.Number(0, label="Seed", info="The same seed, the same figures", precision=0)
     return prompts, n_prompts, strengths, samples, tokens, n_random, more, less, seed
 
