@@ -223,10 +223,10 @@ def lay_out() -> LibraryTab:
             gr.Markdown("### On your shelf")
             labels = gr.Radio([], label="Released with NeuroSteer, pulled from the Hub, and yours", elem_id="labels",
                               elem_classes="ns-stacked")  # fmt: skip
-            with gr.Row():
-                use = gr.Button("Steer with it", variant="primary", min_width=90, elem_id="use")
-                download = gr.DownloadButton("Download", visible=False, min_width=90)
-                remove = gr.Button("Remove", min_width=90, elem_id="remove")
+            with gr.Row(elem_classes="ns-actions"):
+                use = gr.Button("Steer with it", variant="primary", min_width=130, elem_id="use")
+                download = gr.DownloadButton("Download", visible=False, min_width=110)
+                remove = gr.Button("Remove", min_width=110, elem_id="remove")
             shelf_error = gr.HTML(elem_id="shelf-error", elem_classes="ns-flush")
         with gr.Column(min_width=320):
             gr.Markdown("### Its card")

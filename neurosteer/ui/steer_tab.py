@@ -101,12 +101,12 @@ def lay_out(model: gr.Dropdown, shelf: gr.State) -> SteerTab:
     with gr.Row(elem_classes="ns-columns"):
         with gr.Column(min_width=320):
             mode, prompt, settings = _prompt_inputs()
-            with gr.Row():
-                run = gr.Button("Run", variant="primary", min_width=80, elem_id="run")
-                again = gr.Button("Again", min_width=80, elem_id="again")
-                stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="stop")
-                share = gr.Button("Copy link", min_width=80, elem_id="share")
-                clear = gr.Button("New chat", visible=False, min_width=80, elem_id="clear")
+            with gr.Row(elem_classes="ns-actions"):
+                run = gr.Button("Run", variant="primary", size="md", min_width=70, elem_id="run")
+                again = gr.Button("Again", size="md", min_width=70, elem_id="again")
+                stop = gr.Button("Stop", interactive=False, size="md", min_width=70, elem_id="stop")
+                share = gr.Button("Copy link", size="md", min_width=90, elem_id="share")
+                clear = gr.Button("New chat", visible=False, size="md", min_width=90, elem_id="clear")
         with gr.Column(min_width=320):
             with gr.Column() as empty:
                 gr.HTML(render.hint(_NOTHING_YET), elem_classes="ns-flush")
