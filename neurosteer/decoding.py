@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurosteer.errors import UsageError
 
-_CANDIDATES = 256
+_CANDIDATES = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,28 @@ def _penalised(scores: Tensor, samplers: Sequence[Sampler], seen: Sequence[Seque
 def draw(scores: Tensor, top_p: float | Tensor, draws: Tensor) -> Tensor:
     """One token per row, `[batch]`, from `scores` `[batch, vocab]` by nucleus sampling, at `draws` `[batch]` in [0, 1).
 
-    `top_p` is one number or `[batch]`. The nucleus nearly always lies within the likeliest few hundred tokens; only
-    where it does not is all sorted.
+    `top_p` is one number or `[batch]`. The nucleus nearly always lies within the likeliest few hundred tokens; only the
+    rows where it does not are looked at further, as sorting the whole vocabulary takes longer than the model itself.
     """
-    top_p = torch.as_tensor(top_p, dtype=scores.dtype, device=scores.device).reshape(-1, 1)
+    top_p = torch.as_tensor(top_p, dtype=scores.dtype, device=scores.device).reshape(-1, 1).expand(len(scores), 1)
     probabilities = torch.softmax(scores, dim=-1)
-    top, tokens = probabilities.topk(min(_CANDIDATES, probabilities.shape[-1]), dim=-1)
-    if bool((top.sum(-1, keepdim=True) < top_p.clamp(max=1.0 - 1e-6)).any()):
-        top, tokens = probabilities.sort(dim=-1, descending=True)
+    tokens = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    rows = torch.arange(len(scores), device=scores.device)
+    for count in (*_CANDIDATES, probabilities.shape[-1]):
+        count = min(count, probabilities.shape[-1])
+        top, found = probabilities[rows].topk(count, dim=-1)
+        reached = top.sum(-1) >= top_p[rows, 0].clamp(max=1.0 - 1e-6)
+        reached |= count == probabilities.shape[-1]
+        here = rows[reached]
+        tokens[here] = _drawn(top[reached], found[reached], top_p[here], draws[here])
+        rows = rows[~reached]
+        if not len(rows):
+            break
+    return tokens
+
+
+def _drawn(top: Tensor, tokens: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
+    """From the likeliest tokens, descending: `top` and `tokens` `[batch, n]`, `top_p` `[batch, 1]`; `[batch]`."""
     cumulative = top.cumsum(-1)
     inside = cumulative - top < top_p
     mass = (top * inside).sum(-1)

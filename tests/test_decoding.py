@@ -78,7 +78,7 @@ def test_a_nucleus_that_reaches_top_p_exactly_takes_no_further_token() -> None:
 
 
 def test_a_nucleus_wider_than_the_candidates_at_hand_is_sorted_whole() -> None:
-    assert decoding._CANDIDATES == 256
+    assert decoding._CANDIDATES == (256, 4096)
     flat = torch.randn(2000, generator=torch.Generator().manual_seed(3)) * 0.3
     peaked = flat.clone()
     peaked[5] = 50.0
@@ -92,7 +92,7 @@ def test_the_shortcut_and_the_full_sort_choose_the_same_tokens(monkeypatch: pyte
     scores = torch.randn(300, 1500, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.2, 6, 300)[:, None]
     draws = torch.rand(300, generator=torch.Generator().manual_seed(5))
     found = draw(scores, 0.9, draws)
-    monkeypatch.setattr(decoding, "_CANDIDATES", 1500)
+    monkeypatch.setattr(decoding, "_CANDIDATES", ())
     assert torch.equal(found, draw(scores, 0.9, draws))
 
 

@@ -25,7 +25,7 @@ from neurosteer.decoding import Sampling
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.evaluation import CallableJudge, Evaluation, TextClassifier, evaluate, write_evaluation
 from neurosteer.evaluation import texts as texts_module
-from neurosteer.evaluation.controls import control_strengths, default_instructions, groups
+from neurosteer.evaluation.controls import control_strengths, default_instructions, groups, n_groups
 from neurosteer.evaluation.receipts import receipt_text
 from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, read_examples
 from neurosteer.hub import push
@@ -54,9 +54,8 @@ def found(llama: Tiny) -> Evaluation:
     return measured(llama, vector_for(llama))
 
 
-def row_of(found: Evaluation, kind: str, strength: float, draws: Sequence[int] = ()) -> dict[str, Any]:
-    rows = found.receipt.data["rows"]
-    (row,) = [one for one in rows if (one["kind"], one["strength"], one["draws"]) == (kind, strength, list(draws))]
+def row_of(found: Evaluation, kind: str, strength: float) -> dict[str, Any]:
+    (row,) = [one for one in found.receipt.data["rows"] if (one["kind"], one["strength"]) == (kind, strength)]
     return row
 
 
@@ -74,15 +73,12 @@ def test_every_figure_of_a_share_follows_from_the_texts_as_written(found: Evalua
     plain = [row for row in written if row["kind"] == "unsteered"]
     before = {prompt: score_of(plain, prompt) for prompt in PROMPTS}
     receipt = json.loads((tmp_path / "receipt.json").read_text(encoding="utf-8"))
-    assert len(receipt["rows"]) == 1 + 4 + 6 + 2 + 2
+    assert len(receipt["rows"]) == 1 + 4 + 2 + 2
     for figures in receipt["rows"]:
         own = [
-            row
-            for row in written
-            if (row["kind"], float(row["strength"])) == (figures["kind"], figures["strength"])
-            and (not figures["draws"] or int(row["draw"]) in figures["draws"])
+            row for row in written if (row["kind"], float(row["strength"])) == (figures["kind"], figures["strength"])
         ]
-        assert len(own) == figures["n_texts"] == 10 * max(1, len(figures["draws"]))
+        assert len(own) == figures["n_texts"] == 10
         scores = [E_SHARE.scores([row["text"]])[0] for row in own]
         assert figures["share"] == pytest.approx(np.mean([score >= 0.5 for score in scores]), abs=1e-4)
         assert figures["mean"] == pytest.approx(np.mean(scores), abs=1e-4)
@@ -176,9 +172,10 @@ def test_random_twins_are_tried_at_plus_and_minus_1_or_the_weakest_there_is(
     assert control_strengths(sorted(strengths)) == controls
     found = groups(Recipe.of(make_vector()), strengths, ("up", "down"), 2, 0)
     assert [group.strength for group in found if group.kind == "unsteered"] == [0.0]
-    assert [(one.draw, one.strength) for one in found if one.kind == "random"] == [
-        (draw, strength) for draw in (1, 2) for strength in controls
+    assert [(len(one.recipes), one.strength) for one in found if one.kind == "random"] == [
+        (2, strength) for strength in controls
     ]
+    assert len(found) == n_groups(strengths)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +242,7 @@ def test_what_was_cut_goes_on_where_it_was_and_writes_no_text_twice(
     whole = measured(llama, vector)
     total = sum(small_parts)
     small_parts.clear()
-    with pytest.raises(Cancelled, match="64 of 130 texts are kept"):
+    with pytest.raises(Cancelled, match="64 of 90 texts are kept"):
         measured(llama, vector, out=tmp_path, progress=stopping, cancel=stopping.cancel)
     small_parts.clear()
     resumed = measured(llama, vector, out=tmp_path)
@@ -372,7 +369,7 @@ def test_shuffled_labels_and_random_directions_show_no_effect_where_the_real_lab
 ) -> None:
     kept, held = read_examples("sentiment").parts(0.5, seed=HOLD_OUT_SEED)
     judge = TextClassifier.train(held)
-    options: dict[str, Any] = {"prompts": None, "strengths": (-1, 1), "max_new_tokens": 20, "n_random": 1}
+    options: dict[str, Any] = {"prompts": None, "strengths": (-1, 1), "max_new_tokens": 20}
     real, fake = (
         evaluate(embedded_lm, build(embedded_lm, texts, layers=16, calibrate=False), judge, **options)
         for texts in (kept, shuffled(kept, 1))
@@ -381,7 +378,7 @@ def test_shuffled_labels_and_random_directions_show_no_effect_where_the_real_lab
         steered = row_of(real, "steered", strength)
         near, far = sorted((steered["change_low"], steered["change_high"]), key=abs)
         assert near * strength > 0, (near, far)
-        for idle in (row_of(fake, "steered", strength), row_of(real, "random", strength, [1])):
+        for idle in (row_of(fake, "steered", strength), row_of(real, "random", strength)):
             assert idle["change_low"] <= 0 <= idle["change_high"], idle
             assert abs(idle["change"]) < abs(steered["change"])
 
@@ -435,7 +432,7 @@ def test_saving_without_receipts_leaves_no_picture_of_old_ones(found: Evaluation
         {"rows": 5},
         {"rows": [None, {"kind": "steered"}, {"kind": ["steered"], "strength": 1, "share": 0.5}]},
         {"rows": [{"kind": "steered", "strength": "1", "share": 0.5}]},
-        {"rows": [{"kind": "random", "strength": 1, "share": 0.5, "draws": [1]}]},
+        {"rows": [{"kind": "random", "strength": 1, "share": 0.5}]},
         {"rows": [{"kind": "steered", "strength": 1e300, "share": 0.5}]},
         {"rows": [{"kind": "steered", "strength": 10**400, "share": True}]},
     ],

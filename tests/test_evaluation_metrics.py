@@ -112,35 +112,33 @@ def sampled(seed: int, n_prompts: int, n_samples: int) -> Sampled:
 
 
 def test_figures_are_those_computed_one_text_at_a_time() -> None:
-    groups, plain = [sampled(seed, 6, 3) for seed in (1, 2)], sampled(3, 6, 2)
-    found = figures(groups, plain, -1.0, seed=9)
+    group, plain = sampled(1, 6, 3), sampled(3, 6, 2)
+    found = figures(group, plain, -1.0, seed=9)
     shares, means, changes, wrong = [], [], [], 0
     for prompt in range(6):
-        scores = [float(group.scores[prompt, sample]) for group in groups for sample in range(3)]
+        scores = [float(group.scores[prompt, sample]) for sample in range(3)]
         before = [float(plain.scores[prompt, sample]) for sample in range(2)]
         share, share_before = (sum(score >= 0.5 for score in some) / len(some) for some in (scores, before))
         shares.append(share)
-        means.append(sum(scores) / 6)
+        means.append(sum(scores) / 3)
         changes.append(share - share_before)
-        wrong += sum(scores) / 6 > sum(before) / 2
+        wrong += sum(scores) / 3 > sum(before) / 2
     assert found.share == bootstrap(np.array(shares), 9)
     assert found.mean.value == pytest.approx(sum(means) / 6)
     assert found.change is not None and found.change.value == pytest.approx(sum(changes) / 6)
     assert found.wrong_way == pytest.approx(wrong / 6)
-    kl = [float(value) for group in groups if group.kl is not None for value in group.kl.ravel()]
-    assert found.kl_p95 == pytest.approx(percentile(kl, 0.95))
-    surprise = sum(float(group.nats.sum()) for group in groups) / sum(len(ids) for group in groups for ids in group.ids)
+    assert group.kl is not None
+    assert found.kl_p95 == pytest.approx(percentile(group.kl.ravel().tolist(), 0.95))
+    surprise = float(group.nats.sum()) / sum(map(len, group.ids))
     before = float(plain.nats.sum()) / sum(map(len, plain.ids))
     assert found.perplexity == pytest.approx(math.exp(surprise - before))
-    both = [text for group in groups for text in group.texts]
-    assert (found.n_texts, found.quality) == (36, quality(both))
-    assert found.distinct_2 == pytest.approx(sum(distinct(group.texts) for group in groups) / 2)
-    assert found.tokens == pytest.approx(sum(len(ids) for group in groups for ids in group.ids) / 36)
+    assert (found.n_texts, found.quality, found.distinct_2) == (18, quality(group.texts), distinct(group.texts))
+    assert found.tokens == pytest.approx(sum(map(len, group.ids)) / 18)
 
 
 def test_the_unsteered_texts_are_compared_with_nothing() -> None:
     plain = sampled(3, 4, 1)
-    found = figures([plain], plain, 0.0, seed=0)
+    found = figures(plain, plain, 0.0, seed=0)
     assert (found.change, found.wrong_way, found.kl_p95, found.perplexity) == (None, None, 0.0, 1.0)
 
 
@@ -148,9 +146,9 @@ def test_figures_that_left_what_floats_hold_are_none() -> None:
     plain, steered = sampled(3, 4, 1), sampled(4, 4, 1)
     assert steered.kl is not None
     steered.kl[0, 0:2] = np.inf
-    assert figures([steered], plain, 1.0, seed=0).kl_p95 is None
+    assert figures(steered, plain, 1.0, seed=0).kl_p95 is None
     silent = Sampled(plain.prompts, ("",) * 4, ((),) * 4, plain.scores, np.zeros((4, 1)))
-    found = figures([silent], plain, 1.0, seed=0)
+    found = figures(silent, plain, 1.0, seed=0)
     assert found.perplexity is None and found.off_script == 1.0 and found.tokens == 0.0
 
 

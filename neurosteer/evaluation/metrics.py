@@ -48,10 +48,10 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of a group (or of several random twins together). Shares and means are of the judge's scores; `change` is
-    that of the share from the unsteered texts, over the same prompts. `wrong_way` is a share of prompts, `kl_p95` in
-    nats, `perplexity` relative to the unsteered texts', `tokens` a mean per text, `off_script` a share of texts. None
-    where there is nothing to compare with, or where numbers left what floats can hold."""
+    """Figures of a group. Shares and means are of the judge's scores; `change` is that of the share from the unsteered
+    texts, over the same prompts. `wrong_way` is a share of prompts, `kl_p95` in nats, `perplexity` relative to the
+    unsteered texts', `tokens` a mean per text, `off_script` a share of texts. None where there is nothing to compare
+    with, or where numbers left what floats can hold."""
 
     n_texts: int
     share: Estimate
@@ -66,48 +66,41 @@ class Figures:
     off_script: float
 
 
-def figures(groups: Sequence[Sampled], plain: Sampled, sign: float, seed: int) -> Figures:
-    """Figures of `groups`, over the same prompts and pooled, against the unsteered group `plain`. `sign` says which way
-    the behaviour was to move; 0 for the unsteered texts themselves."""
-    scores = np.concatenate([group.scores for group in groups], axis=1)
-    verdicts = (scores >= 0.5).mean(1)
-    texts = [text for group in groups for text in group.texts]
-    ids = [tokens for group in groups for tokens in group.ids]
-    prompts = [prompt for group in groups for prompt in group.prompts for _ in range(group.scores.shape[1])]
-    moved = sign != 0
+def figures(group: Sampled, plain: Sampled, sign: float, seed: int) -> Figures:
+    """Figures of `group` against the unsteered group `plain` of the same prompts. `sign` says which way the behaviour
+    was to move; 0 for the unsteered texts themselves."""
+    means, moved = group.scores.mean(1), sign != 0
+    prompts = [prompt for prompt in group.prompts for _ in range(group.scores.shape[1])]
     return Figures(
-        n_texts=len(texts),
-        share=bootstrap(verdicts, seed),
-        mean=bootstrap(scores.mean(1), seed),
-        change=bootstrap(verdicts - plain.verdicts, seed) if moved else None,
-        wrong_way=wrong_way_rate(scores.mean(1), plain.scores.mean(1), sign) if moved else None,
-        kl_p95=_kl_p95([group.kl for group in groups if group.kl is not None]) if moved else 0.0,
-        perplexity=_perplexity(groups, plain),
-        quality=quality(texts),
-        distinct_2=float(np.mean([distinct(group.texts) for group in groups])),
-        tokens=float(np.mean(list(map(len, ids)))),
-        off_script=float(np.mean([is_off_script(*one) for one in zip(prompts, texts, ids, strict=True)])),
+        n_texts=len(group.texts),
+        share=bootstrap(group.verdicts, seed),
+        mean=bootstrap(means, seed),
+        change=bootstrap(group.verdicts - plain.verdicts, seed) if moved else None,
+        wrong_way=wrong_way_rate(means, plain.scores.mean(1), sign) if moved else None,
+        kl_p95=_kl_p95(group.kl) if moved else 0.0,
+        perplexity=_perplexity(group, plain),
+        quality=quality(group.texts),
+        distinct_2=distinct(group.texts),
+        tokens=float(np.mean(list(map(len, group.ids)))),
+        off_script=float(np.mean([is_off_script(*one) for one in zip(prompts, group.texts, group.ids, strict=True)])),
     )
 
 
-def _kl_p95(found: Sequence[np.ndarray]) -> float | None:
-    if not found:
+def _kl_p95(nats: np.ndarray | None) -> float | None:
+    if nats is None:
         return None
     with np.errstate(invalid="ignore"):  # between two infinite values lies none
-        value = float(np.quantile(np.concatenate([nats.ravel() for nats in found]), KL_PERCENTILE / 100))
+        value = float(np.quantile(nats, KL_PERCENTILE / 100))
     return value if math.isfinite(value) else None
 
 
-def _perplexity(groups: Sequence[Sampled], plain: Sampled) -> float | None:
+def _perplexity(group: Sampled, plain: Sampled) -> float | None:
     """The ratio of perplexities, each over all tokens of the texts."""
-    counts = [sum(len(ids) for group in some for ids in group.ids) for some in (groups, [plain])]
+    counts = [sum(map(len, one.ids)) for one in (group, plain)]
     if not all(counts):
         return None
-    means = [
-        sum(float(group.nats.sum()) for group in some) / count
-        for some, count in zip((groups, [plain]), counts, strict=True)
-    ]
-    value = float(np.exp(np.float64(means[0] - means[1])))
+    own, before = (float(one.nats.sum()) / count for one, count in zip((group, plain), counts, strict=True))
+    value = float(np.exp(np.float64(own - before)))
     return value if math.isfinite(value) else None
 
 

@@ -7,16 +7,16 @@
      "judge": {"name", "accuracy", "n_accuracy", "is_weak"},
      "settings": {"strengths", "n_prompts", "prompts_sha256", "samples", "max_new_tokens", "sampling": {...},
                   "n_random", "instructions": [for +, for −], "kl": {...}, "bootstrap": {...}, "sha256"},
-     "rows": [{"kind", "strength", "draws", "n_texts", "share", "share_low", "share_high", "mean", "mean_low",
+     "rows": [{"kind", "strength", "n_random", "n_texts", "share", "share_low", "share_high", "mean", "mean_low",
                "mean_high", "change", "change_low", "change_high", "wrong_way", "kl_p95", "perplexity", "quality",
                "distinct_2", "tokens", "off_script"}],
      "table": {"title", "columns", "rows"}, "metrics": [{"type", "name", "value"}], "dataset": {"type", "name"}}
 
-`kind` of a row is `steered`, `unsteered`, `random` (`draws` lists the random twins that it counts together; with more
-than one there is also a row for each) or `instruction` (its strength +1 or −1 says which one). Shares are from 0 to 1,
-the ends of 95% intervals stand beside them; `kl_p95` is in nats, `perplexity` a ratio to the unsteered texts'. A figure
-that there is none of is null. Numbers are rounded, so that the last bits of a machine do not show. `table`, `metrics`
-and `dataset` are what cards show.
+`kind` of a row is `steered`, `unsteered`, `random` (`n_random` twins, which prompts and samples take in turn) or
+`instruction` (its strength +1 or −1 says which one; its perplexity is that after the bare prompt). Shares are from 0
+to 1, the ends of 95% intervals stand beside them; `kl_p95` is in nats, `perplexity` a ratio to the unsteered texts'. A
+figure that there is none of is null. Numbers are rounded, so that the last bits of a machine do not show. `table`,
+`metrics` and `dataset` are what cards show.
 """
 
 import hashlib
@@ -54,11 +54,11 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of a group, or of several random twins at one strength, and what they are of."""
+    """Figures of a group, and what they are of."""
 
     kind: Kind
     strength: float
-    draws: tuple[int, ...]
+    n_random: int
     figures: Figures
 
 
@@ -135,7 +135,7 @@ def _settings(
         "samples": writing.samples,
         "max_new_tokens": writing.max_new_tokens,
         "sampling": vars(sampling),
-        "n_random": len({draw for one in measured for draw in one.draws}),
+        "n_random": max(one.n_random for one in measured),
         "instructions": list(instructions),
         "kl": {**kl, "percentile": KL_PERCENTILE},
         "bootstrap": {"resamples": N_RESAMPLES, "of": "prompts", "level": LEVEL},
@@ -148,7 +148,7 @@ def _row_data(one: Measured) -> dict[str, Any]:
     return {
         "kind": one.kind,
         "strength": one.strength,
-        "draws": list(one.draws),
+        "n_random": one.n_random,
         "n_texts": found.n_texts,
         **_estimate("share", found.share),
         **_estimate("mean", found.mean),
@@ -173,27 +173,22 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _table(recipe: Recipe, judge: Judge, writing: Writing, measured: Sequence[Measured]) -> dict[str, Any]:
-    """By strength, each figure with its controls beside it; random twins together."""
-    shown = [one for one in measured if one.kind != "random" or len(one.draws) > 1 or _is_only_draw(one, measured)]
+    """By strength, each figure with its controls beside it."""
     order = {"steered": 0, "unsteered": 0, "random": 1, "instruction": 2}
-    shown.sort(key=lambda one: (one.strength, order[one.kind]))
+    shown = sorted(measured, key=lambda one: (one.strength, order[one.kind]))
     samples = f" × {writing.samples} samples" if writing.samples > 1 else ""
     texts = f"{len(writing.prompts)} prompts{samples}, at most {writing.max_new_tokens} tokens each"
     return {
-        "title": f"Judge: {judge.name}; {accuracy_text(judge)}. Per figure {texts}; random twins counted together.",
+        "title": f"Judge: {judge.name}; {accuracy_text(judge)}. Per figure {texts}.",
         "columns": list(COLUMNS),
         "rows": [[_label(one, recipe), f"{one.strength:+g}" if one.strength else "0", *_cells(one)] for one in shown],
     }
 
 
-def _is_only_draw(one: Measured, measured: Sequence[Measured]) -> bool:
-    return not any(other.kind == "random" and len(other.draws) > 1 for other in measured)
-
-
 def _label(one: Measured, recipe: Recipe) -> str:
     if one.kind == "steered":
         return " + ".join(use.artifact.name for use in recipe.uses)
-    return f"{control_name(recipe)} ({len(one.draws)})" if one.kind == "random" else _NAMES[one.kind]
+    return f"{control_name(recipe)} ({one.n_random})" if one.kind == "random" else _NAMES[one.kind]
 
 
 def _cells(one: Measured) -> list[str]:

@@ -44,17 +44,16 @@ class Writing:
     def rows(self) -> list[Row]:
         """Groups outermost, then prompts, then samples."""
         return [
-            Row(group.ask(prompt), group.recipe, sample, group.strength)
+            Row(group.ask(prompt), group.recipes[group.turn(place, sample)], sample, group.strength)
             for group in self.groups
-            for prompt in self.prompts
+            for place, prompt in enumerate(self.prompts)
             for sample in range(self.samples)
         ]
 
     def sha256(self, lm: LanguageModel) -> str:
         """A hash of all that the texts depend on."""
         groups = [
-            [group.kind, group.strength, group.draw, group.instruction, _recipe_data(group.recipe)]
-            for group in self.groups
+            [group.kind, group.strength, group.instruction, *map(_recipe_data, group.recipes)] for group in self.groups
         ]
         sampling = vars(self.sampling)
         model = [lm.name, lm.fingerprint, str(lm.dtype), lm.chat]
