@@ -38,8 +38,8 @@ from neurosteer.storage import load, save
 
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀", "they never"]
 N_TOKENS = 6
-TEXTS = texts(80, seed=21)
-EXAMPLES = ContrastSet(tuple(TEXTS[:40]), tuple(TEXTS[40:]), name="moods")
+TEXTS = texts(110, seed=21)
+EXAMPLES = ContrastSet(tuple(TEXTS[:55]), tuple(TEXTS[55:]), name="moods")
 
 
 def naive_divergences(this: Tiny, prompt: str, use: Use, n_tokens: int = N_TOKENS) -> list[float]:
@@ -260,7 +260,7 @@ def test_auto_takes_the_choice_that_does_most_at_equal_kl_on_texts_kept_out(
     assert source.candidates[0]["label"] in source.layer_choice and "equal KL" in source.layer_choice
     assert all(abs(kl / 0.1 - 1) < 0.16 for one in source.candidates for kl in one["kl"])
     kept, held = EXAMPLES.parts(0.2, seed=HOLD_OUT_SEED, at_most=12)
-    assert (source.n_positive, source.n_negative) == (len(kept.positive), len(kept.negative)) == (32, 32)
+    assert (source.n_positive, source.n_negative) == (len(kept.positive), len(kept.negative)) == (44, 44)
     own = [llama.lm.frame([text], "answer", max_tokens=128)[0].ids for text in (*held.positive, *held.negative)]
     assert [text.ids for text in seen["texts"]] == own
     assert source.examples_sha256 == EXAMPLES.sha256
@@ -291,7 +291,7 @@ def test_what_is_held_out_takes_no_part(llama: Tiny) -> None:
     alone = build(llama.lm, kept, layers=2, calibrate=False)
     assert isinstance(half, SteeringVector) and isinstance(alone, SteeringVector)
     assert torch.equal(half.directions[2], alone.directions[2])
-    assert (half.provenance.hold_out, half.provenance.n_positive) == (0.5, 20)
+    assert (half.provenance.hold_out, half.provenance.n_positive) == (0.5, 27)
     assert not {*kept.positive, *kept.negative} & {*held.positive, *held.negative}
     with pytest.raises(ArtifactError, match="hold_out"):
         replace(half.provenance, hold_out=1.0)
