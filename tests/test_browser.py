@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_MS = 120_000
-TABS = ("Steer", "Build", "Circuits", "Library", "About")
+TABS = ("Steer", "Build", "Circuits", "Evaluate", "Library", "About")
 HOSTILE = "<img src=x onerror=document.title='taken'> ${1+1} {{1+1}}"
 
 THINGS = ["film", "meal", "room", "book", "concert", "walk", "teacher", "garden", "train", "market"]
@@ -177,32 +177,34 @@ def test_a_broken_file_is_one_line_and_the_rest_is_kept(page: Any, tmp_path: Pat
 
 
 @pytest.fixture
-def film(page: Any) -> Iterator[Callable[[], None]]:
-    """Takes a picture when called; NEUROSTEER_FILM=FILE.gif makes a film of them (the README's)."""
-    target, frames = os.environ.get("NEUROSTEER_FILM"), []
+def film(page: Any) -> Iterator[Callable[[int], None]]:
+    """Takes a picture, to be shown for so many ms; NEUROSTEER_FILM=FILE.gif makes a film of them (the README's)."""
+    target = os.environ.get("NEUROSTEER_FILM")
+    frames: list[tuple[bytes, int]] = []
     if target:
-        page.set_viewport_size({"width": 1180, "height": 1000})
-    yield lambda: frames.append(page.screenshot()) if target else None
+        page.set_viewport_size({"width": 1180, "height": 1480})
+    yield lambda ms: frames.append((page.screenshot(), ms)) if target else None
     if target and frames:
         from PIL import Image
 
-        pictures = [Image.open(BytesIO(frame)).convert("RGB").resize((885, 750)) for frame in frames]
-        first, *others = (picture.quantize(96) for picture in pictures)
-        first.save(
-            target, save_all=True, append_images=others, duration=[1200] + [220] * (len(others) - 1) + [4000], loop=0
-        )
+        pictures = [Image.open(BytesIO(frame)).convert("RGB").resize((826, 1036)) for frame, _ in frames]
+        first, *others = (picture.quantize(160, dither=Image.Dither.NONE) for picture in pictures)
+        first.save(target, save_all=True, append_images=others, duration=[ms for _, ms in frames], loop=0)
 
 
-def test_the_first_visit_takes_one_click_to_a_steered_text(page: Any, film: Callable[[], None]) -> None:
-    film()
+def test_the_first_visit_takes_one_click_to_a_steered_text(page: Any, film: Callable[[int], None]) -> None:
+    film(1500)
     page.get_by_role("button", name="Delighted").click()
     page.wait_for_function("document.querySelector('#steered textarea').value.length > 15")
     while not page.locator("#steer-note").get_by_text("tokens/s").count():
-        film()
+        film(240)
         page.wait_for_timeout(200)
-    page.get_by_label("by what is steered with").check()
-    page.locator("#coloured .ns-token").first.wait_for()
-    film()
+    film(1500)
+    for kind, words in (("by what is steered with", "Blue words lie"), ("by how much steering changes them", "KL")):
+        page.get_by_label(kind).check()
+        page.locator("#coloured").get_by_text(words).wait_for()
+        assert page.locator("#coloured .ns-token").count() > 20
+        film(3500)
 
 
 def test_what_visitors_and_models_write_is_shown_as_it_is(page: Any) -> None:

@@ -43,10 +43,11 @@ def test_a_preset_chooses_a_released_artifact_and_writes_at_once(
     steering: SteerHandlers, llama: Tiny, released: dict[str, Any]
 ) -> None:
     preset = Preset("Down", "sentiment", -1.0)
-    shelf, shown, _, chosen, *rest = steering.chooser(preset)(*mix_values({}, []))
+    first, *_, last = steering.runner(preset)(visitor(), *ask(), *mix_values({}, []))
+    assert first.picked == SKIP
+    shelf, shown, _, chosen, *rest = steering.show_picked(last.picked, *mix_values({}, []))
     assert list(shelf) == ["sentiment", "circuit"] and shown == chosen["value"] == ["sentiment"]
     assert rest[MOST]["value"] == -1.0
-    *_, last = steering.runner(preset)(visitor(), *ask(), *mix_values({}, []))
     assert [last.unsteered, last.steered] == written(llama, Recipe(), Recipe.of((released["sentiment"], -1.0)))
     assert last.unsteered != last.steered
 

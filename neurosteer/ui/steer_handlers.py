@@ -84,6 +84,7 @@ class View(NamedTuple):
     prompt: Any = gr.skip()
     last: Any = gr.skip()
     colours: Any = gr.skip()
+    picked: Any = gr.skip()
 
 
 _WRITING = View(error="", colours="")
@@ -128,13 +129,15 @@ class SteerHandlers:
 
         def run_preset(request: gr.Request, *values: Any) -> Iterator[View]:
             ask, mix = _asked(values)
-            yield from self._guarded(ask, self._with_preset(preset, mix), request.session_hash)
+            picked = (preset, time.monotonic())  # the same again is a change, too: sliders may have been moved
+            for place, view in enumerate(self._guarded(ask, self._with_preset(preset, mix), request.session_hash)):
+                yield view._replace(picked=picked) if place else view  # once there are words: showing it takes a while
 
         return run_preset
 
-    def chooser(self, preset: Preset) -> Callable[..., list[Any]]:
-        """The handler that shows what a preset steers with, for the mixer."""
-        return lambda *values: self._with_preset(preset, Mix.of(values)).updates()
+    def show_picked(self, picked: tuple[Preset, float], *values: Any) -> list[Any]:
+        """What a preset steers with, for the mixer."""
+        return self._with_preset(picked[0], Mix.of(values)).updates()
 
     def _with_preset(self, preset: Preset, mix: Mix) -> Mix:
         shelf = {**released_for(mix.model or self.models.default), **mix.shelf}

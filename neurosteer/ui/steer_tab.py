@@ -29,8 +29,6 @@ _COPY_LINK = """(query) => {
   return link;
 }"""
 
-_AFTER_THE_FIRST_WORDS = """(...values) => new Promise((done) => setTimeout(() => done(values), 300))"""
-
 _LOOK_AT_TEXTS = """() => setTimeout(() => {
   const text = document.querySelector("#steered, #steered-chat");
   if (text && text.getBoundingClientRect().bottom > window.innerHeight)
@@ -80,6 +78,7 @@ class SteerTab:
     coloured: gr.HTML
     talk: gr.State
     last: gr.State
+    picked: gr.State
 
     @property
     def ask(self) -> list[Any]:
@@ -90,7 +89,7 @@ class SteerTab:
     def view(self) -> list[Any]:
         """In the order of `View`'s fields."""
         before = [self.run, self.again, self.stop, self.error, self.note, *self.texts, *self.chats]
-        return [*before, self.talk, self.prompt, self.last, self.coloured]
+        return [*before, self.talk, self.prompt, self.last, self.coloured, self.picked]
 
 
 def lay_out(model: gr.Dropdown, shelf: gr.State) -> SteerTab:
@@ -138,6 +137,7 @@ def lay_out(model: gr.Dropdown, shelf: gr.State) -> SteerTab:
         presets, mixer, example, upload, keep, gr.State(None), against, mix_error, mix_note, mode, prompt, settings,
         run, again, stop, share, query, link, clear, error, note, panes, (texts[0], texts[1]), chat_panes,
         (chats[0], chats[1]), colour, coloured, gr.State(new_talk()), gr.State(()),
+        gr.State(None),
     )  # fmt: skip
 
 
@@ -189,19 +189,18 @@ def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
     writing = {**quiet, "concurrency_limit": MAX_VISITORS, "concurrency_id": KIND}
     mixer = tab.mixer
     given, mixed = [*tab.ask, *mixer.inputs], [tab.mix_error, tab.mix_note, *mixer.outputs]
+    starting = [tab.run.click, tab.again.click, tab.prompt.submit, *(button.click for button in tab.presets)]
+    gr.on(starting, None, None, None, js=_LOOK_AT_TEXTS, **quiet)
     events = [gr.on([tab.run.click, tab.prompt.submit], handlers.run, given, tab.view, **writing)]
     events.append(tab.again.click(handlers.again, given, tab.view, **writing))
     tab.again.click(handlers.next_seed, tab.settings[3], tab.settings[3], queue=False, **quiet)
     for button, preset in zip(tab.presets, PRESETS, strict=True):
         events.append(button.click(handlers.runner(preset), given, tab.view, **writing))
-        choose = guarded(handlers.chooser(preset))
-        button.click(choose, mixer.inputs, mixer.outputs, queue=False, js=_AFTER_THE_FIRST_WORDS, **quiet)
+    tab.picked.change(guarded(handlers.show_picked), [tab.picked, *mixer.inputs], mixer.outputs, queue=False, **quiet)
     colouring = [tab.colour, tab.last, *mixer.inputs]
     for event in events:
         event.failure(handlers.give_up, None, tab.view, queue=False, **quiet)
         event.success(handlers.colour, colouring, tab.coloured, **quiet)
-    starting = [tab.run.click, tab.again.click, tab.prompt.submit, *(button.click for button in tab.presets)]
-    gr.on(starting, None, None, None, js=_LOOK_AT_TEXTS, **quiet)
     tab.stop.click(handlers.stop, None, None, queue=False, **quiet)
     gr.on([tab.clear.click, *(chat.clear for chat in tab.chats)], handlers.clear, None, [tab.talk, *tab.chats], **quiet)
     tab.mode.change(handlers.show_mode, tab.mode, [tab.panes, tab.chat_panes, tab.clear], queue=False, **quiet)
