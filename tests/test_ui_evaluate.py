@@ -122,10 +122,10 @@ def row_of(found: Evaluation, kind: str, strength: float) -> dict[str, Any]:
 
 
 def test_the_summary_tells_the_receipts_figures_in_words(found: Evaluation) -> None:
-    said = Page(shown.summary(found.receipt, 12.4)).text
+    said = Page(shown.summary(found.receipt, len(found.rows), 12.4)).text
     up, down, plain = (row_of(found, *at) for at in (("steered", 1.0), ("steered", -1.0), ("unsteered", 0.0)))
-    assert f"at strength +1 {up['share']:.0%} of the texts show it ({up['share_low']:.0%} to" in said
-    assert f"−1 {down['share']:.0%} (" in said and f"unsteered {plain['share']:.0%} (" in said
+    assert f"at strength +1, {up['share']:.0%} of the texts show it ({up['share_low']:.0%} to" in said
+    assert f"at strength −1, {down['share']:.0%} (" in said and f"unsteered, {plain['share']:.0%} (" in said
     assert f"random twins at the same dose {row_of(found, 'random', 1.0)['share']:.0%} at +1" in said
     assert f"KL {up['kl_p95']:.2g} nats, perplexity × {up['perplexity']:.2f}" in said
     n_texts = len(found.rows)
@@ -135,7 +135,7 @@ def test_the_summary_tells_the_receipts_figures_in_words(found: Evaluation) -> N
 
 def test_a_judge_that_is_hardly_ever_right_is_marked_and_its_name_is_text(found: Evaluation) -> None:
     judge = {"name": HOSTILE, "accuracy": 0.6, "n_accuracy": 1200, "is_weak": True}
-    html = shown.summary(Receipt({**found.receipt.data, "judge": judge}), 1.0)
+    html = shown.summary(Receipt({**found.receipt.data, "judge": judge}), 9, 1.0)
     page = Page(html)
     assert "right on 60% of 1,200 labelled texts" in page.text and shown.WEAK_JUDGE in page.text
     assert HOSTILE in page.text and page.tags <= {"div", "p", "b"}

@@ -67,6 +67,11 @@ _OVER = (
 )
 
 
+_OTHER = render.note_line(
+    "It judges what that set is about: for anything else, upload labelled texts, or look for words."
+)
+
+
 class JudgeAsked(NamedTuple):
     """Who is to judge: the values of the components, in their order."""
 
@@ -189,6 +194,11 @@ def _seen(name: str, examples: str) -> str:
     )
 
 
+def _is_about(recipe: "Recipe", examples: str) -> bool:
+    """Whether an artifact was built from the set of that name, or is called like it."""
+    return any(examples == use.artifact.provenance.examples or examples in use.artifact.name for use in recipe.uses)
+
+
 def file_examples(path: str) -> ContrastSet:
     """The labelled texts of an upload. Raises `ExamplesError`."""
     return parse_examples(Path(path).read_bytes(), filename=Path(path).name)
@@ -243,9 +253,8 @@ class EvaluateHandlers:
             return f"<p class='ns-warning'>{escape(_seen(name, examples.name))}</p>"
         seen = any(use.artifact.provenance.examples_sha256 == examples.sha256 for use in recipe.uses)
         part = "the texts that building left out" if seen else "all texts"
-        return render.note_line(
-            f"It is trained on {part} of {examples.name[:60]}, and says itself how often it is right."
-        )
+        said = f"It is trained on {part} of {examples.name[:60]}, and says itself how often it is right."
+        return render.note_line(said) + ("" if asked.kind != BUNDLED or _is_about(recipe, examples.name) else _OTHER)
 
     def _labelled(self, asked: JudgeAsked, source: Source) -> ContrastSet | None:
         """The texts that a classifier is to be trained on; None for the other judges. Raises `UsageError` where there
@@ -394,7 +403,7 @@ def _at_most(seconds: float, cancel: threading.Event) -> Iterator[None]:
 def _shown(found: "Evaluation", seconds: float) -> list[Any]:
     receipt = found.receipt
     return [
-        shown.summary(receipt, seconds),
+        shown.summary(receipt, len(found.rows), seconds),
         gr.update(value=shown.effect_figure(receipt), visible=True),
         gr.update(value=shown.damage_figure(receipt), visible=True),
         shown.table(receipt),

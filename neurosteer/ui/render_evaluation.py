@@ -24,19 +24,19 @@ _ON_ANY_PAGE = {
 }
 _DAMAGE = (("kl", "KL p95, nats"), ("perplexity", "perplexity ×"), ("quality", "4-gram quality"))
 _KINDS = {"steered": 0, "unsteered": 0, "instruction": 1}
+_HEIGHT = 420
 _OPEN = 1  # prompts whose texts are shown at once
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
 
 
-def summary(receipt: "Receipt", seconds: float) -> str:
+def summary(receipt: "Receipt", n_texts: int, seconds: float) -> str:
     """What was found, how far the judge is to be trusted, what was lost."""
     from neurosteer.plots import receipt_points
 
     data, points = receipt.data, receipt_points(receipt.data)
     name = " + ".join(str(use["name"]) for use in data["recipe"])
-    n_texts = sum(row["n_texts"] for row in data["rows"])
     lines = [f"<p class='ns-done'><b>{escape(name)}</b>: {escape(_effect(points))}</p>"]
     if lost := _damage(points.get("steered", [])):
         lines.append(f"<p>{escape(lost)}</p>")
@@ -55,13 +55,13 @@ _INTERVALS = (
 
 
 def _effect(points: "Mapping[str, Sequence[Point]]") -> str:
-    """'at strength +1 88% of the texts show it (75 to 100%), at −1 12% (…), unsteered 46%; with random …'."""
+    """'at strength +1, 88% of the texts show it (75% to 100%); at strength −1, 12% (…); unsteered, 46% (…). For …'."""
     steered = points.get("steered", [])
     ends = [one for one in (_near(steered, 1.0), _near(steered, -1.0)) if one is not None]
-    said = [f"at strength {signed(one.strength)} {_share(one)}" for one in ends]
-    said += [f"unsteered {_share(one)}" for one in steered if one.strength == 0]
-    sentence = f"{said[0].replace(' (', ' of the texts show it (', 1)}, " + ", ".join(said[1:]) if said else "no text"
-    return f"{sentence.rstrip(', ')}.{_beside(points)}"
+    said = [f"at strength {signed(one.strength)}, {_share(one)}" for one in ends]
+    said += [f"unsteered, {_share(one)}" for one in steered if one.strength == 0]
+    sentence = f"{'; '.join(said)}.".replace(" (", " of the texts show it (", 1) if said else "nothing was measured."
+    return f"{sentence}{_beside(points)}"
 
 
 def _beside(points: "Mapping[str, Sequence[Point]]") -> str:
@@ -132,9 +132,9 @@ def effect_figure(receipt: "Receipt") -> Any:
         if point.strength == 0:
             figure.add_hline(100 * point.share, line={"color": _COLOURS["random"], "dash": "dot", "width": 1})
     figure.update_layout(
-        **_ON_ANY_PAGE, height=380, margin={"l": 52, "r": 16, "t": 84, "b": 44},
-        title={"text": "Texts that show it, by strength<br>(dotted: unsteered)", "font": {"size": 13}, "y": 0.97},
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
+        **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 52, "r": 16, "t": 52, "b": 110},
+        title={"text": "Texts that show it, by strength<br>(dotted: unsteered)", "font": {"size": 13}},
+        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 11}},
         xaxis={**_AXIS, "title": "strength"}, yaxis={**_AXIS, "title": "%", "range": [-4, 104]},
     )  # fmt: skip
     return figure
@@ -158,12 +158,20 @@ def damage_figure(receipt: "Receipt") -> Any:
     for row, (_, title) in enumerate(_DAMAGE, start=1):
         figure.update_yaxes(title_text=title, title_font_size=11, row=row, col=1, **_AXIS)
         figure.update_xaxes(**_AXIS, row=row, col=1)
+    figure.update_yaxes(range=[min(0.5, *_qualities(receipt)) - 0.03, 1.03], row=len(_DAMAGE), col=1)
     figure.update_xaxes(title_text="strength", row=len(_DAMAGE), col=1)
     figure.update_layout(
-        **_ON_ANY_PAGE, height=380, margin={"l": 64, "r": 16, "t": 52, "b": 44},
+        **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 64, "r": 16, "t": 52, "b": 44},
         title={"text": "What it costs, by strength<br>(KL 0, perplexity 1, quality 1: no harm)", "font": {"size": 13}},
     )  # fmt: skip
     return figure
+
+
+def _qualities(receipt: "Receipt") -> list[float]:
+    from neurosteer.plots import receipt_points
+
+    points = [point for points in receipt_points(receipt.data).values() for point in points]
+    return [1.0, *(point.quality for point in points if point.quality is not None)]
 
 
 # --- table and texts -------------------------------------------------------------------------------------------------
@@ -179,9 +187,9 @@ def table(receipt: "Receipt") -> str:
         for first, *rest in found["rows"]
     )
     return (
-        "<section class='ns-figures' tabindex='0' role='region' aria-label='The figures, a table that scrolls'>"
-        f"<table><caption>{escape(str(found['title']))}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></section>"
+        f"<section class='ns-figures'><p class='ns-faint'>{escape(str(found['title']))}</p>"
+        "<div tabindex='0' role='region' aria-label='The figures by strength, a table that scrolls sideways'>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
