@@ -131,7 +131,7 @@ class SteerHandlers:
             ask, mix = _asked(values)
             picked = (preset, time.monotonic())  # the same again is a change, too: sliders may have been moved
             for place, view in enumerate(self._guarded(ask, self._with_preset(preset, mix), request.session_hash)):
-                yield view._replace(picked=picked) if place else view  # once there are words: showing it takes a while
+                yield view._replace(picked=picked) if place > 1 else view  # after the first words: it would delay them
 
         return run_preset
 
