@@ -88,9 +88,10 @@ def build(
         method: `caa`, `pca`, `probe`, `sae` or `cna`.
         layers: `auto`, `all`, a number, a range (`"10-18"` or `range(10, 19)`) or a list. With `auto`, a few choices
             (single layers that separate held-out examples well, spreads over many layers) are brought to the same KL,
-            and the one that does most to held-out texts is taken; without `calibrate`, or with fewer than 50 texts of a
-            class, the layer of the middle 20 to 80% that separates held-out examples best. For `cna`, the layers searched for neurons; with `rank="write"`
-            the last of them is the reference layer. For `sae`, those of its SAEs.
+            and the one that does most to held-out texts is taken; without `calibrate`, or with fewer than 50 texts of
+            a class, the layer of the middle 20 to 80% that separates held-out examples best. For `cna`, the layers
+            searched for neurons; with `rank="write"` the last of them is the reference layer. For `sae`, those of its
+            SAEs.
         framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models.
         tokens: `mean` over a text's tokens, or the `last`.
         hold_out: the share of each class (`examples.parts(hold_out, seed=HOLD_OUT_SEED)`) that takes no part at all, so
