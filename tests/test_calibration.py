@@ -233,8 +233,9 @@ def test_a_vector_that_is_turned_round_takes_its_amounts_with_it() -> None:
 
 @pytest.mark.parametrize("key", ["amount_down", "kl", "target_kl"])
 def test_amounts_that_are_no_numbers_are_refused(key: str) -> None:
+    given: dict[str, Any] = {key: float("nan")}
     with pytest.raises(ArtifactError, match=key):
-        Calibration(0.3, **{key: float("nan")})
+        Calibration(0.3, **given)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

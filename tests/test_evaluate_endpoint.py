@@ -90,8 +90,10 @@ def test_neutral_prompts_and_a_bundled_judge_are_there_for_the_asking(client: Cl
 
 def test_texts_that_built_the_artifact_do_not_judge_it(client: Client, llama: Tiny) -> None:
     own = as_text(build(llama.lm, EXAMPLES, layers=1, name="own", calibrate=False))
-    half = as_text(build(llama.lm, EXAMPLES, layers=1, name="half", calibrate=False, hold_out=0.5))
-    labelled = {"judge": "", "positive": list(EXAMPLES.positive), "negative": list(EXAMPLES.negative)}
+    given: dict[str, Any] = {"positive": list(EXAMPLES.positive), "negative": list(EXAMPLES.negative)}
+    half = client.predict(**given, layers="1", calibrate=False, keep_half=True, api_name="/build")["artifact"]
+    assert from_text(half).provenance.hold_out == 0.5 and not from_text(half).calibration.measured
+    labelled: dict[str, Any] = {"judge": "", **given}
     assert "was built from all texts" in refusal(client, "evaluate", **{**ASKED, **labelled, "use": [own]})
     answer = client.predict(**{**ASKED, **labelled, "use": [half]}, api_name="/evaluate")
     assert "held out" in answer["receipt"]["judge"]["name"]

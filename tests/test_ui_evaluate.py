@@ -1,10 +1,12 @@
 """The Evaluate tab without a browser: what it shows, and what its handlers do."""
 
 import json
+import pickle
 import threading
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from tiny import Tiny, make_vector
 
 from neurosteer.artifacts import Receipt
 from neurosteer.building import build
-from neurosteer.evaluation import CallableJudge, Evaluation, PatternJudge, evaluate
+from neurosteer.evaluation import CallableJudge, Evaluation, PatternJudge, TextClassifier, evaluate
 from neurosteer.evaluation.figures import generations_csv
 from neurosteer.examples import bundled_sets, neutral_prompts
+from neurosteer.recipes import Recipe
 from neurosteer.steering import Session
 from neurosteer.ui import evaluate_tab, gpu, render
 from neurosteer.ui import render_evaluation as shown
@@ -476,3 +479,13 @@ def test_the_examples_of_a_set_are_named_in_what_is_said(handlers: EvaluateHandl
     assert "all texts of sentiment" in said
     hint = handlers.about_judge(visitor(), None, *judge, *NO_SOURCE, *mix_values({}, []))
     assert "Choose what to evaluate" in hint and "ns-hint" in hint
+
+
+def test_what_is_measured_survives_the_way_to_a_gpu_and_back(found: Evaluation, mood: Any) -> None:
+    judge = TextClassifier.train(EXAMPLES)
+    recipe, again = pickle.loads(ForkingPickler.dumps((Recipe.of((mood, 0.5)), judge)))
+    assert recipe.uses[0].artifact.directions[1].equal(mood.directions[1]) and recipe.uses[0].strength == 0.5
+    assert again.scores(PROMPTS) == judge.scores(PROMPTS) and again.name == judge.name
+    back = pickle.loads(ForkingPickler.dumps(found))
+    assert back.receipt == found.receipt and back.rows == found.rows
+    assert back.artifact.receipts == found.artifact.receipts  # type: ignore[union-attr]

@@ -128,6 +128,8 @@ class Endpoints:
         operation: str = "",
         top_k: float = 0,
         sae: str = "",
+        calibrate: bool = True,
+        keep_half: bool = False,
     ) -> dict[str, Any]:
         """Build a steering vector or a neuron circuit from texts that show a behaviour and texts that don't. Takes
         seconds; nothing is trained.
@@ -147,6 +149,8 @@ class Endpoints:
             operation: For cna scale or shift; empty for the usual.
             top_k: For cna and sae, how many neurons or features; for cna also a share of all, below 1. 0 for the usual.
             sae: For sae, the sparse autoencoder, like embedded/14 or release/id; empty for the model's own.
+            calibrate: Whether strength 1 is set by measurement, so that it is the same safe push everywhere.
+            keep_half: Whether half the texts take no part, so that `evaluate` can train its judge on them.
 
         Returns:
             "artifact" (base64 text of a zip file: give it to `steer` as REF, or decode it and unzip it to a folder) and
@@ -156,8 +160,9 @@ class Endpoints:
         """
         examples = examples_of(positive, negative)
         settings = Settings(
-            name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae
-        )
+            name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae,
+            calibrate=calibrate, keep_half=keep_half,
+        )  # fmt: skip
         with working(self.jobs) as cancel:
             try:
                 artifact, seconds = self.building.make(examples, settings, silent, cancel, model or None)

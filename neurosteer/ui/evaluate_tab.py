@@ -190,7 +190,7 @@ def built_from_all(recipe: "Recipe", examples: ContrastSet) -> str | None:
 def _seen(name: str, examples: str) -> str:
     return (
         f"{name!r} was built from all texts of {examples[:60]!r}, so they cannot judge it: use other labelled texts, "
-        "or build it anew with half of them kept for judging (hold_out 0.5; on the page under Build, Advanced)."
+        "or build it anew with half of them kept for judging (Build, Advanced; keep_half for programs)."
     )
 
 
