@@ -160,7 +160,8 @@ def test_each_says_what_it_was_orthogonalised_against_and_loses_what_was_measure
     assert found[2] is elsewhere
     for before, after in zip((one, other, elsewhere, third), found, strict=True):
         assert (after.name, after.method, after.norms) == (before.name, before.method, before.norms)
-        assert (after.calibration, after.provenance) == (before.calibration, before.provenance)
+        assert (after.calibration, after.provenance) == (before.calibration.unmeasured(), before.provenance)
+        assert after.calibration.amount == before.calibration.amount and not after.calibration.measured
 
 
 def test_the_vectors_given_are_not_changed() -> None:

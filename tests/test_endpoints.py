@@ -241,7 +241,7 @@ VECTOR = as_text(make_vector())
         ("steer", {"prompt": "a" * (MAX_PROMPT + 1), "use": [VECTOR]}, "8,001 characters; this page takes 8,000"),
         ("steer", {"prompt": "a", "use": []}, "use has 0 entries; give 1 to 4"),
         ("steer", {"prompt": "a", "use": [VECTOR] * 5}, "use has 5 entries; give 1 to 4"),
-        ("steer", {"prompt": "a", "use": ["mood:1"]}, "no released artifact 'mood'; there are formality"),
+        ("steer", {"prompt": "a", "use": ["mood:1"]}, "no released artifact 'mood'; there are civility, formality"),
         ("steer", {"prompt": "a", "use": ["sentiment:much"]}, "strength of 'sentiment' is 'much'"),
         ("steer", {"prompt": "a", "use": ["sentiment:nan"]}, "must be a finite number"),
         ("steer", {"prompt": "a", "use": ["UEsDnot base64!"]}, "is not base64"),
