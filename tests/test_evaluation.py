@@ -367,8 +367,9 @@ def shuffled(examples: ContrastSet, seed: int) -> ContrastSet:
 def test_shuffled_labels_and_random_directions_show_no_effect_where_the_real_labels_do(
     embedded_lm: LanguageModel,
 ) -> None:
-    kept, held = read_examples("sentiment").parts(0.5, seed=HOLD_OUT_SEED)
+    kept, held = read_examples("formality").parts(0.5, seed=HOLD_OUT_SEED)
     judge = TextClassifier.train(held)
+    assert judge.accuracy > 0.9
     options: dict[str, Any] = {"prompts": None, "strengths": (-1, 1), "max_new_tokens": 20}
     real, fake = (
         evaluate(embedded_lm, build(embedded_lm, texts, layers=16, calibrate=False), judge, **options)
@@ -379,8 +380,8 @@ def test_shuffled_labels_and_random_directions_show_no_effect_where_the_real_lab
         near, far = sorted((steered["change_low"], steered["change_high"]), key=abs)
         assert near * strength > 0, (near, far)
         for idle in (row_of(fake, "steered", strength), row_of(real, "random", strength)):
-            assert idle["change_low"] <= 0 <= idle["change_high"], idle
-            assert abs(idle["change"]) < abs(steered["change"])
+            # Not "the interval holds 0": of four such intervals at 95%, one in five runs has one that does not.
+            assert abs(idle["change"]) < abs(steered["change"]) / 2, idle
 
 
 # --- shown -----------------------------------------------------------------------------------------------------------
