@@ -112,6 +112,13 @@ def test_a_cancelled_build_says_so_and_changes_nothing_else(building: BuildHandl
     assert rest == [SKIP] * len(rest)
 
 
+def own_options(settings: Settings) -> dict[str, Any]:
+    """Without the two that are always passed on."""
+    options = build_options(settings)
+    assert options.pop("calibrate") is True and options.pop("hold_out") == 0.0
+    return options
+
+
 def test_only_what_was_set_and_what_the_method_takes_is_passed_on() -> None:
     given = Settings("n", "caa", " ", "", "", "write", "shift", "10")
     assert build_options(given) == {"method": "caa", "layers": "auto", "name": "n"}
@@ -129,12 +136,12 @@ def test_the_options_of_sae_reach_it_and_no_other_method() -> None:
         "min_output_score": "0.01",
         "contexts": False,
     }
-    assert build_options(Settings(method="sae", rank="probe", top_k="16", operation="shift", **own)) == {
+    assert own_options(Settings(method="sae", rank="probe", top_k="16", operation="shift", **own)) == {
         "method": "sae", "layers": "auto", "rank": "probe", "top_k": 16, "weight": "target", "sides": "positive",
         "sae": "embedded/14", "min_output_score": 0.01, "contexts": 0,
     }  # fmt: skip
-    assert build_options(Settings(method="sae")) == {"method": "sae", "layers": "auto"}
-    assert build_options(Settings(method="caa", **own)) == {"method": "caa", "layers": "auto"}
+    assert own_options(Settings(method="sae")) == {"method": "sae", "layers": "auto"}
+    assert own_options(Settings(method="caa", **own)) == {"method": "caa", "layers": "auto"}
 
 
 def test_building_with_sae_shows_what_it_is_made_of(building: BuildHandlers, sae_folder: Path) -> None:
