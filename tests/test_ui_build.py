@@ -121,15 +121,15 @@ def own_options(settings: Settings) -> dict[str, Any]:
 
 def test_only_what_was_set_and_what_the_method_takes_is_passed_on() -> None:
     given = Settings("n", "caa", " ", "", "", "write", "shift", "10")
-    assert build_options(given) == {"method": "caa", "layers": "auto", "name": "n"}
+    assert own_options(given) == {"method": "caa", "layers": "auto", "name": "n"}
     given = Settings("", "cna", "3", "raw", "last", "dprime", "", " 0.5")
-    assert build_options(given) == {
+    assert own_options(given) == {
         "method": "cna", "layers": "3", "framing": "raw", "tokens": "last", "rank": "dprime", "top_k": 0.5
     }  # fmt: skip
 
 
 def test_the_options_of_sae_reach_it_and_no_other_method() -> None:
-    own = {
+    own: dict[str, Any] = {
         "weight": "target",
         "sides": "positive",
         "sae": " embedded/14 ",
