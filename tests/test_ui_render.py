@@ -14,6 +14,7 @@ from neurosteer.errors import ArtifactError
 from neurosteer.examples import paste_examples
 from neurosteer.steering import Row
 from neurosteer.ui import render
+from neurosteer.ui.layer_figure import layer_figure
 from neurosteer.ui.loading import Status
 
 
@@ -94,7 +95,7 @@ def test_weak_separation_is_warned_of(mood: Any, auc: float, warned: bool) -> No
 
 
 def test_the_figure_marks_the_chosen_layers_and_the_line_of_chance() -> None:
-    figure = render.separation_figure({2: 0.8, 0: 0.5, 1: 0.6}, [2])
+    figure = layer_figure({2: 0.8, 0: 0.5, 1: 0.6}, [2])
     curve, marks = figure.data
     assert list(curve.x) == [0, 1, 2] and list(curve.y) == [0.5, 0.6, 0.8]
     assert list(marks.x) == [2] and list(marks.y) == [0.8]
@@ -102,8 +103,14 @@ def test_the_figure_marks_the_chosen_layers_and_the_line_of_chance() -> None:
 
 
 def test_one_measured_layer_makes_no_figure() -> None:
-    assert render.separation_figure({3: 0.9}, [3]) is None
-    assert render.separation_figure({}, []) is None
+    assert layer_figure({3: 0.9}, [3]) is None
+    assert layer_figure({}, []) is None
+
+
+def test_the_figure_shows_the_choices_that_were_compared_the_best_on_top() -> None:
+    compared = [{"label": "layer 3", "effect": 0.1}, {"label": "<b>all</b>", "effect": 0.25}, {"label": "no figure"}]
+    _, _, bars = layer_figure({2: 0.8, 3: 0.9}, [2, 3], compared).data
+    assert list(bars.y) == ["&lt;b&gt;all&lt;/b&gt;", "layer 3"] and list(bars.x) == [0.25, 0.1]
 
 
 def test_the_note_after_a_run_tells_speed_and_stopping() -> None:

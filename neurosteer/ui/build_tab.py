@@ -14,6 +14,7 @@ from neurosteer.examples import ContrastSet, bundled_sets, parse_examples, paste
 from neurosteer.progress import Progress
 from neurosteer.ui import render
 from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
+from neurosteer.ui.layer_figure import layer_figure
 from neurosteer.ui.limits import MAX_BUILDS, on_a_space
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
@@ -311,8 +312,8 @@ class Built(NamedTuple):
 
     def updates(self) -> list[Any]:
         """For the result's sentence, features, plot, and two buttons."""
-        separation = self.artifact.provenance.separation
-        figure = render.separation_figure(separation, self.artifact.layers)
+        source = self.artifact.provenance
+        figure = layer_figure(source.separation, self.artifact.layers, source.candidates)
         return [
             render.built(self.artifact, self.label, self.seconds, self.examples),
             render.made_of(self.artifact),

@@ -1,9 +1,9 @@
 """What the page shows, as pure functions. Texts, names and messages are data: all of it is escaped here."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape, unescape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neurosteer.examples import ContrastSet
 
@@ -29,7 +29,6 @@ _FEATURES_HELP = (
 _RATES_HELP = "How often one fires is a share of the tokens (words and parts of words) in the texts."
 _QUOTES_HELP = "The quotes are from the texts it was built from, and go with it when it is downloaded."
 _ALIKE = ((0.1, ""), (0.4, "a little "), (0.8, "partly "), (0.99, "mostly "))
-_ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white and on dark grey
 
 
 def heading() -> str:
@@ -277,40 +276,6 @@ def signed(number: float) -> str:
 
 def _signed(number: str) -> str:
     return number.replace("-", "−")
-
-
-def separation_figure(separation: Mapping[int, float], chosen: Collection[int]) -> Any:
-    """A plotly figure of how well each layer tells the classes apart, the chosen layers marked; None without data."""
-    if len(separation) < 2:
-        return None
-    import plotly.graph_objects as go
-
-    layers = sorted(separation)
-    values = [separation[layer] for layer in layers]
-    marked = [layer for layer in layers if layer in chosen]
-    shown = "layer %{x}: %{y:.2f}<extra></extra>"
-    figure = go.Figure()
-    figure.add_scatter(
-        x=layers, y=values, mode="lines+markers", name="each layer", hovertemplate=shown,
-        line={"color": _FAINT, "width": 2}, marker={"size": 5},
-    )  # fmt: skip
-    figure.add_scatter(
-        x=marked, y=[separation[layer] for layer in marked], mode="markers", name="chosen", hovertemplate=shown,
-        marker={"color": _ACCENT, "size": 11, "line": {"color": "white", "width": 1.5}},
-    )  # fmt: skip
-    figure.add_hline(
-        y=CHANCE, line={"color": _FAINT, "dash": "dot", "width": 1},
-        annotation={"text": "chance", "font": {"color": _TEXT}}, annotation_position="bottom right",
-    )  # fmt: skip
-    axis = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
-    figure.update_layout(
-        height=260, margin={"l": 52, "r": 16, "t": 34, "b": 44}, font={"color": _TEXT, "size": 12},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hovermode="x", dragmode=False,
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-        xaxis={**axis, "title": "layer (0 reads first)", "tickformat": "d"},
-        yaxis={**axis, "title": "told apart (AUC)", "range": [min(0.4, *values) - 0.02, 1.04]},
-    )  # fmt: skip
-    return figure
 
 
 # --- features --------------------------------------------------------------------------------------------------------
