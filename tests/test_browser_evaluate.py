@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_browser import HOSTILE, address, go, page  # noqa: F401
+from hub_server import FakeHub
+from test_browser import HOSTILE, address, go, needs_own_page, own_hub, page  # noqa: F401
+
+from neurosteer.plots import receipt_plot
 
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 
@@ -34,7 +37,10 @@ def picture(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"evaluate-{name}.png", full_page=True)
 
 
-def test_a_released_slider_is_measured_and_carries_the_receipt(page: Any, tmp_path: Path) -> None:
+@needs_own_page
+def test_a_released_slider_is_measured_and_published_with_the_receipt(
+    page: Any, own_hub: FakeHub, tmp_path: Path
+) -> None:
     ask(page, what="sentiment")
     page.locator("#about-judge").get_by_text("of sentiment, and says itself how often it is right").wait_for()
     page.locator("#evaluate").focus()
@@ -72,6 +78,14 @@ def test_a_released_slider_is_measured_and_carries_the_receipt(page: Any, tmp_pa
     go(page, "Library")
     page.locator("#labels").get_by_label("sentiment (released)").check()
     page.locator("#card").get_by_text(receipt["table"]["title"][:60]).first.wait_for()
+    page.locator("#repo input, #repo textarea").fill("alice/sentiment")
+    page.locator("#push").click()
+    page.locator("#push-note").get_by_text("Published:").wait_for()
+    pushed = {name: file.data for name, file in own_hub.repos["alice/sentiment"].head.files.items()}
+    assert json.loads(pushed["config.json"])["receipts"][-1] == receipt
+    table = "\n".join(f"| {' | '.join(row)} |" for row in receipt["table"]["rows"])
+    assert table in pushed["README.md"].decode().replace("\\", "")
+    assert pushed["evaluation.png"] == receipt_plot(receipt)
 
 
 def test_what_is_missing_is_one_line_and_work_can_be_cancelled(page: Any) -> None:
