@@ -205,7 +205,10 @@ def _candidates(
         singles, spreads = list(plan.candidates), [plan.candidates] if len(plan.candidates) > 1 else []
     else:
         singles = best_single_layers({layer: separation[layer] for layer in plan.candidates}, neutral, _SINGLE_LAYERS)
-        spreads = [layers for layers in (plan.candidates, plan.everywhere) if len(layers) > 1]
+        upper_half = plan.everywhere[len(plan.everywhere) // 2 :]
+        spreads = [
+            layers for layers in dict.fromkeys((plan.candidates, upper_half, plan.everywhere)) if len(layers) > 1
+        ]
     if plan.method.needs_neurons:
         singles += [last] if all(abs(last - single) >= APART for single in singles) else []
         return [(f"neurons up to layer {single}", tuple(range(single + 1))) for single in sorted(singles)]

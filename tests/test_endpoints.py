@@ -218,7 +218,7 @@ def test_the_embedded_model_is_steered_over_http(embedded_lm: LanguageModel) -> 
         client = connected(address)
         happy = [f"What a lovely {thing}, I enjoyed every minute of it!" for thing in texts("film")]
         awful = [f"What a dreadful {thing}, I hated every minute of it." for thing in texts("film")]
-        built = client.predict(happy, awful, name="mood", layers="14", api_name="/build")
+        built = client.predict(happy, awful, name="mood", layers="14", calibrate=False, api_name="/build")
         found = client.predict(
             "Describe a street at noon.", [built["artifact"] + ":1", "gratitude:0.5"], compare=True, greedy=True,
             max_new_tokens=16, api_name="/steer",

@@ -36,7 +36,13 @@ class Hub:
     token: str | None = field(repr=False)
 
     def ask(
-        self, to: str, request: Callable[[HfApi], Answer], *, repo: str | None = None, seconds: float | None = None
+        self,
+        to: str,
+        request: Callable[[HfApi], Answer],
+        *,
+        repo: str | None = None,
+        seconds: float | None = None,
+        tries: int = TRIES,
     ) -> Answer:
         """The answer to `request`, which gets the Hub's client.
 
@@ -44,17 +50,18 @@ class Hub:
             to: what it is for, as in "read user/repo"; for messages.
             repo: the repo it is about.
             seconds: how long one try may take; `QUICK_S` when left out.
+            tries: 1 where the client itself tries again, as it does when it lists.
 
         Raises:
-            HubUnreachable: no connection, no answer in time, or a failing Hub, also after `TRIES` tries.
+            HubUnreachable: no connection, no answer in time, or a failing Hub, also after `tries` tries.
             HubError: everything else that the Hub refuses.
         """
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, tries + 1):
             try:
                 return _within(seconds or QUICK_S, lambda: request(self._api()))
             except Exception as error:
                 pause = _pause(error, attempt)
-                if pause is None or attempt == TRIES:
+                if pause is None or attempt == tries:
                     raise explain(error, Asked(to, self.endpoint, self.token, repo)) from error
                 logger.info("Trying again in %.0f s to %s (%s).", pause, to, type(error).__name__)
                 time.sleep(pause)

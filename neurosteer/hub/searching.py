@@ -16,6 +16,8 @@ from neurosteer.hub.client import Token, connect
 
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100
+SEARCH_S = 10.0
+"""How long a search may take, the client's own further tries included."""
 
 _BASE_MODEL, _LICENCE = "base_model:", "license:"
 _DETAILS: list[ExpandModelProperty_T] = ["author", "downloads", "gated", "lastModified", "likes", "private", "tags"]
@@ -74,7 +76,7 @@ def search(
         queries.insert(0, [*tags, _BASE_MODEL + model.name])  # else popular others might take all the places
     infos: dict[str, ModelInfo] = {}
     for query in queries:
-        listed = hub.ask("search", lambda api, query=query: _listed(api, query, wanted))
+        listed = hub.ask("search", lambda api, query=query: _listed(api, query, wanted), seconds=SEARCH_S, tries=1)
         infos |= {info.id: info for info in listed if info.id not in infos}
     found = [_found(info, model) for info in infos.values()]
     return sorted(found, key=lambda one: _rank(one, model))[:limit]
