@@ -331,6 +331,8 @@ def test_what_there_is_to_evaluate_follows_the_shelf(handlers: EvaluateHandlers,
     kept, bundled = handlers.choices("mood", first, *mix_values(shelf, ["thanks"]))
     assert kept["value"] == "mood" and bundled == SKIP, "a choice that is still there stays"
     assert handlers.choices("mood", first, *mix_values({}, []))[0]["value"] == RECIPE
+    unasked, bundled = handlers.choices(None, first, *mix_values(shelf, []))
+    assert (unasked["value"], bundled) == ("thanks", "gratitude"), "the first that a ready-made set can judge"
 
 
 # --- evaluating ------------------------------------------------------------------------------------------------------

@@ -219,7 +219,9 @@ class EvaluateHandlers:
         said = f"The Steer tab’s recipe: {mix.in_words()}" if mix.chosen else "The Steer tab’s recipe (nothing yet)"
         labels = list(mix.shelf)
         kept = what if what in (RECIPE, *labels) else None
-        chosen = kept if kept is not None else next(iter([*mix.chosen, *labels]), RECIPE)
+        # One click on Run then gives figures that mean something.
+        judged = [label for label in labels if _sets_about([mix.shelf[label]])]
+        chosen = kept if kept is not None else next(iter([*mix.chosen, *judged, *labels]), RECIPE)
         update = gr.update(choices=[*((label, label) for label in labels), (said, RECIPE)], value=chosen)
         return [update, self.fitting(chosen, bundled, *values) if chosen != what else gr.skip()]
 
@@ -227,9 +229,7 @@ class EvaluateHandlers:
         """The ready-made set that is about what `what` turns: the one it was built from, or named like it."""
         mix = Mix.of(values)
         artifacts = [mix.shelf[label] for label in ([what] if what and what in mix.shelf else mix.chosen)]
-        sources = {artifact.provenance.examples for artifact in artifacts}
-        names = " ".join(artifact.name for artifact in artifacts)
-        return next((name for name in bundled_sets() if name in sources or name in names), bundled)
+        return next(iter(_sets_about(artifacts)), bundled)
 
     def show_judge(self, kind: str) -> list[Any]:
         """Which group of inputs is visible, of bundled, file, words and pattern."""
@@ -352,6 +352,13 @@ class EvaluateHandlers:
         said = render.note_line(f"{measured.label} carries the receipt now: downloads and its card on the Hub show it.")
         mixed = mix.choosing({**mix.shelf, measured.label: kept}, mix.chosen).updates()
         return ["", said, gr.update(visible=False), *mixed]
+
+
+def _sets_about(artifacts: Sequence["Artifact"]) -> list[str]:
+    """The ready-made sets that one of `artifacts` was built from, or is named like."""
+    sources = {artifact.provenance.examples for artifact in artifacts}
+    names = " ".join(artifact.name for artifact in artifacts)
+    return [name for name in bundled_sets() if name in sources or name in names]
 
 
 def _parted(values: Sequence[Any], *kinds: Any) -> list[Any]:
