@@ -47,6 +47,7 @@ class Item:
 
 
 CAA, SAE, CNA = {"method": "caa"}, {"method": "sae", "contexts": 0}, {"method": "cna"}
+LAST_TOKEN = {"method": "caa", "layers": "all", "tokens": "last"}
 _VECTORS = {
     "sentiment": "Delighted (+) or disappointed (−). From film-review sentences.",
     "politeness": "Polite (+) or blunt (−). From requests on Wikipedia and Stack Exchange, rated by people.",
@@ -58,7 +59,7 @@ _VECTORS = {
 _CIRCUITS = ("sentiment", "politeness", "stance")
 ITEMS = (
     *(
-        Item(name, name, description, (CAA,) if name in BUNDLED else (CAA, SAE))
+        Item(name, name, description, (CAA,) if name in BUNDLED else (CAA, SAE, LAST_TOKEN))
         for name, description in _VECTORS.items()
     ),
     *(Item(f"{name}-circuit", name, f"{_VECTORS[name]} As a circuit of MLP neurons.", (CNA,)) for name in _CIRCUITS),
@@ -124,7 +125,9 @@ def chosen(lm: LanguageModel, item: Item, given: Sources, out: Path) -> tuple[Ar
         scores = judge.scores([row.text for row in rows])
         effects.append(sum(row.strength * score for row, score in zip(rows, scores, strict=True)) / (len(rows) / 2))
     best = max(range(len(built)), key=lambda place: effects[place])
-    said = ", ".join(f"{one.method} {effect:+.2f}" for one, effect in zip(built, effects, strict=True))
+    said = ", ".join(
+        f"{one.method} ({one.provenance.tokens}) {effect:+.2f}" for one, effect in zip(built, effects, strict=True)
+    )
     return built[best], judge, said
 
 

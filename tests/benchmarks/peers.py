@@ -24,6 +24,7 @@ from at_one_nat import HEADING, AtOneNat
 from measuring import Judge
 from torch import Tensor
 
+from neurosteer.activations import Tokens
 from neurosteer.artifacts import Artifact, Calibration, SteeringVector
 from neurosteer.building import build
 from neurosteer.examples import ContrastSet, read_examples, sweep_prompts
@@ -121,12 +122,13 @@ def pairs_of(lm: LanguageModel, examples: ContrastSet, *, framed: bool) -> Pairs
 
 
 def our_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Rows:
-    def caa(layers: str | int) -> Artifact:
-        return build(lm, examples, method="caa", layers=layers, calibrate=False)
+    def caa(layers: str | int, tokens: Tokens = "mean") -> Artifact:
+        return build(lm, examples, method="caa", layers=layers, tokens=tokens, calibrate=False)
 
     return {
         f"`caa`, layer {layer}": lambda: caa(layer),
         "`caa`, all layers": lambda: caa("all"),
+        "`caa`, all layers, last token": lambda: caa("all", "last"),
         "`caa`, layers chosen automatically": lambda: build(lm, examples, method="caa"),
         "`cna`, 0.5% of the neurons": lambda: build(lm, examples, method="cna", calibrate=False),
         f"random direction, layer {layer}": lambda: random_twin(caa(layer), 0),
