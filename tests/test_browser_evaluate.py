@@ -4,14 +4,16 @@
 import json
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_server import FakeHub
-from test_browser import HOSTILE, address, go, needs_own_page, own_hub, page  # noqa: F401
+from test_browser import HOSTILE, ROOT, address, go, needs_own_page, own_hub, page  # noqa: F401
 
 from neurosteer.plots import receipt_plot
+from neurosteer.storage import load, pack
 
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 
@@ -38,18 +40,21 @@ def picture(page: Any, name: str) -> None:
 
 
 @needs_own_page
-def test_a_released_slider_is_measured_and_published_with_the_receipt(
-    page: Any, own_hub: FakeHub, tmp_path: Path
-) -> None:
-    ask(page, what="sentiment")
-    page.locator("#about-judge").get_by_text("of sentiment, and says itself how often it is right").wait_for()
+def test_a_slider_is_measured_and_published_with_the_receipt(page: Any, own_hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "mine.zip").write_bytes(pack(replace(load(ROOT / "vectors" / "formality"), name="mine", receipts=())))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#upload").click()
+    chooser.value.set_files(tmp_path / "mine.zip")
+    page.locator("#mix-note").get_by_text("mine is added").wait_for()
+    ask(page, what="mine")
+    page.locator("#about-judge").get_by_text("formality").wait_for()
     page.locator("#evaluate").focus()
     page.keyboard.press("Enter")
     page.locator("#figures table").wait_for()
     for plot in ("effect", "damage"):
         page.locator(f"#{plot} .js-plotly-plot").wait_for()
     summary = page.locator("#evaluation").inner_text()
-    assert "sentiment: at strength +1, " in summary and "labelled texts it had not seen" in summary
+    assert "mine: at strength +1, " in summary and "labelled texts it had not seen" in summary
     written = page.locator("#written")
     assert written.locator("details").count() == len(PROMPTS) and written.locator("details[open] li").count() == 5
     written.locator("summary").nth(1).click()
@@ -58,7 +63,7 @@ def test_a_released_slider_is_measured_and_published_with_the_receipt(
 
     with page.expect_download() as download:
         page.locator("#download-evaluation").click()
-    assert download.value.suggested_filename == "sentiment-evaluation.zip"
+    assert download.value.suggested_filename == "mine-evaluation.zip"
     download.value.save_as(tmp_path / "evaluation.zip")
     with zipfile.ZipFile(tmp_path / "evaluation.zip") as file:
         assert set(file.namelist()) == {"receipt.json", "generations.csv", "evaluation.html", "evaluation.png"}
@@ -68,7 +73,7 @@ def test_a_released_slider_is_measured_and_published_with_the_receipt(
     assert [row.replace("−", "-") for row in rows] == [row.replace("−", "-") for row in wanted]
 
     page.locator("#keep-receipt").click()
-    page.locator("#evaluate-note").get_by_text("sentiment carries the receipt now").wait_for()
+    page.locator("#evaluate-note").get_by_text("mine carries the receipt now").wait_for()
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     picture(page, "phone")
@@ -76,13 +81,13 @@ def test_a_released_slider_is_measured_and_published_with_the_receipt(
     page.evaluate("document.body.classList.add('dark')")
     picture(page, "dark")
     go(page, "Library")
-    page.locator("#labels").get_by_label("sentiment (released)").check()
+    page.locator("#labels").get_by_label("mine (mine)").check()
     page.locator("#card").get_by_text(receipt["table"]["title"][:60]).first.wait_for()
-    page.locator("#repo input, #repo textarea").fill("alice/sentiment")
+    page.locator("#repo input, #repo textarea").fill("alice/mine")
     page.locator("#push").click()
     page.locator("#push-note").get_by_text("Published:").wait_for()
-    pushed = {name: file.data for name, file in own_hub.repos["alice/sentiment"].head.files.items()}
-    assert json.loads(pushed["config.json"])["receipts"][-1] == receipt
+    pushed = {name: file.data for name, file in own_hub.repos["alice/mine"].head.files.items()}
+    assert json.loads(pushed["config.json"])["receipts"] == [receipt]
     table = "\n".join(f"| {' | '.join(row)} |" for row in receipt["table"]["rows"])
     assert table in pushed["README.md"].decode().replace("\\", "")
     assert pushed["evaluation.png"] == receipt_plot(receipt)
