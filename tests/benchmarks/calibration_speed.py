@@ -1,0 +1,59 @@
+"""How long calibrating takes, both signs to 1 nat, against one bare pass over the same texts.
+
+    python tests/benchmarks/calibration_speed.py [--rounds 3]
+
+Embedded model, a vector at one layer, one over all layers, and a circuit, from the bundled formality set. Counted are
+the unsteered continuations that the KL is measured along and every amount that is tried; the floor is one unsteered
+forward pass over the 24 prompts with their continuations, in one batch.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from neurosteer.building import build
+from neurosteer.calibration import N_TOKENS, calibrate
+from neurosteer.divergence import unsteered_texts
+from neurosteer.examples import calibration_prompts, read_examples
+from neurosteer.models import load_model
+
+BUILT: dict[str, dict[str, Any]] = {
+    "vector, layer 16": {"layers": 16},
+    "vector, all layers": {"layers": "all"},
+    "circuit": {"method": "cna", "layers": "0-16"},
+}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    lm, examples = load_model(), read_examples("formality")
+    texts = unsteered_texts(lm, calibration_prompts(), N_TOKENS)
+    width = max(len(text.ids) for text in texts.texts)
+    rows = torch.tensor([text.ids + [lm.pad_id] * (width - len(text.ids)) for text in texts.texts])
+    artifacts = {name: build(lm, examples, calibrate=False, **options) for name, options in BUILT.items()}
+    with torch.inference_mode():
+        lm.model(rows)
+        for name, artifact in artifacts.items():
+            floors, taken = [], []
+            for _ in range(arguments.rounds):  # in turn
+                floors.append(seconds(lambda: lm.model(rows)))
+                taken.append(seconds(lambda artifact=artifact: calibrate(lm, artifact)))
+            middle, ratio = statistics.median(taken), statistics.median(taken) / statistics.median(floors)
+            print(f"{name}: {middle:.1f} s ({min(taken):.1f} to {max(taken):.1f}), {ratio:.1f} bare passes", flush=True)
+    print(f"{lm.dtype}, {torch.get_num_threads()} thread(s)")
+
+
+if __name__ == "__main__":
+    main()
