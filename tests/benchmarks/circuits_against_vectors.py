@@ -4,8 +4,9 @@
         [--variants write/shift,write/scale,…] [--samples 6] [--tokens 30] [--kl 1.0]
 
 DATA holds a folder per behaviour with `train.csv` (built from), `judge.csv` (the judge's own texts) and `dev.csv` (the
-judge's accuracy). Effect: percentage points of continuations judged positive between strength −1 and +1, each sign
-solved by itself to `--kl` nats. Prints Markdown, a row as soon as it is measured.
+judge's accuracy); a behaviour without one is a bundled set, half of it built from, a quarter for each of the others.
+Effect: percentage points of continuations judged positive between strength −1 and +1, each sign solved by itself to
+`--kl` nats. Prints Markdown, a row as soon as it is measured.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from measuring import Judge
 
 from neurosteer.artifacts import NeuronCircuit
 from neurosteer.building import build
-from neurosteer.examples import ContrastSet, read_examples, sweep_prompts
+from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, read_examples, sweep_prompts
 from neurosteer.models import LanguageModel, load_model
 
 BEHAVIOURS = ("sentiment", "politeness", "stance", "civility")
-VARIANTS = tuple(
-    f"{rank}/{operation}" for rank, operation in product(("write", "dprime", "difference"), ("shift", "scale"))
+VARIANTS = (
+    "default",
+    *(f"{rank}/{operation}" for rank, operation in product(("write", "dprime", "difference"), ("shift", "scale"))),
 )
 LARGEST_SHARE = 0.005
 HEADING = (
@@ -33,13 +35,25 @@ HEADING = (
 )
 
 
+def three_sets(data: Path, behaviour: str) -> tuple[ContrastSet, ContrastSet, ContrastSet]:
+    """What is built from, what the judge is trained on, and what its accuracy is measured on."""
+    folder = data / behaviour
+    if folder.is_dir():
+        train, judged, unseen = (read_examples(folder / f"{name}.csv") for name in ("train", "judge", "dev"))
+        return train, judged, unseen
+    train, rest = read_examples(behaviour).parts(0.5, seed=HOLD_OUT_SEED)
+    return train, *rest.parts(0.5, seed=HOLD_OUT_SEED)
+
+
 def circuit_of(lm: LanguageModel, examples: ContrastSet, variant: str) -> NeuronCircuit:
-    """As read by default for steering: means over the tokens of answers, whatever the rank."""
-    rank, operation = variant.split("/")
-    options: dict[str, Any] = {"rank": rank, "operation": operation, "tokens": "mean"}
-    if lm.chat:
-        options["framing"] = "answer"
-    found = build(lm, examples, method="cna", calibrate=False, **options)
+    """As read by default for steering: means over the tokens of answers, whatever the rank. `default` is write, shift
+    with the layers that `build` chooses by their effect, the others take those that separate best."""
+    options: dict[str, Any] = {}
+    if variant != "default":
+        rank, operation = variant.split("/")
+        options = {"rank": rank, "operation": operation, "tokens": "mean", "calibrate": False}
+        options |= {"framing": "answer"} if lm.chat else {}
+    found = build(lm, examples, method="cna", **options)
     assert isinstance(found, NeuronCircuit)
     assert len(found.neurons) <= LARGEST_SHARE * lm.shape.n_layers * lm.shape.d_mlp
     return found
@@ -63,9 +77,9 @@ def main() -> None:
     started, lm = time.monotonic(), load_model()
     print(HEADING)
     for behaviour in arguments.behaviours.split(","):
-        folder = arguments.data / behaviour
-        examples, judge = read_examples(folder / "train.csv"), Judge(read_examples(folder / "judge.csv"))
-        right = judge.accuracy(read_examples(folder / "dev.csv"))
+        examples, judged, unseen = three_sets(arguments.data, behaviour)
+        judge = Judge(judged)
+        right = judge.accuracy(unseen)
         bench = AtOneNat(
             lm, sweep_prompts(), judge, samples=arguments.samples, tokens=arguments.tokens, target_kl=arguments.kl
         )
@@ -73,7 +87,8 @@ def main() -> None:
         print(line(bench, behaviour, f"`caa`, all layers (judge {right:.0f}% right)", vector, vector), flush=True)
         for variant in arguments.variants.split(","):
             circuit = circuit_of(lm, examples, variant)
-            name = f"`cna` {variant.replace('/', ', ')}, {len(circuit.neurons)} neurons"
+            highest = int(circuit.neuron_layers.max())
+            name = f"`cna` {variant.replace('/', ', ')}, {len(circuit.neurons)} neurons up to layer {highest}"
             print(line(bench, behaviour, name, bench.move(circuit), vector), flush=True)
     print(f"\n{len(sweep_prompts()) * arguments.samples} continuations per figure, {time.monotonic() - started:.0f} s")
 
