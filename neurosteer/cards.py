@@ -112,6 +112,7 @@ def render_card(
         metadata=_metadata([artifact], licence),
         artifact=artifact,
         remote=repo is not None,
+        on_hub=_HUB_ID.fullmatch(artifact.model.name) is not None,
         reference=repo or f"./{artifact.name}",
         repo="/".join(parts[:2]),
         folder="".join(f"{part}/" for part in parts[2:]),
@@ -262,7 +263,7 @@ def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
         name = f"{_cell(source.examples)}: " if source.examples else ""
         rows.append(("Examples", f"{name}{source.n_positive} positive and {source.n_negative} negative texts{cut}"))
     if source.examples_sha256:
-        rows.append(("SHA-256 of the examples", _code(source.examples_sha256)))
+        rows.append(("SHA-256 of the whole set", _code(source.examples_sha256)))
     if source.framing:
         rows.append(("Read as", f"{_cell(source.framing)}, tokens {_cell(source.tokens)}"))
     if source.layer_choice:

@@ -329,14 +329,14 @@ def test_the_command_line_builds_calibrated_and_calibrates_anew(
 
 @pytest.mark.embedded
 def test_strength_1_means_as_much_on_prompts_it_was_not_calibrated_on(embedded_lm: LanguageModel) -> None:
-    circuit = building.build(embedded_lm, _bundled(), method="cna", layers="0-16", calibrate=False)
+    circuit = building.build(embedded_lm, _half_of_sentiment(), method="cna", layers="0-16", calibrate=False)
     circuit = calibrate(embedded_lm, circuit, prompts=calibration_prompts()[::2])
     texts_read = unsteered_texts(embedded_lm, neutral_prompts()[::5], 20)
     for values in divergences(embedded_lm, texts_read, [Recipe.of((circuit, 1.0)), Recipe.of((circuit, -1.0))]):
         assert 0.5 < kl_percentile(values.flatten().tolist(), 95.0) < 2.0
 
 
-def _bundled() -> ContrastSet:
+def _half_of_sentiment() -> ContrastSet:
     from neurosteer.examples import read_examples
 
     return read_examples("sentiment").parts(0.5, seed=0)[0]

@@ -17,7 +17,7 @@ from neurosteer.hub.client import Token, connect
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100
 SEARCH_S = 10.0
-"""How long a search may take, the client's own further tries included."""
+"""How long one query of a search may take, the client's own further tries included."""
 
 _BASE_MODEL, _LICENCE = "base_model:", "license:"
 _DETAILS: list[ExpandModelProperty_T] = ["author", "downloads", "gated", "lastModified", "likes", "private", "tags"]

@@ -1,13 +1,14 @@
 """Build the released library, `vectors/`, with calibration, receipts and cards.
 
-    python tests/benchmarks/library.py DATA [--out vectors] [--only sentiment,politeness] [--gemma FOLDER] [--samples 2]
+    python tests/benchmarks/library.py DATA [--out vectors] [--only sentiment,politeness] [--gemma FOLDER] [--samples 6]
 
 DATA holds a folder per behaviour with `train.csv` (built from) and `judge.csv` (the judge's own texts), and `refusal/`
-with `train.csv` and `jbb.csv`; formality and gratitude are built from one half of the bundled sets and judged by the
-other. For a vector, the methods named below are compared at strength ±1 on prompts of their own and the one that moves
-the judge most is kept (its figures are in the description's receipt, measured on other prompts); circuits are `cna`.
-Every artifact gets a receipt: five strengths, three random twins and the instruction in plain words, 16 neutral
-prompts × `--samples` texts of 30 tokens. Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
+with `train.csv`, `jbb.csv` and `benign_eval.csv`; formality and gratitude are built from one half of the bundled sets
+and judged by the other. For a vector, the methods named below are compared at strength ±1 on prompts of their own and
+the one that moves the judge most is kept (what they came to is printed); circuits are `cna`. Every artifact gets a
+receipt on other prompts: five strengths, three random twins and the instruction in plain words, 16 neutral prompts ×
+`--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal and ordinary request, once each). Gemma-3-270M
+comes from the package index (`gemma.py`), or from a folder.
 """
 
 import argparse
@@ -93,14 +94,13 @@ def sources(item: Item, data: Path) -> Sources:
     choosing = [prompt for prompt in neutral_prompts() if prompt not in measuring]
     if item.behaviour == "refusal":
         goals, ordinary = (read_prompts(data / "refusal" / name) for name in ("jbb.csv", "benign_eval.csv"))
-        return Sources(
-            read_examples(data / "refusal" / "train.csv"), 0.0, RefusalDetector(), [], [*goals[::4], *ordinary[::4]]
-        )
+        examples = read_examples(data / "refusal" / "train.csv", name="refusal")
+        return Sources(examples, 0.0, RefusalDetector(), [], [*goals[::4], *ordinary[::4]])
     if item.behaviour in BUNDLED:
         return Sources(read_examples(item.behaviour), HOLD_OUT, None, choosing, measuring)
     folder = data / item.behaviour
-    judge = TextClassifier.train(read_examples(folder / "judge.csv"))
-    return Sources(read_examples(folder / "train.csv"), 0.0, judge, choosing, measuring)
+    judge = TextClassifier.train(read_examples(folder / "judge.csv", name=f"{item.behaviour}, texts for judging"))
+    return Sources(read_examples(folder / "train.csv", name=item.behaviour), 0.0, judge, choosing, measuring)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -110,7 +110,7 @@ def read_prompts(path: Path) -> list[str]:
     return [str(text) for text in table[table.columns[0]]]
 
 
-def chosen(lm: LanguageModel, item: Item, given: Sources, out: Path) -> tuple[Artifact, Judge, str]:
+def chosen(lm: LanguageModel, item: Item, given: Sources) -> tuple[Artifact, Judge, str]:
     """The best of the item's choices, its judge, and what the choices came to."""
     built = [
         build(lm, given.examples, name=item.name, description=item.description, hold_out=given.hold_out, **options)
@@ -134,7 +134,7 @@ def chosen(lm: LanguageModel, item: Item, given: Sources, out: Path) -> tuple[Ar
 def release(lm: LanguageModel, item: Item, data: Path, out: Path, samples: int) -> None:
     started = time.monotonic()
     given = sources(item, data)
-    artifact, judge, said = chosen(lm, item, given, out)
+    artifact, judge, said = chosen(lm, item, given)
     found = evaluate(
         lm,
         artifact,
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
     parser.add_argument("--only", default=",".join(item.name for item in ITEMS))
     parser.add_argument("--gemma", type=Path, help="a folder with Gemma-3-270M as transformers reads it")
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=6)
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     models: dict[str, LanguageModel] = {}

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/library_table.py [--vectors vectors]
 
-"Reached" counts the signs at which the effect is at least 20 points in the intended direction with an interval clear of
-the random control's, wrong-way prompts are at most 15%, perplexity at most 1.5 × and 4-gram quality at least .95.
+The last two columns say, sign by sign, whether the effect is at least 20 points in the intended direction with an
+interval clear of the random control's, and whether wrong-way prompts are at most 15%, perplexity at most 1.5 × and
+4-gram quality at least .95.
 """
 
 import argparse
