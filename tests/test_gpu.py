@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -274,7 +275,9 @@ class Space:
         command = [sys.executable, str(HELPER), "--serve", str(self._loans)]
         command += ["--model", str(folder), "--port", str(port)]
         with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+            )
 
     def until(self, condition: Any, seconds: float) -> list[int]:
         """Wait until `[starts reported, loans asked for, loans out]` is as wanted."""
@@ -301,7 +304,7 @@ def space(folder: Path, log: Path) -> Iterator[Space]:
             time.sleep(0.1)
         yield running
     finally:
-        running.process.kill()
+        os.killpg(running.process.pid, signal.SIGKILL)  # and the workers that it forked
         running.process.wait()
 
 
