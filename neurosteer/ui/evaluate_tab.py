@@ -194,11 +194,6 @@ def _seen(name: str, examples: str) -> str:
     )
 
 
-def _is_about(recipe: "Recipe", examples: str) -> bool:
-    """Whether an artifact was built from the set of that name, or is called like it."""
-    return any(examples == use.artifact.provenance.examples or examples in use.artifact.name for use in recipe.uses)
-
-
 def file_examples(path: str) -> ContrastSet:
     """The labelled texts of an upload. Raises `ExamplesError`."""
     return parse_examples(Path(path).read_bytes(), filename=Path(path).name)
@@ -254,7 +249,8 @@ class EvaluateHandlers:
         seen = any(use.artifact.provenance.examples_sha256 == examples.sha256 for use in recipe.uses)
         part = "the texts that building left out" if seen else "all texts"
         said = f"It is trained on {part} of {examples.name[:60]}, and says itself how often it is right."
-        return render.note_line(said) + ("" if asked.kind != BUNDLED or _is_about(recipe, examples.name) else _OTHER)
+        is_other = asked.kind == BUNDLED and examples.name not in _sets_about([use.artifact for use in recipe.uses])
+        return render.note_line(said) + (_OTHER if is_other else "")
 
     def _labelled(self, asked: JudgeAsked, source: Source) -> ContrastSet | None:
         """The texts that a classifier is to be trained on; None for the other judges. Raises `UsageError` where there

@@ -9,11 +9,10 @@ forward pass over the 24 prompts with their continuations, in one batch.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import seconds
 
 from neurosteer.building import build
 from neurosteer.calibration import N_TOKENS, calibrate
@@ -26,12 +25,6 @@ BUILT: dict[str, dict[str, Any]] = {
     "vector, all layers": {"layers": "all"},
     "circuit": {"method": "cna", "layers": "0-16"},
 }
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def main() -> None:

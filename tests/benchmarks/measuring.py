@@ -1,6 +1,7 @@
 """Measures shared by the benchmarks: a judge trained on other texts, repetition, and KL from the unsteered model."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,13 @@ class Judge:
         right = self.pipeline.predict(list(examples.positive)).sum()
         right += len(examples.negative) - self.pipeline.predict(list(examples.negative)).sum()
         return 100.0 * float(right) / (len(examples.positive) + len(examples.negative))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes by the clock."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def quality(texts: Sequence[str], n: int = 4) -> float:

@@ -122,13 +122,16 @@ def pairs_of(lm: LanguageModel, examples: ContrastSet, *, framed: bool) -> Pairs
 
 
 def our_rows(lm: LanguageModel, examples: ContrastSet, layer: int) -> Rows:
-    def caa(layers: str | int, tokens: Tokens = "mean") -> Artifact:
-        return build(lm, examples, method="caa", layers=layers, tokens=tokens, calibrate=False)
+    def caa(layers: str | int, tokens: Tokens = "mean") -> SteeringVector:
+        found = build(lm, examples, method="caa", layers=layers, tokens=tokens, calibrate=False)
+        assert isinstance(found, SteeringVector)
+        return found
 
     return {
         f"`caa`, layer {layer}": lambda: caa(layer),
         "`caa`, all layers": lambda: caa("all"),
         "`caa`, all layers, last token": lambda: caa("all", "last"),
+        "`caa`, all layers, last token, by size": lambda: as_ours(lm, caa("all", "last").directions),
         "`caa`, layers chosen automatically": lambda: build(lm, examples, method="caa"),
         "`cna`, 0.5% of the neurons": lambda: build(lm, examples, method="cna", calibrate=False),
         f"random direction, layer {layer}": lambda: random_twin(caa(layer), 0),

@@ -8,10 +8,10 @@ one streamed pair, and a sweep of 16 strengths. They take turns in one process; 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measuring import seconds
 
 from neurosteer.building import build
 from neurosteer.decoding import Sampling
@@ -34,12 +34,6 @@ def plain(lm: LanguageModel, prompt: str, tokens: int) -> Callable[[], object]:
             )
 
     return run
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def main() -> None:
