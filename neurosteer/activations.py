@@ -306,7 +306,7 @@ def _shared_prefix(lm: LanguageModel, framed: list[FramedText]) -> tuple[Cache |
         return None, framed
     ids = torch.tensor([first.ids[:length]], device=lm.device)
     cache = DynamicCache(config=lm.model.config)
-    lm.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    lm.decoder(input_ids=ids, cache=cache, use_cache=True)
     return cache, [FramedText(item.ids[length:], item.start - length, item.cut) for item in framed]
 
 
@@ -331,7 +331,7 @@ def _read_batch(
     if prefix is not None:
         cache = copy.deepcopy(prefix)  # the pass appends to its cache
         cache.batch_repeat_interleave(len(batch))
-        named = {"past_key_values": cache, "use_cache": True}
+        named = {"cache": cache, "use_cache": True}
     with suppress(_Finished):
         lm.decoder(input_ids=ids.to(lm.device), **named)
     sink.end()

@@ -117,7 +117,7 @@ class Batch:
                 input_ids=self.ids[:, new],
                 attention_mask=self.mask[:, :end],
                 position_ids=positions[:, new],
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=self.cache is not None,
                 logits_to_keep=1,
             )

@@ -163,7 +163,7 @@ class _Window:
             total = attention.shape[1]
             kept = attention[:, total - width :].bool()
         else:
-            cache = named.get("past_key_values")
+            cache = named.get("cache", named.get("past_key_values"))
             total = width + (cache.get_seq_length() if cache is not None else 0)
             kept = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         if not self.everywhere:

@@ -72,7 +72,7 @@ def _after(lm: LanguageModel, start: list[int], texts: Sequence[list[int]]) -> T
     """float64 `[len(texts)]`. Padded on the right, where a causal model does not look."""
     cache = DynamicCache(config=lm.model.config)
     before = torch.tensor([start[:-1]], device=lm.device)
-    lm.decoder(input_ids=before, past_key_values=cache, use_cache=True)
+    lm.decoder(input_ids=before, cache=cache, use_cache=True)
     cache.batch_repeat_interleave(len(texts))
     width = max(map(len, texts))
     rows = torch.full((len(texts), width + 1), lm.pad_id)
@@ -82,7 +82,7 @@ def _after(lm: LanguageModel, start: list[int], texts: Sequence[list[int]]) -> T
         foretell[row, : len(text)] = True
     head = InputHook(lm.model.get_output_embeddings(), lambda hidden: hidden[foretell.to(hidden.device)])
     with hooked([head]):
-        logits = lm.model(input_ids=rows[:, :-1].to(lm.device), past_key_values=cache, use_cache=True).logits.float()
+        logits = lm.model(input_ids=rows[:, :-1].to(lm.device), cache=cache, use_cache=True).logits.float()
     nats = _nats(logits, rows[:, 1:][foretell].to(logits.device))
     return torch.zeros(len(texts), dtype=torch.float64).index_add_(0, foretell.nonzero()[:, 0], nats)
 
