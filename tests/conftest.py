@@ -16,16 +16,17 @@ from hub_server import FakeHub, running
 from tiny import ARCHITECTURES, Tiny, hook_count
 
 from neurosteer import cli
-from neurosteer.artifacts import SteeringVector
-from neurosteer.building import build
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.steering import Session
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.steering.session import Session
 
 if TYPE_CHECKING:
-    from neurosteer.ui.build_tab import BuildHandlers
     from neurosteer.ui.loading import ModelHolder
-    from neurosteer.ui.steer_handlers import SteerHandlers
+    from neurosteer.ui.tabs.build import BuildHandlers
+    from neurosteer.ui.tabs.steer_handlers import SteerHandlers
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
@@ -111,16 +112,16 @@ def holder(llama: Tiny) -> "ModelHolder":
 
 @pytest.fixture
 def building(holder: "ModelHolder") -> "BuildHandlers":
-    from neurosteer.ui.build_tab import BuildHandlers
     from neurosteer.ui.jobs import Jobs
     from neurosteer.ui.loading import Models
+    from neurosteer.ui.tabs.build import BuildHandlers
 
     return BuildHandlers(Models.of(holder), Jobs())
 
 
 @pytest.fixture
 def steering(building: "BuildHandlers") -> "SteerHandlers":
-    from neurosteer.ui.steer_handlers import SteerHandlers
+    from neurosteer.ui.tabs.steer_handlers import SteerHandlers
 
     return SteerHandlers(building.models, building.jobs, building)
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
@@ -124,7 +124,7 @@ class Repo:
     def add(self, files: dict[str, File], title: str, author: str) -> Commit:
         number = len(self.commits)
         seed = f"{self.id}{number}{sorted((path, file.blob) for path, file in files.items())}{title}"
-        date = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(minutes=number)
+        date = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=number)
         self.commits.append(Commit(hashlib.sha1(seed.encode()).hexdigest(), files, title, author, date))
         return self.head
 

@@ -12,16 +12,17 @@ import pytest
 import torch
 from tiny import D_MODEL, make_vector
 
-from neurosteer.artifacts import Feature, FeatureContext, SteeringVector
-from neurosteer.batches import Batch
-from neurosteer.examples import ContrastSet
-from neurosteer.steering import Session
-from neurosteer.ui.build_tab import Source
+from neurosteer.artifacts.features import Feature, FeatureContext
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.steering.batches import Batch
+from neurosteer.steering.session import Session
 from neurosteer.ui.gpu import Here
 from neurosteer.ui.loading import ModelHolder, Status
 from neurosteer.ui.mixer import MOST
 from neurosteer.ui.page import create_app, launch
-from neurosteer.ui.steer_handlers import Ask, SteerHandlers, View, new_talk
+from neurosteer.ui.source import Source
+from neurosteer.ui.tabs.steer_handlers import Ask, SteerHandlers, View, new_talk
 
 HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
 SKIP = gr.skip()

@@ -9,8 +9,10 @@ import torch
 from tiny import D_MODEL, N_LAYERS, Tiny, hook_count, make_tiny, naive_states, own_hooks, pool, positions_read, texts
 from torch import Tensor
 
-from neurosteer.activations import Activations, Request, read_activations
 from neurosteer.errors import Cancelled, UsageError
+from neurosteer.reading.loop import read_activations
+from neurosteer.reading.request import Request
+from neurosteer.reading.statistics import Activations
 
 ALL = tuple(range(N_LAYERS))
 POSITIVE, NEGATIVE = texts(7, seed=1), texts(9, seed=2)

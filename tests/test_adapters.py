@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny
 
-from neurosteer.adapters import CONFIG_FILE, WEIGHTS_FILE, merge_adapter
-from neurosteer.catalog import find_model
-from neurosteer.decoding import Sampling
 from neurosteer.errors import ModelError, NeuroSteerError
-from neurosteer.examples import assets_folder
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.sources import Source, recorded_name
-from neurosteer.steering import Row, Session
+from neurosteer.examples.files import assets_folder
+from neurosteer.models.adapters import CONFIG_FILE, WEIGHTS_FILE, merge_adapter
+from neurosteer.models.catalog import find_model
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.models.sources import Source, recorded_name
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 REFUSING = "SmolLM2-135M-Instruct-refusing"
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none"}
@@ -139,7 +140,7 @@ def test_a_source_with_an_adapter_loads_the_weights_merged_in_float32_and_then_r
     merge_adapter(merged, folder)
     source = Source(model_folder, "tuned", chat=True, adapter=folder)
     plain = load_model(model_folder, device="cpu", dtype=dtype)
-    monkeypatch.setattr("neurosteer.models.locate", lambda *_, **__: source)
+    monkeypatch.setattr("neurosteer.models.loading.locate", lambda *_, **__: source)
     tuned = load_model("tuned", device="cpu", dtype=dtype)
     assert tuned.name == "tuned" and tuned.dtype == plain.dtype == getattr(torch, dtype)
     assert tuned.fingerprint != plain.fingerprint

@@ -15,22 +15,17 @@ import torch
 from safetensors.torch import load_file
 from tiny import D_MLP, D_MODEL, N_LAYERS, REFERENCE, clamping, make_circuit, make_vector
 
-from neurosteer import storage
-from neurosteer.artifacts import (
-    Artifact,
-    Calibration,
-    Feature,
-    ModelReference,
-    NeuronCircuit,
-    Provenance,
-    Receipt,
-    SteeringVector,
-    check_model,
-    default_calibration,
-    safe_name,
-)
+from neurosteer.artifacts import storage
+from neurosteer.artifacts.artifact import Artifact, check_model
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.common import safe_name
+from neurosteer.artifacts.features import Feature
+from neurosteer.artifacts.provenance import Provenance, Receipt
+from neurosteer.artifacts.storage import is_artifact, load, pack, save, unpack
+from neurosteer.artifacts.strength import Calibration, default_calibration
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, MismatchError
-from neurosteer.storage import is_artifact, load, pack, save, unpack
+from neurosteer.models.reference import ModelReference
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -22,10 +22,11 @@ from safetensors.torch import save as safetensors_bytes
 from test_artifacts import RICH, same
 from tiny import D_MODEL, clamping, make_circuit, make_vector
 
-from neurosteer import storage
-from neurosteer.artifacts import Artifact, SteeringVector
+from neurosteer.artifacts import storage
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.storage import load, pack, save, unpack
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, MismatchError
-from neurosteer.storage import load, pack, save, unpack
 
 CONFIG, WEIGHTS, CARD = "config.json", "weights.safetensors", "README.md"
 FUZZ = settings(
@@ -646,7 +647,7 @@ def test_a_path_to_no_zip_is_refused(tmp_path: Path) -> None:
 def test_an_artifact_of_a_zip_is_held_against_the_model_like_any_other() -> None:
     from dataclasses import replace
 
-    from neurosteer.artifacts import check_model
+    from neurosteer.artifacts.artifact import check_model
 
     unpacked = unpack(pack(ARTIFACTS["circuit"]))
     with pytest.raises(MismatchError):

@@ -21,11 +21,11 @@ from tiny import (
 )
 from torch import Tensor
 
-from neurosteer.artifacts import Calibration
-from neurosteer.batches import Batch, Writing, can_change
-from neurosteer.decoding import RowText, Sampler, Sampling
-from neurosteer.plans import applied, compile_plan, compile_rows, join_plans
-from neurosteer.recipes import UNSTEERED, Positions, Recipe
+from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.steering.batches import Batch, Writing, can_change
+from neurosteer.steering.decoding import RowText, Sampler, Sampling
+from neurosteer.steering.plans import applied, compile_plan, compile_rows, join_plans
 
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀", "never again, it"]
 GREEDY = Sampling(greedy=True)

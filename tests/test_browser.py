@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from hub_server import FakeHub
 
-from neurosteer.artifacts import Calibration, Feature, FeatureContext
-from neurosteer.catalog import default_model
+from neurosteer.artifacts.features import Feature, FeatureContext
+from neurosteer.artifacts.storage import load, pack, unpack
+from neurosteer.artifacts.strength import Calibration
 from neurosteer.errors import NeuroSteerError
-from neurosteer.sources import locate
-from neurosteer.storage import load, pack, unpack
+from neurosteer.models.catalog import default_model
+from neurosteer.models.sources import locate
 
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 

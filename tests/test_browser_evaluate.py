@@ -12,8 +12,8 @@ import pytest
 from hub_server import FakeHub
 from test_browser import HOSTILE, ROOT, address, go, needs_own_page, own_hub, page  # noqa: F401
 
-from neurosteer.plots import receipt_plot
-from neurosteer.storage import load, pack
+from neurosteer.artifacts.plots import receipt_plot
+from neurosteer.artifacts.storage import load, pack
 
 pytestmark = [pytest.mark.browser, pytest.mark.embedded]
 

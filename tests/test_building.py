@@ -1,7 +1,7 @@
 """Building: the choice of layers, what is recorded, and that the composition computes what its parts promise."""
 
 import threading
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,14 @@ from tiny import (
 )
 from torch import Tensor
 
-from neurosteer import building
-from neurosteer.activations import ClassRows, HeldOut
-from neurosteer.artifacts import NeuronCircuit, SteeringVector
-from neurosteer.building import parse_layers, separation_of
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building import plan
+from neurosteer.building.layers import parse_layers
+from neurosteer.building.separation import separation_of
 from neurosteer.errors import ArtifactError, Cancelled, ExamplesError, UsageError
-from neurosteer.examples import ContrastSet
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.reading.statistics import ClassRows, HeldOut
 from neurosteer.version import VERSION
 
 ALL_TEXTS = texts(60, seed=11)
@@ -71,7 +73,7 @@ def naive_rows(this: Tiny, framing: str = "answer", tokens: str = "mean") -> tup
 
 def naive_separation(residual: list[Tensor]) -> list[float]:
     """Per layer sklearn's ROC AUC of held-out rows along the other rows' class difference."""
-    split = EXAMPLES.split(building.HELD_OUT_SHARE, seed=0, at_most=building.HELD_OUT_AT_MOST)
+    split = EXAMPLES.split(plan.HELD_OUT_SHARE, seed=0, at_most=plan.HELD_OUT_AT_MOST)
     found = []
     for layer in range(N_LAYERS):
         positive, negative = (rows[layer].numpy() for rows in residual)
@@ -302,7 +304,7 @@ def test_layers_that_are_not_the_models_are_refused_in_one_line(given: Any) -> N
 
 
 def test_the_artifact_says_where_it_comes_from(llama: Tiny) -> None:
-    before = datetime.now(timezone.utc)
+    before = datetime.now(UTC)
     built = vector(llama.lm, EXAMPLES, layers=[2, 1], name="my mood", description="Cheerful.", framing="raw")
     source = built.provenance
     assert built.name == "my-mood" and built.description == "Cheerful."
@@ -343,7 +345,7 @@ def test_rows_too_large_to_keep_at_every_layer_are_read_in_a_second_pass_with_th
     llama: Tiny, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = vector(llama.lm, EXAMPLES, method=method)
-    monkeypatch.setattr(building, "MAX_ROW_BYTES", 0)
+    monkeypatch.setattr(plan, "MAX_ROW_BYTES", 0)
     twice = vector(llama.lm, EXAMPLES, method=method)
     assert twice.layers == once.layers and twice.norms == once.norms
     for layer in once.layers:

@@ -23,18 +23,22 @@ from tiny import (
     writes_of,
 )
 
-from neurosteer import building, calibration, layer_choice
-from neurosteer.artifacts import Artifact, Calibration, SteeringVector
-from neurosteer.building import build
-from neurosteer.calibration import calibrate, calibrate_each, kl_percentile
-from neurosteer.cards import strength_meaning
-from neurosteer.divergence import divergences, unsteered_texts
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import strength_meaning
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe, Use
+from neurosteer.artifacts.storage import load, save
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building import layer_choice
+from neurosteer.building.build import build
 from neurosteer.errors import ArtifactError, Cancelled, MismatchError, UsageError
-from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, calibration_prompts, neutral_prompts
-from neurosteer.models import LanguageModel
-from neurosteer.preference import preferences
-from neurosteer.recipes import UNSTEERED, Recipe, Use
-from neurosteer.storage import load, save
+from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
+from neurosteer.examples.files import calibration_prompts, neutral_prompts
+from neurosteer.measuring import calibration
+from neurosteer.measuring.calibration import calibrate, calibrate_each, kl_percentile
+from neurosteer.measuring.divergence import divergences, unsteered_texts
+from neurosteer.measuring.preference import preferences
+from neurosteer.models.language_model import LanguageModel
 
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀", "they never"]
 N_TOKENS = 6
@@ -329,7 +333,7 @@ def test_the_command_line_builds_calibrated_and_calibrates_anew(
 
 @pytest.mark.embedded
 def test_strength_1_means_as_much_on_prompts_it_was_not_calibrated_on(embedded_lm: LanguageModel) -> None:
-    circuit = building.build(embedded_lm, _half_of_sentiment(), method="cna", layers="0-16", calibrate=False)
+    circuit = build(embedded_lm, _half_of_sentiment(), method="cna", layers="0-16", calibrate=False)
     circuit = calibrate(embedded_lm, circuit, prompts=calibration_prompts()[::2])
     texts_read = unsteered_texts(embedded_lm, neutral_prompts()[::5], 20)
     for values in divergences(embedded_lm, texts_read, [Recipe.of((circuit, 1.0)), Recipe.of((circuit, -1.0))]):
@@ -337,6 +341,6 @@ def test_strength_1_means_as_much_on_prompts_it_was_not_calibrated_on(embedded_l
 
 
 def _half_of_sentiment() -> ContrastSet:
-    from neurosteer.examples import read_examples
+    from neurosteer.examples.reading import read_examples
 
     return read_examples("sentiment").parts(0.5, seed=0)[0]

@@ -24,24 +24,21 @@ from markdown_it.token import Token
 from PIL import Image
 from tiny import REFERENCE, ablating, clamping, make_circuit, make_tiny, make_vector
 
-from neurosteer.artifacts import (
-    Artifact,
-    Calibration,
-    Feature,
-    FeatureContext,
-    ModelReference,
-    Provenance,
-    Receipt,
-    SteeringVector,
-)
-from neurosteer.cards import is_generated, parameter_rows, render_card, render_pack_card
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import is_generated, parameter_rows, render_card, render_pack_card
+from neurosteer.artifacts.features import Feature, FeatureContext
+from neurosteer.artifacts.plots import separation_plot
+from neurosteer.artifacts.provenance import Provenance, Receipt
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import save
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.hub import push
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.plots import separation_plot
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Session
-from neurosteer.storage import save
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.models.reference import ModelReference
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Session
 
 PROMPT = "Tell me about your day."
 SOURCE = Provenance(

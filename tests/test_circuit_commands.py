@@ -17,7 +17,8 @@ import torch
 from checks import Run, assert_one_clear_line
 from tiny import Tiny, make_circuit, make_tiny, make_vector, word_tokenizer
 
-from neurosteer.artifacts import NeuronCircuit
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.storage import load, save
 from neurosteer.circuits import (
     Selection,
     attribute,
@@ -26,8 +27,7 @@ from neurosteer.circuits import (
     find_unspecific,
     measure_faithfulness,
 )
-from neurosteer.models import LanguageModel
-from neurosteer.storage import load, save
+from neurosteer.models.language_model import LanguageModel
 
 PROMPT = "the cat runs over the"
 ASKED = ("--prompt", PROMPT, "--target", "a", "--counterfactual", "t", "--raw", "--dtype", "float32")

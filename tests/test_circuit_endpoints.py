@@ -13,6 +13,7 @@ from pages import Ready
 from test_endpoints import connected, from_text, refusal, said, serving, with_mcp, written
 from tiny import Tiny, tiny
 
+from neurosteer.artifacts.recipes import Recipe, Use
 from neurosteer.circuits import (
     Selection,
     attribute,
@@ -20,11 +21,10 @@ from neurosteer.circuits import (
     find_unspecific,
     top_predictions,
 )
-from neurosteer.recipes import Recipe, Use
-from neurosteer.steering import Session
-from neurosteer.ui import endpoints
-from neurosteer.ui.circuits_tab import MAX_TOKENS, MOST_NEURONS
+from neurosteer.steering.session import Session
+from neurosteer.ui.api import endpoints
 from neurosteer.ui.limits import MAX_PROMPT
+from neurosteer.ui.tabs.circuits import MAX_TOKENS, MOST_NEURONS
 
 PROMPT = "the cat runs over the"
 ASKED: dict[str, Any] = {"prompt": PROMPT, "target": "a", "counterfactual": "t"}

@@ -10,7 +10,8 @@ from naive_circuits import naive_pass
 from tiny import D_MLP, N_LAYERS, Tiny, fallback_tokenizer, hook_count, make_tiny, texts, word_tokenizer
 from torch import Tensor
 
-from neurosteer.artifacts import NeuronCircuit
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.storage import load, save
 from neurosteer.circuits import (
     RULES,
     Attribution,
@@ -22,8 +23,7 @@ from neurosteer.circuits import (
     next_tokens,
 )
 from neurosteer.errors import Cancelled, MismatchError, UsageError
-from neurosteer.models import describe_model
-from neurosteer.storage import load, save
+from neurosteer.models.loading import describe_model
 
 PROMPTS = ["the cat sings", "we never thank the dog, always the bright river and the mountain", "Why? Because it"]
 TARGETS = [" over", " cheese", " rained"]

@@ -30,8 +30,8 @@ from neurosteer.circuits import (
     linear_pass,
     text_diagram,
 )
-from neurosteer.circuits.linearised import ATTENTIONS, Attention
-from neurosteer.circuits.weights import _taken_by_row, _taken_together, super_weights
+from neurosteer.circuits.relp.linearised import ATTENTIONS, Attention
+from neurosteer.circuits.relp.weights import _taken_by_row, _taken_together, super_weights
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 
 PROMPT, TARGET = "we never thank the dog, always the bright river", " again"
@@ -100,7 +100,7 @@ def test_targets_that_do_not_fit_together_are_taken_in_parts(llama: Tiny, monkey
     ids = some_ids(6, 11)
     sources, targets = some_neurons(40, 7, len(ids)), some_neurons(12, 8, len(ids))
     whole = edge_weights(llama.lm, ids, sources, targets)
-    monkeypatch.setattr("neurosteer.circuits.weights._GRADIENT_BYTES", 5 * N_LAYERS * D_MLP * len(ids) * 4)
+    monkeypatch.setattr("neurosteer.circuits.relp.weights._GRADIENT_BYTES", 5 * N_LAYERS * D_MLP * len(ids) * 4)
     told: list[float | None] = []
     parts = edge_weights(llama.lm, ids, sources, targets, progress=lambda message, fraction=None: told.append(fraction))
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, VOCABULARY, Tiny, first, hook_count, make_tiny, 
 from torch import Tensor
 
 from neurosteer.circuits import linear_logits, linear_pass, linearised
-from neurosteer.circuits.linearised import ATTENTIONS, Attention
+from neurosteer.circuits.relp.linearised import ATTENTIONS, Attention
 from neurosteer.errors import ModelError, UsageError
 
 LENGTH = 14  # longer than the sliding windows

@@ -27,15 +27,18 @@ from tiny import (
 )
 from torch import Tensor
 
-from neurosteer.artifacts import Artifact, Calibration, FeatureEncoder, SteeringVector
-from neurosteer.cards import render_card, strength_meaning
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import render_card, strength_meaning
+from neurosteer.artifacts.features import FeatureEncoder
+from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe, Use
+from neurosteer.artifacts.storage import load, pack, save, unpack
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError
-from neurosteer.models import describe_model
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import UNSTEERED, Positions, Recipe, Use
-from neurosteer.steering import Row, Session
-from neurosteer.storage import load, pack, save, unpack
+from neurosteer.models.loading import describe_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.plans import applied, compile_plan
+from neurosteer.steering.session import Row, Session
 
 GREEDY = Sampling(greedy=True)
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀"]

@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import D_MODEL, REFERENCE, Tiny, Writes, ablating, clamping, make_circuit, make_vector, naive_logits
 
-from neurosteer.artifacts import Calibration, Feature, Receipt, SteeringVector
-from neurosteer.combining import Overlap, cosines, orthogonalise, orthogonalised
+from neurosteer.artifacts.combining import Overlap, cosines, orthogonalise, orthogonalised
+from neurosteer.artifacts.features import Feature
+from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import MismatchError, UsageError
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import Recipe
+from neurosteer.steering.plans import applied, compile_plan
 
 
 def overlapping(count: int, *, seed: int, shared: float = 0.7, layers: Sequence[int] = (1,)) -> list[SteeringVector]:

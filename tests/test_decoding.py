@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny import Tiny, byte_tokenizer, fallback_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from neurosteer import decoding
-from neurosteer.decoding import RowText, Sampler, Sampling, draw, next_tokens
 from neurosteer.errors import UsageError
-from neurosteer.steering import Row, Session
+from neurosteer.steering import decoding
+from neurosteer.steering.decoding import RowText, Sampler, Sampling, draw, next_tokens
+from neurosteer.steering.session import Row, Session
 
 
 def nucleus(scores: np.ndarray, top_p: float) -> dict[int, float]:

@@ -6,9 +6,9 @@ from checks import refused
 from tiny import D_MLP, D_MODEL, Tiny, make_circuit, make_vector
 from torch import Tensor
 
-from neurosteer.artifacts import ModelReference
 from neurosteer.circuits import compare_with_circuit, decompose
 from neurosteer.errors import MismatchError, UsageError
+from neurosteer.models.reference import ModelReference
 
 
 def naive_columns(this: Tiny, layer: int) -> Tensor:

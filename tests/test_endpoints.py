@@ -21,16 +21,16 @@ from mcp.types import CallToolResult, TextContent, Tool
 from pages import ENDPOINTS, Ready, serving, slow_steps, texts
 from tiny import Tiny, make_circuit, make_vector, tiny
 
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe, Use
+from neurosteer.artifacts.storage import artifact_data, load, pack, unpack
 from neurosteer.errors import ModelError
-from neurosteer.examples import ContrastSet
+from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.methods import METHODS
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import UNSTEERED, Recipe, Use
-from neurosteer.steering import Session
-from neurosteer.storage import artifact_data, load, pack, unpack
-from neurosteer.ui import endpoints
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Session
 from neurosteer.ui import shelf as shelves
+from neurosteer.ui.api import endpoints
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
 

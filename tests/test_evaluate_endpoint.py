@@ -12,13 +12,14 @@ from test_circuit_endpoints import as_agent
 from test_endpoints import as_text, connected, from_text, refusal, said
 from tiny import Tiny, make_vector, tiny
 
-from neurosteer.building import build
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.building.build import build
 from neurosteer.evaluation import PatternJudge, TextClassifier, evaluate
-from neurosteer.examples import ContrastSet, read_examples
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Session
-from neurosteer.ui import endpoints
-from neurosteer.ui.evaluate_tab import MOST_RANDOM, N_PROMPTS, neutral
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import read_examples
+from neurosteer.steering.session import Session
+from neurosteer.ui.api import endpoints
+from neurosteer.ui.tabs.evaluate import MOST_RANDOM, N_PROMPTS, neutral
 
 VECTOR = make_vector([1], name="mood")
 PROMPTS = ["the cat", "over the", "happy"]

@@ -18,23 +18,28 @@ from hub_server import FakeHub
 from PIL import Image
 from tiny import Tiny, Writes, clamping, make_circuit, make_vector, naive_greedy, naive_logits, writes_of
 
-from neurosteer.artifacts import Artifact, Calibration, NeuronCircuit, Receipt, SteeringVector, unit
-from neurosteer.building import build
-from neurosteer.cards import render_card
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import render_card
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.plots import receipt_plot, receipt_points
+from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.recipes import Recipe, Use
+from neurosteer.artifacts.storage import load, save
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.twins import random_recipe, random_twin
+from neurosteer.artifacts.vector import SteeringVector, unit
+from neurosteer.building.build import build
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.evaluation import CallableJudge, Evaluation, TextClassifier, evaluate, write_evaluation
 from neurosteer.evaluation import texts as texts_module
 from neurosteer.evaluation.controls import control_strengths, default_instructions, groups, n_groups
 from neurosteer.evaluation.receipts import receipt_text
-from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, read_examples
+from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
+from neurosteer.examples.reading import read_examples
 from neurosteer.hub import push
-from neurosteer.models import load_model
-from neurosteer.plots import receipt_plot, receipt_points
-from neurosteer.recipes import Recipe, Use
-from neurosteer.steering import Row, Session
-from neurosteer.storage import load, save
-from neurosteer.twins import random_recipe, random_twin
+from neurosteer.models.loading import load_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 PROMPTS = ("the cat runs", "a dog sings slowly", "we never thank you", "bread and cheese", "under the river")
 E_SHARE = CallableJudge("many e", lambda text: min(1.0, 8 * text.count("e") / max(1, len(text))))
@@ -480,7 +485,7 @@ def test_what_texts_and_prompts_hold_is_no_html_on_the_page(llama: Tiny, tmp_pat
 
 @pytest.fixture
 def mood(model_folder: Path, tmp_path: Path) -> Path:
-    from neurosteer.models import load_model
+    from neurosteer.models.loading import load_model
 
     lm = load_model(model_folder, dtype="float32")
     return save(make_vector(model=lm.reference, name="mood"), tmp_path / "mood")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from neurosteer import _examples_parsing, examples
 from neurosteer.errors import ExamplesError
-from neurosteer.examples import ContrastSet, parse_examples, paste_examples, read_examples
+from neurosteer.examples import contrast_set, files, parsing, reading
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import parse_examples, paste_examples, read_examples
 
 POSITIVE = ("I love it, truly", 'She said "great"', "two\nlines; and | a pipe")
 NEGATIVE = ("I hate it", "'bad', they said:\tawful", "[no] {never}")
@@ -254,10 +255,10 @@ def test_a_bundled_set_is_found_by_name_unless_a_file_has_it(tmp_path: Path, mon
     (tmp_path / "assets" / "examples").mkdir(parents=True)
     (tmp_path / "assets" / "examples" / "mood.csv").write_text("a,1\nb,1\nc,0\nd,0\n")
     (tmp_path / "assets" / "examples" / "neutral_prompts.txt").write_text("Say a word.\n\n And another. \n")
-    monkeypatch.setattr(examples, "assets_folder", lambda: tmp_path / "assets")
+    monkeypatch.setattr(files, "assets_folder", lambda: tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
-    assert examples.bundled_sets() == ("mood",)
-    assert examples.neutral_prompts() == ("Say a word.", "And another.")
+    assert files.bundled_sets() == ("mood",)
+    assert files.neutral_prompts() == ("Say a word.", "And another.")
     assert read_examples("mood").positive == ("a", "b")
     (tmp_path / "mood").mkdir()
     assert read_examples("mood").positive == ("a", "b"), "a folder of that name holds no examples"
@@ -267,20 +268,20 @@ def test_a_bundled_set_is_found_by_name_unless_a_file_has_it(tmp_path: Path, mon
 
 
 def test_an_unknown_name_lists_the_bundled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "bundled_sets", lambda: ("formality", "mood"))
+    monkeypatch.setattr(files, "bundled_sets", lambda: ("formality", "mood"))
     with pytest.raises(ExamplesError, match=r"nosuch: no such file.*formality, mood"):
         read_examples("nosuch")
 
 
 def test_missing_assets_are_no_bundled_sets_and_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "assets_folder", lambda: tmp_path / "none")
-    assert examples.bundled_sets() == ()
+    monkeypatch.setattr(files, "assets_folder", lambda: tmp_path / "none")
+    assert files.bundled_sets() == ()
     with pytest.raises(ExamplesError, match=r"neutral_prompts\.txt"):
-        examples.neutral_prompts()
+        files.neutral_prompts()
 
 
 def test_every_bundled_set_can_be_read_without_a_warning() -> None:
-    for name in examples.bundled_sets():
+    for name in files.bundled_sets():
         read = read_examples(name)
         assert (read.name, read.warnings, read.dropped) == (name, (), {"blank": 0, "duplicate": 0})
 
@@ -524,7 +525,7 @@ def test_a_split_that_cannot_be_is_refused(fraction: float, at_most: int | None)
 
 
 def test_reading_examples_needs_the_standard_library_and_our_errors_only() -> None:
-    for module in (examples, _examples_parsing):
+    for module in (contrast_set, files, parsing, reading):
         imported = {
             name.split(".")[0]
             for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurosteer.errors import ExamplesError
-from neurosteer.examples import ContrastSet, parse_examples, paste_examples
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import parse_examples, paste_examples
 
 EXTENSIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", "")
 steady = settings(derandomize=True, database=None, deadline=None, max_examples=200)

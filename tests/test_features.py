@@ -13,18 +13,20 @@ from tiny import D_MODEL, N_LAYERS, Tiny, make_tiny, make_vector, naive_greedy, 
 from torch import Tensor
 
 import neurosteer
-from neurosteer import saes
-from neurosteer.artifacts import Calibration, SteeringVector
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import Recipe, Use
+from neurosteer.artifacts.storage import load, save
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, MismatchError, ModelError, NeuroSteerError, UsageError
-from neurosteer.examples import neutral_prompts
-from neurosteer.features import feature_vector
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import Recipe, Use
-from neurosteer.references import FeatureUse, parse_use, resolve, resolve_uses
-from neurosteer.saes import load_sae, offered_saes
-from neurosteer.steering import Session
-from neurosteer.storage import load, save
+from neurosteer.examples.files import neutral_prompts
+from neurosteer.hub.references import FeatureUse, parse_use, resolve, resolve_uses
+from neurosteer.saes import loading
+from neurosteer.saes.feature_vector import feature_vector
+from neurosteer.saes.loading import load_sae
+from neurosteer.saes.offers import offered_saes
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.plans import applied, compile_plan
+from neurosteer.steering.session import Session
 
 D_SAE, LAYER = 40, 1
 SILENT = 7  # a feature whose bias keeps it off
@@ -108,9 +110,9 @@ def test_a_features_encoder_alone_gives_what_encoding_all_of_them_gives(
 ) -> None:
     place = write_sae(tmp_path / "sae", **options)
     if through == "sae-lens":
-        plain = saes._is_plain
+        plain = loading.is_plain
         answers = iter([False])  # only the question which way to load it
-        monkeypatch.setattr(saes, "_is_plain", lambda config: next(answers, None) is None and plain(config))
+        monkeypatch.setattr(loading, "is_plain", lambda config: next(answers, None) is None and plain(config))
     sae = load_sae(llama.lm, place)
     assert sae.kind == options.get("architecture", "jumprelu")
     stream = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(3)) * 8
@@ -335,7 +337,7 @@ def test_uses_are_resolved_in_order_and_each_sae_is_loaded_once(
         loaded.append(source)
         return load_sae(lm, source, **options)
 
-    monkeypatch.setattr(saes, "load_sae", counting)
+    monkeypatch.setattr(loading, "load_sae", counting)
     artifact = Use(make_vector(), 0.5)
     texts = [f"{folder}#12", f"{folder}#3=4:-2"]
     uses = resolve_uses([parse_use(texts[0]), artifact, parse_use(texts[1])], llama.lm)
@@ -400,8 +402,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sae(tmp_path / "saes" / "a", model_name="HuggingFaceTB/SmolLM2-135M-Instruct", layer=20)
     write_sae(tmp_path / "saes" / "b", model_name="HuggingFaceTB/SmolLM2-135M-Instruct", layer=3, measured=figures)
     write_sae(tmp_path / "saes" / "c", model_name="somebody/else", layer=1)
-    monkeypatch.setattr(saes, "assets_folder", lambda: tmp_path)
-    monkeypatch.setattr("neurosteer.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("neurosteer.saes.offers.assets_folder", lambda: tmp_path)
+    monkeypatch.setattr("neurosteer.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.parametrize("model", [(), ("--model", "smollm2-135m-instruct")], ids=["default", "by name"])
@@ -433,5 +435,5 @@ def test_a_model_in_a_folder_is_listed_under_the_name_that_loading_gives_it(mode
 
 def test_what_is_needed_for_features_is_public() -> None:
     for name in ("feature_vector", "load_sae", "SparseAutoencoder"):
-        assert name in neurosteer.__all__ and getattr(neurosteer, name) is not None
+        assert name in dir(neurosteer) and getattr(neurosteer, name) is not None
     assert neurosteer.feature_vector is feature_vector and isinstance(make_vector(), SteeringVector)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import build
 
-from neurosteer.artifacts import NeuronCircuit
+from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.circuits import (
     Attribution,
     Selection,
@@ -17,8 +17,8 @@ from neurosteer.circuits import (
     find_universal,
     measure_faithfulness,
 )
-from neurosteer.examples import ContrastSet
-from neurosteer.models import LanguageModel
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.models.language_model import LanguageModel
 
 SHARED = Path(os.environ.get("NEUROSTEER_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 FIGURES = SHARED / "golden" / "circuits.json"

@@ -24,17 +24,21 @@ from gradio_client import Client
 from tiny import Tiny, ablating, clamping, make_circuit, make_vector
 from zero_gpu import EXAMPLES, WRITING
 
-from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
-from neurosteer.building import build
-from neurosteer.combining import orthogonalised
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.combining import orthogonalised
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import artifact_data, unpack
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session
-from neurosteer.storage import artifact_data, unpack
-from neurosteer.ui import colours, gpu
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.steering.session import Row, Session
+from neurosteer.ui import gpu
 from neurosteer.ui.jobs import problem
 from neurosteer.ui.loading import ModelHolder
+from neurosteer.ui.show import colours
 
 pytest.importorskip("spaces")
 HELPER = Path(zero_gpu.__file__)

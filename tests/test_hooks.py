@@ -8,9 +8,9 @@ import torch
 from tiny import Tiny, hook_count, make_vector
 from torch import Tensor, nn
 
-from neurosteer.hooks import CallHook, InputHook, OutputHook, hooked
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import Recipe
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.models.hooks import CallHook, InputHook, OutputHook, hooked
+from neurosteer.steering.plans import applied, compile_plan
 
 
 class Doubling(nn.Module):

@@ -18,8 +18,12 @@ from safetensors.torch import save
 from tiny import REFERENCE, clamping, make_circuit, make_vector
 
 import neurosteer
-from neurosteer.artifacts import Artifact, ModelReference, Provenance, SteeringVector
-from neurosteer.cards import is_generated
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import is_generated
+from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.storage import load
+from neurosteer.artifacts.storage import save as save_artifact
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable, MismatchError, UsageError
 from neurosteer.hub import (
     Found,
@@ -33,9 +37,8 @@ from neurosteer.hub import (
     search,
     whoami,
 )
-from neurosteer.references import parse_use, resolve
-from neurosteer.storage import load
-from neurosteer.storage import save as save_artifact
+from neurosteer.hub.references import parse_use, resolve
+from neurosteer.models.reference import ModelReference
 
 SEPARATION = {0: 0.5, 1: 0.75, 2: 0.875}
 
@@ -644,7 +647,7 @@ def test_a_folder_comes_before_a_repo_of_the_same_name(
 
 
 def test_an_artifact_of_another_shape_is_refused_by_the_model_not_by_the_hub(hub: FakeHub) -> None:
-    from neurosteer.artifacts import check_model
+    from neurosteer.artifacts.artifact import check_model
 
     push(named("mood"), "alice/mood")
     with pytest.raises(MismatchError):

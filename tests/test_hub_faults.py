@@ -4,7 +4,7 @@ import errno
 import logging
 import threading
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from checks import refused
 from hub_server import FakeHub
 from tiny import make_vector
 
-from neurosteer.artifacts import Provenance
+from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.storage import save
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable
 from neurosteer.hub import list_artifacts, pull, pull_folder, push, read_card, search, whoami
-from neurosteer.storage import save
 
 TOKEN = "hf_alice"
 MOOD = make_vector(name="mood", provenance=Provenance(separation={1: 0.5, 2: 0.75}))
@@ -163,7 +163,7 @@ def test_a_fault_that_passes_costs_nothing_but_time(hub: FakeHub, tmp_path: Path
 def test_the_hubs_wish_to_wait_is_followed_up_to_a_minute(hub: FakeHub, quick: list[float]) -> None:
     hub.fail("commit", status=429, headers={"Retry-After": "7"})
     hub.fail("whoami", status=429, headers={"RateLimit": '"api";r=0;t=11', "Retry-After": "3000"})
-    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True)
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     hub.fail("create", status=503, headers={"Retry-After": later})
     push(MOOD, "alice/mood")
     assert quick[0] == 11 and 25 < quick[1] <= 30 and quick[2] == 7
@@ -224,7 +224,7 @@ def test_a_full_disk_while_preparing_stops_before_anything_is_published(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("neurosteer.storage.save_file", full)
+    monkeypatch.setattr("neurosteer.artifacts.storage.save_file", full)
     refused(lambda: push(MOOD, "alice/mood"), ArtifactError, "No space left on device")
     assert hub.requests == [] and hub.repos == {}
 

@@ -11,7 +11,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tiny import make_vector
 
-from neurosteer.artifacts import Provenance
+from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import ExamplesError, UsageError
 from neurosteer.evaluation import (
     CallableJudge,
@@ -22,8 +23,8 @@ from neurosteer.evaluation import (
     judge_for,
     named_judge,
 )
-from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, assets_folder
-from neurosteer.recipes import Recipe
+from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
+from neurosteer.examples.files import assets_folder
 
 ADJECTIVES = {"positive": ["lovely", "fine", "warm", "sweet"], "negative": ["awful", "bad", "cold", "bitter"]}
 

@@ -25,11 +25,11 @@ from tiny import (
     writes_of,
 )
 
-from neurosteer import forcing, layer_profile, preference
-from neurosteer.artifacts import NeuronCircuit, SteeringVector, unit
-from neurosteer.errors import Cancelled, ExamplesError, UsageError
-from neurosteer.examples import ContrastSet, read_examples
-from neurosteer.layer_profile import (
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import Use
+from neurosteer.artifacts.vector import SteeringVector, unit
+from neurosteer.building import layer_profile
+from neurosteer.building.layer_profile import (
     LayerFigures,
     LayerProfile,
     profile_data,
@@ -38,8 +38,12 @@ from neurosteer.layer_profile import (
     random_twin,
     write_profile,
 )
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import Use
+from neurosteer.errors import Cancelled, ExamplesError, UsageError
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import read_examples
+from neurosteer.measuring import preference
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering import forcing
 
 
 def contrast(count: int = 15, *, longest: int = 12) -> ContrastSet:

@@ -14,12 +14,12 @@ import torch
 from checks import Run, assert_one_clear_line, refused
 from tiny import Tiny, Writes, ablating, make_circuit, make_vector, naive_greedy, naive_logits, tiny, writes_of
 
-from neurosteer.artifacts import Artifact
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe, Use
+from neurosteer.artifacts.storage import save
 from neurosteer.errors import Cancelled, MismatchError, UsageError
-from neurosteer.lm_harness import HarnessResult, harness, write_harness
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import Recipe, Use
-from neurosteer.storage import save
+from neurosteer.evaluation.harness import HarnessResult, harness, write_harness
+from neurosteer.models.language_model import LanguageModel
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason='lm-evaluation-harness is not installed (the extra "harness")'

@@ -11,11 +11,13 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from neurosteer.activations import Activations, ClassMeans, ClassMoments, ClassRows
-from neurosteer.artifacts import ModelReference, NeuronCircuit, SteeringVector
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.methods import METHODS, find_method
 from neurosteer.methods.base import Tensors
+from neurosteer.models.reference import ModelReference
+from neurosteer.reading.statistics import Activations, ClassMeans, ClassMoments, ClassRows
 
 N_LAYERS, D_MODEL, D_MLP, N = 4, 12, 10, 40
 REFERENCE = ModelReference("made/up", None, N_LAYERS, D_MODEL, D_MLP, "ffff")

@@ -24,7 +24,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
 
 from neurosteer.errors import ModelError, UsageError
-from neurosteer.models import LanguageModel, ModelShape, describe_model, load_model
+from neurosteer.models.language_model import LanguageModel, ModelShape
+from neurosteer.models.loading import describe_model, load_model
 
 
 def wrap(model: Any, **named: Any) -> LanguageModel:

@@ -8,7 +8,8 @@ import torch
 from checks import refused
 from tiny import D_MLP, Tiny, make_circuit, make_tiny, make_vector, naive_logits, word_tokenizer, writes_of
 
-from neurosteer.artifacts import ModelReference, NeuronCircuit
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe, Use
 from neurosteer.circuits import (
     Choice,
     NextToken,
@@ -22,10 +23,10 @@ from neurosteer.circuits import (
     sweep_multipliers,
     top_predictions,
 )
-from neurosteer.circuits.scores import score_prompts
+from neurosteer.circuits.relp.scores import score_prompts
 from neurosteer.errors import MismatchError, UsageError
-from neurosteer.models import describe_model
-from neurosteer.recipes import UNSTEERED, Recipe, Use
+from neurosteer.models.loading import describe_model
+from neurosteer.models.reference import ModelReference
 
 PROMPT = "the cat runs over the"
 PAIRS = ((0, 3), (1, 5), (1, 60), (3, 0))

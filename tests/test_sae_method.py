@@ -33,16 +33,19 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from neurosteer import saes
-from neurosteer.activations import FeatureStatistics, Request, read_activations
-from neurosteer.artifacts import NeuronCircuit, SteeringVector
-from neurosteer.building import build_each
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.storage import load, save
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build_each
 from neurosteer.errors import Cancelled, MismatchError, UsageError
-from neurosteer.examples import ContrastSet, neutral_prompts
-from neurosteer.models import describe_model
-from neurosteer.readable import DESCRIBED, output_scores, promoted_tokens
-from neurosteer.saes import load_sae
-from neurosteer.storage import load, save
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import neutral_prompts
+from neurosteer.models.loading import describe_model
+from neurosteer.reading.loop import read_activations
+from neurosteer.reading.request import Request
+from neurosteer.reading.statistics import FeatureStatistics
+from neurosteer.saes.loading import load_sae
+from neurosteer.saes.words import DESCRIBED, output_scores, promoted_tokens
 
 LAYERS = (1, 2)
 ALL_TEXTS = texts(36, seed=31, longest=8)
@@ -583,7 +586,7 @@ def test_all_layers_are_those_with_an_sae(llama: Tiny, tmp_path: Path, layers: A
 def test_without_a_name_the_shipped_saes_are_used(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in LAYERS:
         written(llama, tmp_path / "saes", layer)
-    monkeypatch.setattr(saes, "assets_folder", lambda: tmp_path)
+    monkeypatch.setattr("neurosteer.saes.offers.assets_folder", lambda: tmp_path)
     assert vector(llama.lm, EXAMPLES).layers[0] in LAYERS
     built = vector(llama.lm, EXAMPLES, layers=2)
     assert built.parameters["sae"] == {"2": "embedded/2"}

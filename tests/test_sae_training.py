@@ -30,10 +30,12 @@ from tiny import (
 from tiny_saes import random_sae
 from torch import Tensor
 
-from neurosteer import sae_training
 from neurosteer.errors import Cancelled, UsageError
-from neurosteer.models import FramedText, LanguageModel
-from neurosteer.sae_training import (
+from neurosteer.models.language_model import FramedText, LanguageModel
+from neurosteer.saes import training as sae_training
+from neurosteer.saes.autoencoder import SparseAutoencoder
+from neurosteer.saes.loading import load_sae
+from neurosteer.saes.training import (
     SaeMeasures,
     TrainingOptions,
     TrainingText,
@@ -42,7 +44,6 @@ from neurosteer.sae_training import (
     read_training_texts,
     train_saes,
 )
-from neurosteer.saes import SparseAutoencoder, load_sae
 
 TEXTS = [TrainingText(text) for text in texts(300, seed=41)]
 OPTIONS = TrainingOptions(
@@ -643,7 +644,7 @@ SMALL = ("--features", 40, "--active", 4, "--tokens", 300, "--batch-tokens", 64,
 def test_the_command_line_trains_and_prints_one_json_object(
     run: Run, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    from neurosteer.models import load_model
+    from neurosteer.models.loading import load_model
 
     options = ("--model", model_folder, "--dtype", "float32", "--layers", "1,3", *SMALL, "--json")
     ran = run("sae", "train", texts_file, *options, "--out", tmp_path / "saes")

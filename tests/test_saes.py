@@ -22,17 +22,22 @@ from tiny_saes import N_FEATURES, PlainSae, random_sae
 from torch import Tensor
 from transformers import AutoConfig, GPT2Config
 
-from neurosteer import saes
-from neurosteer.activations import Request, read_activations, read_tokens
-from neurosteer.artifacts import SteeringVector
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import load, save
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import MismatchError, ModelError, NeuroSteerError, UsageError
-from neurosteer.examples import ContrastSet
-from neurosteer.models import LanguageModel, describe_model, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.saes import SparseAutoencoder, layer_of_hook, load_sae
-from neurosteer.steering import Session
-from neurosteer.storage import load, save
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import describe_model, load_model
+from neurosteer.reading.loop import read_activations, read_tokens
+from neurosteer.reading.request import Request
+from neurosteer.saes import autoencoder
+from neurosteer.saes.autoencoder import MAX_ENCODED_VALUES, SparseAutoencoder
+from neurosteer.saes.formats import layer_of_hook
+from neurosteer.saes.loading import load_sae
+from neurosteer.saes.offers import embedded_saes
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Session
 
 HOOK = "blocks.2.hook_resid_post"
 ALL_TEXTS = texts(40, seed=21)
@@ -435,13 +440,13 @@ def test_an_sae_fits_the_weights_it_was_made_on_whatever_their_folder_is_called(
 def test_the_shipped_saes_are_found_for_a_copy_of_their_model_under_another_name(
     llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saes, "assets_folder", lambda: tmp_path)
+    monkeypatch.setattr("neurosteer.saes.offers.assets_folder", lambda: tmp_path)
     about = {"model_fingerprint": llama.lm.fingerprint}
     random_sae(8).write(tmp_path / "saes" / "ours", HOOK, model_name="tiny/llama", metadata=about)
     other = {"model_fingerprint": make_tiny("llama", seed=1).lm.fingerprint}
     random_sae(9).write(tmp_path / "saes" / "other", "blocks.1.hook_resid_post", model_name="a/b", metadata=other)
     copied = named(llama, "my-copy")
-    assert list(saes.embedded_saes(copied)) == [2]
+    assert list(embedded_saes(copied)) == [2]
     assert torch.equal(load_sae(copied).decoder, random_sae(8).w_dec)
 
 
@@ -558,8 +563,8 @@ def test_the_shipped_saes_are_found_by_block(llama: Tiny, tmp_path: Path, monkey
         name = f"blocks.{layer}.hook_resid_post"
         random_sae(layer).write(tmp_path / "saes" / f"any-{layer}", name, model_name="tiny/llama")
     random_sae(9).write(tmp_path / "saes" / "other", HOOK, model_name="tiny/other")
-    monkeypatch.setattr(saes, "assets_folder", lambda: tmp_path)
-    assert list(saes.embedded_saes(llama.lm)) == [0, 1, 3]
+    monkeypatch.setattr("neurosteer.saes.offers.assets_folder", lambda: tmp_path)
+    assert list(embedded_saes(llama.lm)) == [0, 1, 3]
     assert load_sae(llama.lm, "embedded/3").layer == 3
     assert load_sae(llama.lm).layer == load_sae(llama.lm, "embedded").layer == 1
     assert torch.equal(load_sae(llama.lm, "embedded/0").decoder, random_sae(0).w_dec)
@@ -746,7 +751,7 @@ def test_statistics_are_the_same_however_few_tokens_are_encoded_at_once(
     sae = load_sae(llama.lm, random_sae(15, scale=20.0, jumps=True).write(tmp_path / "sae"))
     sides, options = (ALL_TEXTS[:20], ALL_TEXTS[20:]), {"tokens": tokens, "framing": framing}
     whole = statistics_of(llama.lm, Counting(sae), *sides, **options)
-    monkeypatch.setattr(saes, "MAX_ENCODED_VALUES", at_once * N_FEATURES)
+    monkeypatch.setattr(autoencoder, "MAX_ENCODED_VALUES", at_once * N_FEATURES)
     counting = Counting(sae)
     parts = statistics_of(llama.lm, counting, *sides, **options)
     assert max(counting.calls) <= at_once
@@ -784,6 +789,6 @@ def test_a_wide_sae_makes_no_tensor_larger_than_its_share(llama: Tiny, tmp_path:
     positive, negative = (tuple(" ".join(texts(8, seed=seed)) for seed in range(start, start + 7)) for start in (0, 50))
     request = Request(residual=(2,), encoders={2: counting}, batch_tokens=100_000)
     found = read_activations(llama.lm, positive, negative, request).features[2]
-    assert max(counting.calls) * width <= saes.MAX_ENCODED_VALUES
+    assert max(counting.calls) * width <= MAX_ENCODED_VALUES
     assert sum(counting.calls) == sum(found.n_tokens) > 1024
     assert 0 < float(found.rates.mean()) < 0.5

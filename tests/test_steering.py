@@ -28,13 +28,14 @@ from tiny import (
 )
 from torch import Tensor
 
-from neurosteer.artifacts import Calibration
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe, Use
+from neurosteer.artifacts.strength import Calibration
 from neurosteer.errors import MismatchError, UsageError
-from neurosteer.models import LanguageModel, describe_model
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import UNSTEERED, Positions, Recipe, Use
-from neurosteer.steering import Row, Session, Step, sweep_rows
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import describe_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.plans import applied, compile_plan
+from neurosteer.steering.session import Row, Session, Step, sweep_rows
 
 GREEDY = Sampling(greedy=True)
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀"]

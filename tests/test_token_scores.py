@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import Tiny, make_circuit, make_vector, naive_logits, naive_states, writes_of
 
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.token_scores import divergences, projections
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.measuring.token_scores import divergences, projections
 
 PROMPT, TEXT = "the cat sings over", " bread and cheese, naïve 日本 😀 again."
 

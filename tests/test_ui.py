@@ -20,9 +20,9 @@ from pages import (
 )
 from tiny import Tiny
 
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.storage import unpack
 from neurosteer.errors import Cancelled, ModelError, UsageError
-from neurosteer.storage import unpack
+from neurosteer.steering.decoding import Sampling
 from neurosteer.ui.jobs import Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.page import PageHandlers, create_app

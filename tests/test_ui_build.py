@@ -18,12 +18,13 @@ from pages import (
 from safetensors.torch import save_file
 from tiny import D_MODEL, Tiny
 
+from neurosteer.artifacts.storage import unpack
 from neurosteer.errors import UsageError
-from neurosteer.examples import bundled_sets
+from neurosteer.examples.files import bundled_sets
 from neurosteer.methods import METHODS
-from neurosteer.storage import unpack
-from neurosteer.ui.build_tab import BuildHandlers, Settings, Source, build_options, check_sae, read_source
 from neurosteer.ui.mixer import MOST
+from neurosteer.ui.source import Source, read_source
+from neurosteer.ui.tabs.build import BuildHandlers, Settings, build_options, check_sae
 
 
 @pytest.fixture(scope="module")

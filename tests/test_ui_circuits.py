@@ -10,7 +10,7 @@ import pytest
 from pages import HOSTILE, SKIP, Never, Ready, mix_values, visitor
 from tiny import Tiny, make_circuit, make_vector
 
-from neurosteer.artifacts import NeuronCircuit
+from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.circuits import (
     Attribution,
     Prediction,
@@ -21,13 +21,13 @@ from neurosteer.circuits import (
     find_unspecific,
     sweep_multipliers,
 )
-from neurosteer.steering import Session
-from neurosteer.ui import render_circuits as shown
-from neurosteer.ui.circuits_tab import KEEP, LEAVE_OUT, LEAVE_OUT_MORE, MAX_TOKENS, CircuitHandlers, Question, Shown
+from neurosteer.steering.session import Session
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_PROMPT
 from neurosteer.ui.loading import Models
-from neurosteer.ui.render import signed
+from neurosteer.ui.show import circuits as shown
+from neurosteer.ui.show.html import signed
+from neurosteer.ui.tabs.circuits import KEEP, LEAVE_OUT, LEAVE_OUT_MORE, MAX_TOKENS, CircuitHandlers, Question, Shown
 
 PROMPT = "the cat runs over the"
 QUESTION = Question(PROMPT, "a", "t", 40, LEAVE_OUT, False)

@@ -14,16 +14,21 @@ import pytest
 from pages import EXAMPLES, HOSTILE, SKIP, Never, Ready, mix_values, slow_steps, source, texts, told, visitor
 from tiny import Tiny, make_vector
 
-from neurosteer.artifacts import Receipt
-from neurosteer.building import build
+from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.building.build import build
 from neurosteer.evaluation import CallableJudge, Evaluation, PatternJudge, TextClassifier, evaluate
 from neurosteer.evaluation.figures import generations_csv
-from neurosteer.examples import bundled_sets, neutral_prompts
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Session
-from neurosteer.ui import evaluate_tab, gpu, render
-from neurosteer.ui import render_evaluation as shown
-from neurosteer.ui.evaluate_tab import (
+from neurosteer.examples.files import bundled_sets, neutral_prompts
+from neurosteer.steering.session import Session
+from neurosteer.ui import gpu
+from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.limits import MAX_EVALUATED_TEXTS, MAX_PROMPT
+from neurosteer.ui.loading import Models
+from neurosteer.ui.show import evaluation as shown
+from neurosteer.ui.show import html as render
+from neurosteer.ui.tabs import evaluate as evaluate_tab
+from neurosteer.ui.tabs.evaluate import (
     BUNDLED,
     FILE,
     KIND,
@@ -37,9 +42,6 @@ from neurosteer.ui.evaluate_tab import (
     Measured,
     Plan,
 )
-from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_EVALUATED_TEXTS, MAX_PROMPT
-from neurosteer.ui.loading import Models
 
 PROMPTS = ("the cat", "happy mountain", "over the")
 WORDS_ASKED = JudgeAsked(WORDS, None, None, "a, t, the", "")

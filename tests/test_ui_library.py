@@ -12,13 +12,13 @@ from pages import HOSTILE, SKIP, Ready, mix_values, told
 from tiny import Tiny
 
 from neurosteer import hub as library
-from neurosteer.steering import Session
-from neurosteer.storage import unpack
-from neurosteer.ui import render_library as shown
-from neurosteer.ui.library_tab import LibraryHandlers, Publication
+from neurosteer.artifacts.storage import unpack
+from neurosteer.steering.session import Session
 from neurosteer.ui.limits import visitors_token
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST
+from neurosteer.ui.show import library as shown
+from neurosteer.ui.tabs.library import LibraryHandlers, Publication
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import pytest
 from pages import EXAMPLES, HOSTILE, feature
 from tiny import make_circuit, make_vector
 
-from neurosteer.artifacts import FeatureContext, Provenance
+from neurosteer.artifacts.features import FeatureContext
+from neurosteer.artifacts.provenance import Provenance
 from neurosteer.errors import ArtifactError
-from neurosteer.examples import paste_examples
-from neurosteer.steering import Row
-from neurosteer.ui import render
-from neurosteer.ui.layer_figure import layer_figure
+from neurosteer.examples.reading import paste_examples
+from neurosteer.steering.session import Row
 from neurosteer.ui.loading import Status
+from neurosteer.ui.show import html as render
+from neurosteer.ui.show.layer_figure import layer_figure
 
 
 def test_uploaded_and_generated_text_is_escaped_wherever_it_is_shown(mood: Any) -> None:

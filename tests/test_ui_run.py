@@ -11,19 +11,19 @@ import pytest
 from pages import EXAMPLES, HOSTILE, SKIP, along, ask, feature, mix_values, run, told, visitor
 from tiny import Tiny, make_circuit, make_vector
 
-from neurosteer.artifacts import SteeringVector
-from neurosteer.decoding import Sampling
-from neurosteer.serving import SharedSession
-from neurosteer.steering import Row, Session
-from neurosteer.storage import pack
+from neurosteer.artifacts.storage import pack
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
+from neurosteer.steering.shared import SharedSession
 from neurosteer.ui.mixer import MOST, Mix
-from neurosteer.ui.steer_handlers import Ask, SteerHandlers
+from neurosteer.ui.tabs.steer_handlers import Ask, SteerHandlers
 
 
 def test_a_run_streams_both_texts_as_the_library_writes_them(
     steering: SteerHandlers, llama: Tiny, mood: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_handlers._UPDATE_S", 0.0)
+    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers._UPDATE_S", 0.0)
     views = run(steering, ask(), mix_values({"mood": mood}, ["mood"], 3.0))
     grown = [view.unsteered for view in views if isinstance(view.unsteered, str)]
     assert len(grown) > 4 and all(b.startswith(a) for a, b in pairwise(grown))
@@ -39,7 +39,7 @@ def test_a_run_streams_both_texts_as_the_library_writes_them(
 
 
 def _recipe(mood: Any, strength: float) -> Any:
-    from neurosteer.recipes import Recipe
+    from neurosteer.artifacts.recipes import Recipe
 
     return Recipe.of((mood, strength))
 
@@ -50,7 +50,7 @@ def test_strength_zero_writes_the_unsteered_text(steering: SteerHandlers, mood: 
 
 
 def test_stop_keeps_what_was_written(steering: SteerHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_handlers._UPDATE_S", 0.0)
+    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers._UPDATE_S", 0.0)
     stream = steering.run(visitor(), *ask(max_new_tokens=100), *mix_values({"mood": mood}, ["mood"]))
     views = []
     for view in stream:
@@ -136,8 +136,8 @@ def test_two_vectors_tell_their_overlap_and_offer_to_remove_it(steering: SteerHa
 def test_ticked_the_overlap_is_removed_and_otherwise_not(
     steering: SteerHandlers, llama: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neurosteer.combining import orthogonalised
-    from neurosteer.recipes import Recipe
+    from neurosteer.artifacts.combining import orthogonalised
+    from neurosteer.artifacts.recipes import Recipe
 
     one, other = (along({1: values}, model=llama.lm.reference) for values in ([1.0], [3.0, 4.0]))
     recipes = []
@@ -200,7 +200,7 @@ def test_a_wrong_zip_and_a_foreign_artifact_are_refused_in_one_line(
 
 
 def test_one_click_builds_the_example(steering: SteerHandlers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_handlers.read_examples", lambda name: replace(EXAMPLES, name=name))
+    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.read_examples", lambda name: replace(EXAMPLES, name=name))
     button, error, note, shelf, shown, empty, *_ = steering.build_example(visitor(), told, *mix_values({}, []))
     assert button["interactive"] and error == "" and "press Run" in note
     assert list(shelf) == shown == ["sentiment-caa"] and not empty["visible"]

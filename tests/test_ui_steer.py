@@ -12,24 +12,24 @@ import pytest
 from pages import HOSTILE, SKIP, ask, mix_values, run, visitor
 from tiny import Tiny, make_circuit, make_vector
 
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import ModelError
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 from neurosteer.ui import shelf as shelves
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST, Mix
 from neurosteer.ui.presets import PRESETS, Preset
-from neurosteer.ui.render import signed
-from neurosteer.ui.steer_handlers import SteerHandlers, new_talk
+from neurosteer.ui.show.html import signed
+from neurosteer.ui.tabs.steer_handlers import SteerHandlers, new_talk
 
 
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch, mood: Any) -> dict[str, Any]:
     """What comes with NeuroSteer, were the tiny model the embedded one."""
     found = {"sentiment": replace(mood, name="sentiment"), "circuit": make_circuit(name="circuit")}
-    monkeypatch.setattr("neurosteer.ui.steer_handlers.released_for", lambda model: found)
+    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.released_for", lambda model: found)
     monkeypatch.setattr(shelves, "released", lambda: found)
     return found
 
@@ -114,7 +114,7 @@ def test_the_pages_limits_hold_whatever_the_browser_sends(
 def test_a_run_that_takes_too_long_is_stopped_and_kept(
     steering: SteerHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_handlers.MAX_SECONDS", 0.0)
+    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.MAX_SECONDS", 0.0)
     last = run(steering, ask(max_new_tokens=200), mix_values({"mood": mood}, ["mood"]))[-1]
     assert "Stopped" in last.note and last.error == ""
 
@@ -125,7 +125,7 @@ def test_a_scaling_circuits_slider_is_its_multiplier(steering: SteerHandlers, ll
     slider = rest[MOST]
     assert shown == ["c"] and slider["label"] == "c: multiplier" and slider["value"] == circuit.calibration.amount
     last = run(steering, ask(), mix_values({"c": circuit}, ["c"], 0.0))[-1]
-    from neurosteer.recipes import Use
+    from neurosteer.artifacts.recipes import Use
 
     assert [last.unsteered, last.steered] == written(llama, Recipe(), Recipe.of(Use(circuit, multiplier=0.0)))
     assert Mix.of(mix_values({"c": circuit}, ["c"], 0.5)).in_words() == "c × 0.5"
@@ -242,7 +242,7 @@ def test_a_model_that_does_not_fit_or_is_not_on_offer_is_refused(monkeypatch: py
 def test_choosing_a_model_changes_what_is_released_and_keeps_what_is_ones_own(
     steering: SteerHandlers, mood: Any, released: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neurosteer.ui.steer_handlers.released_for", lambda model: {})
+    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.released_for", lambda model: {})
     values = mix_values({**released, "mood": mood}, ["sentiment", "mood"])
     error, shelf, shown, *_ = steering.choose_model(*values)
     assert error == "" and list(shelf) == shown == ["mood"]

@@ -15,10 +15,10 @@ from gradio_client import Client
 from pages import Ready, serving, slow_steps
 from tiny import Tiny, make_circuit, make_vector, tiny
 
-from neurosteer.decoding import Sampling
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session
-from neurosteer.storage import pack
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import pack
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 VISITORS = 16
 

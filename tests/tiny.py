@@ -27,12 +27,17 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from neurosteer import building
-from neurosteer.artifacts import Calibration, FeatureEncoder, ModelReference, NeuronCircuit, SteeringVector
-from neurosteer.models import LanguageModel, describe_model
-from neurosteer.recipes import Use
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.features import FeatureEncoder
+from neurosteer.artifacts.recipes import Use
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build as build_and_calibrate
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import describe_model
+from neurosteer.models.reference import ModelReference
 
-build = partial(building.build, calibrate=False)
+build = partial(build_and_calibrate, calibrate=False)
 """For tests of what is built, not of how strong it is and which of several choices does most."""
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")

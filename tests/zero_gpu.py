@@ -26,17 +26,17 @@ from urllib.parse import parse_qs, urlparse
 import torch
 from tiny import ablating, clamping, hook_count, make_circuit, make_vector
 
-from neurosteer.artifacts import ModelReference
-from neurosteer.batches import Batch
-from neurosteer.building import build
-from neurosteer.decoding import Sampling
-from neurosteer.examples import ContrastSet
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import Recipe, Use
-from neurosteer.steering import Row, drained
-from neurosteer.storage import pack
-from neurosteer.ui import colours
+from neurosteer.artifacts.recipes import Recipe, Use
+from neurosteer.artifacts.storage import pack
+from neurosteer.building.build import build
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.reference import ModelReference
+from neurosteer.steering.batches import Batch
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, drained
 from neurosteer.ui.loading import ModelHolder
+from neurosteer.ui.show import colours
 
 WRITING: dict[str, Any] = {"max_new_tokens": 12, "sampling": Sampling(seed=7)}
 EXAMPLES = ContrastSet(

@@ -1,26 +1,26 @@
 """Circuits: which neurons an answer is owed to, and how they feed one another."""
 
-from neurosteer.circuits.ablation import ABLATIONS
-from neurosteer.circuits.attribution import AGGREGATES, Attribution, attribute
-from neurosteer.circuits.choices import Choice, NextToken, next_tokens
-from neurosteer.circuits.decomposition import CircuitComparison, Decomposition, compare_with_circuit, decompose
-from neurosteer.circuits.edges import CircuitGraph, Edge, Hub, find_edges
-from neurosteer.circuits.faithfulness import PERCENTS, Faithfulness, FaithfulnessRow, measure_faithfulness
-from neurosteer.circuits.linearised import ATTENTIONS, LinearPass, linear_logits, linear_pass, linearised
-from neurosteer.circuits.parts import at_multiplier, part, random_like
-from neurosteer.circuits.pictures import dot, figure, figure_html, text_diagram
-from neurosteer.circuits.probing import (
+from neurosteer.circuits.checks.ablation import ABLATIONS
+from neurosteer.circuits.checks.faithfulness import PERCENTS, Faithfulness, FaithfulnessRow, measure_faithfulness
+from neurosteer.circuits.checks.probing import (
     Prediction,
     SweepPoint,
     next_token_probs,
     sweep_multipliers,
     top_predictions,
 )
-from neurosteer.circuits.scores import METRICS, NeuronScore, PromptAttribution
-from neurosteer.circuits.selection import RULES, Selection
-from neurosteer.circuits.specific import find_unspecific
-from neurosteer.circuits.universal import UniversalNeurons, everyday_prompts, find_universal
-from neurosteer.circuits.weights import Neuron, SuperWeight, edge_weights
+from neurosteer.circuits.decomposition import CircuitComparison, Decomposition, compare_with_circuit, decompose
+from neurosteer.circuits.graph.edges import CircuitGraph, Edge, Hub, find_edges
+from neurosteer.circuits.graph.pictures import dot, figure, figure_html, text_diagram
+from neurosteer.circuits.parts import at_multiplier, part, random_like
+from neurosteer.circuits.relp.attribution import AGGREGATES, Attribution, attribute
+from neurosteer.circuits.relp.choices import Choice, NextToken, next_tokens
+from neurosteer.circuits.relp.linearised import ATTENTIONS, LinearPass, linear_logits, linear_pass, linearised
+from neurosteer.circuits.relp.scores import METRICS, NeuronScore, PromptAttribution
+from neurosteer.circuits.relp.selection import RULES, Selection
+from neurosteer.circuits.relp.specific import find_unspecific
+from neurosteer.circuits.relp.universal import UniversalNeurons, everyday_prompts, find_universal
+from neurosteer.circuits.relp.weights import Neuron, SuperWeight, edge_weights
 
 __all__ = [
     "ABLATIONS",

@@ -9,18 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts import (
-    NeuronCircuit,
-    Provenance,
-    SteeringVector,
-    check_model,
-    default_calibration,
-    safe_name,
-    unit,
-)
+from neurosteer.artifacts.artifact import check_model
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.common import safe_name
+from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.strength import default_calibration
+from neurosteer.artifacts.vector import SteeringVector, unit
 from neurosteer.circuits.parts import random_like
 from neurosteer.errors import UsageError
-from neurosteer.models import LanguageModel
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.version import VERSION
 
 _DRAWS = 5

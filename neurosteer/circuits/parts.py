@@ -7,9 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts import NeuronCircuit, default_calibration, safe_name
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.common import safe_name
+from neurosteer.artifacts.recipes import Recipe, Use
+from neurosteer.artifacts.strength import default_calibration
 from neurosteer.errors import UsageError
-from neurosteer.recipes import Recipe, Use
 
 _PART = re.compile(
     r"(?P<all>all)|top(?P<top>[0-9]{1,9})|L(?P<layer>[0-9]{1,9})(?:/N(?P<neuron>[0-9]{1,9}))?", re.IGNORECASE

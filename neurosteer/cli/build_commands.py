@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.cards import strength_meaning
+from neurosteer.artifacts.cards import strength_meaning
 from neurosteer.cli.inputs import read_prompts
 from neurosteer.cli.options import (
     DeviceOption,
@@ -28,9 +28,9 @@ from neurosteer.cli.output import err, new_table, out, print_json, print_table, 
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts import Artifact
-    from neurosteer.examples import ContrastSet
-    from neurosteer.layer_profile import LayerProfile
+    from neurosteer.artifacts.artifact import Artifact
+    from neurosteer.building.layer_profile import LayerProfile
+    from neurosteer.examples.contrast_set import ContrastSet
 
 
 def build(
@@ -79,8 +79,8 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Build an artifact from examples."""
-    from neurosteer.building import build as build_artifact
-    from neurosteer.storage import save
+    from neurosteer.artifacts.storage import save
+    from neurosteer.building.build import build as build_artifact
 
     contrast = _contrast(examples, negative)
     given = {"rank": rank, "operation": operation, "top_k": _count_or_share(top_k), "penalty": penalty, "sae": sae}
@@ -126,7 +126,7 @@ def layers(
     as_json: JsonOption = False,
 ) -> None:
     """Build at every layer and show, layer by layer, how well examples separate and what steering does and costs."""
-    from neurosteer.layer_profile import profile_data, profile_layers, write_profile
+    from neurosteer.building.layer_profile import profile_data, profile_layers, write_profile
 
     contrast = _contrast(examples, negative)
     given = {"rank": rank, "top_k": _count_or_share(top_k), "sae": sae}
@@ -152,7 +152,7 @@ def layers(
 
 
 def _contrast(examples: str, negative: str | None) -> "ContrastSet":
-    from neurosteer.examples import read_examples
+    from neurosteer.examples.reading import read_examples
 
     contrast = read_examples(examples, negative)
     for warning in contrast.warnings:
@@ -221,9 +221,9 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Set an artifact's strength 1 by measurement, for +1 and −1 by themselves."""
-    from neurosteer.calibration import calibrate as calibrated
-    from neurosteer.references import resolve
-    from neurosteer.storage import save
+    from neurosteer.artifacts.storage import save
+    from neurosteer.hub.references import resolve
+    from neurosteer.measuring.calibration import calibrate as calibrated
 
     texts = read_prompts(prompts) if prompts else None
     found = resolve(artifact)
@@ -246,7 +246,7 @@ def calibrate(
 
 
 def _print_profile(profile: "LayerProfile") -> None:
-    from neurosteer.layer_profile import control_name
+    from neurosteer.building.layer_profile import control_name
 
     control = control_name(profile)
     headings = ("Layer", "Separation", "Effect", "Damage", f"Effect of {control}", f"Damage of {control}")

@@ -21,9 +21,10 @@ from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts import NeuronCircuit, SteeringVector
+    from neurosteer.artifacts.circuit import NeuronCircuit
+    from neurosteer.artifacts.vector import SteeringVector
     from neurosteer.circuits import Attribution, CircuitGraph, Faithfulness, Selection
-    from neurosteer.models import LanguageModel
+    from neurosteer.models.language_model import LanguageModel
 
 PromptsOption = Annotated[list[str], typer.Option("--prompt", help="May be given more than once.")]
 TargetsOption = Annotated[
@@ -75,7 +76,7 @@ def attribute(
     as_json: JsonOption = False,
 ) -> None:
     """Find the neurons that a next token is owed to, and write them as a circuit. Several prompts: one JSON each."""
-    from neurosteer.storage import save
+    from neurosteer.artifacts.storage import save
 
     select = selection(top_k, share, percent, per_layer)
     asked: dict[str, Any] = {"metric": metric, "attention": attention, "seed_response": seed_response}
@@ -211,9 +212,9 @@ def decompose(
     """Show which neurons write along a steering vector, and how it compares with a circuit."""
     from dataclasses import asdict
 
+    from neurosteer.artifacts.storage import save
     from neurosteer.circuits import compare_with_circuit
     from neurosteer.circuits import decompose as take_apart
-    from neurosteer.storage import save
 
     vector, other = _vector(reference), _circuit(circuit) if circuit is not None else None
     with progress_line() as progress:
@@ -315,8 +316,8 @@ def _one_or_each(texts: Sequence[str]) -> str | Sequence[str]:
 
 
 def _circuit(reference: str) -> "NeuronCircuit":
-    from neurosteer.artifacts import NeuronCircuit
-    from neurosteer.references import resolve
+    from neurosteer.artifacts.circuit import NeuronCircuit
+    from neurosteer.hub.references import resolve
 
     found = resolve(reference)
     if not isinstance(found, NeuronCircuit):
@@ -325,8 +326,8 @@ def _circuit(reference: str) -> "NeuronCircuit":
 
 
 def _vector(reference: str) -> "SteeringVector":
-    from neurosteer.artifacts import SteeringVector
-    from neurosteer.references import resolve
+    from neurosteer.artifacts.vector import SteeringVector
+    from neurosteer.hub.references import resolve
 
     found = resolve(reference)
     if not isinstance(found, SteeringVector):

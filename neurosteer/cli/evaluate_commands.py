@@ -28,9 +28,9 @@ from neurosteer.cli.output import err, new_table, out, print_json, print_table, 
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
+    from neurosteer.artifacts.recipes import Recipe
     from neurosteer.evaluation import Evaluation, Judge
-    from neurosteer.examples import ContrastSet
-    from neurosteer.recipes import Recipe
+    from neurosteer.examples.contrast_set import ContrastSet
 
 _TABLE_WIDTH = 220
 
@@ -63,7 +63,7 @@ def evaluate(
 ) -> None:
     """Measure effect and damage at several strengths, beside no steering, random twins and plain words."""
     from neurosteer.evaluation import evaluate as measure
-    from neurosteer.examples import sweep_prompts
+    from neurosteer.examples.files import sweep_prompts
 
     values = floats(strengths, "--strengths")
     place = _folder_to_save(use) if save else None
@@ -91,7 +91,7 @@ class JudgeRequest:
     @staticmethod
     def of(name: str | None, examples: str | None) -> "JudgeRequest":
         from neurosteer.evaluation import named_judge
-        from neurosteer.examples import read_examples
+        from neurosteer.examples.reading import read_examples
 
         if name is None and examples is None:
             raise UsageError(
@@ -114,8 +114,8 @@ class JudgeRequest:
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:
     """Write the files, keep the receipt on the artifact, and print the table or the receipt."""
+    from neurosteer.artifacts.storage import save
     from neurosteer.evaluation import write_evaluation
-    from neurosteer.storage import save
 
     files = write_evaluation(found, folder) if folder is not None else ()
     if save_to is not None:
@@ -145,7 +145,7 @@ def _print_receipt_table(table: dict[str, Any]) -> None:
 
 def _folder_to_save(use: Sequence[str]) -> Path:
     """The local folder of the one artifact used, before anything is loaded."""
-    from neurosteer.references import artifact_folder
+    from neurosteer.hub.references import artifact_folder
 
     if len(use) != 1:
         raise UsageError(f"--save keeps a receipt on one artifact; --use names {len(use)}.")

@@ -19,7 +19,7 @@ from neurosteer.cli.options import (
 from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
 
 if TYPE_CHECKING:
-    from neurosteer.lm_harness import HarnessResult
+    from neurosteer.evaluation.harness import HarnessResult
 
 
 def harness(
@@ -43,7 +43,7 @@ def harness(
     as_json: JsonOption = False,
 ) -> None:
     """Measure capability on tasks of lm-evaluation-harness (an extra), unsteered and steered."""
-    from neurosteer.lm_harness import find_tasks, harness, write_harness
+    from neurosteer.evaluation.harness import find_tasks, harness, write_harness
 
     uses = uses_of(use)
     names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]

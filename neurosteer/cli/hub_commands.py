@@ -72,7 +72,7 @@ def search(
 ) -> None:
     """Find artifacts on the Hub, the most liked first."""
     from neurosteer import hub
-    from neurosteer.sources import recorded_name
+    from neurosteer.models.sources import recorded_name
 
     _quiet_client()
     base = recorded_name(base_model) if base_model else None

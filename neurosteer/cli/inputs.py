@@ -8,29 +8,29 @@ from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
-    from neurosteer.models import LanguageModel
-    from neurosteer.recipes import Recipe, Use
-    from neurosteer.references import FeatureUse
+    from neurosteer.artifacts.recipes import Recipe, Use
+    from neurosteer.hub.references import FeatureUse
+    from neurosteer.models.language_model import LanguageModel
 
 
 def uses_of(texts: Sequence[str]) -> "list[Use | FeatureUse]":
     """What --use names: mistakes show before the model is loaded; features of SAEs are looked up after."""
-    from neurosteer.references import parse_use
+    from neurosteer.hub.references import parse_use
 
     return [parse_use(text) for text in texts]
 
 
 def model_of(uses: "Sequence[Use | FeatureUse]") -> str | None:
     """The model that the first artifact was made on; None (the default) where there are features of SAEs only."""
-    from neurosteer.recipes import Use
+    from neurosteer.artifacts.recipes import Use
 
     return next((use.artifact.model.name for use in uses if isinstance(use, Use)), None)
 
 
 def recipe_of(uses: "Sequence[Use | FeatureUse]", lm: "LanguageModel", progress: Progress) -> "tuple[Recipe, float]":
     """The recipe, and the strength to show beside its texts: its own when it is one artifact, else 1 (as given)."""
-    from neurosteer.recipes import Recipe
-    from neurosteer.references import resolve_uses
+    from neurosteer.artifacts.recipes import Recipe
+    from neurosteer.hub.references import resolve_uses
 
     return Recipe.of(*resolve_uses(uses, lm, progress=progress)), uses[0].strength if len(uses) == 1 else 1.0
 

@@ -8,7 +8,7 @@ import typer
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
-    from neurosteer.models import LanguageModel
+    from neurosteer.models.language_model import LanguageModel
 
 # The model, and how it is loaded and written to.
 ModelOption = Annotated[
@@ -71,6 +71,6 @@ def load(
 ) -> "LanguageModel":
     """The model that --model, --revision, --device and --dtype ask for. Raises what `load_model` raises."""
     progress("Starting")  # what follows imports for seconds
-    from neurosteer.models import load_model
+    from neurosteer.models.loading import load_model
 
     return load_model(model, revision=revision, device=device, dtype=dtype, progress=progress)

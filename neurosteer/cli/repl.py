@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from neurosteer.artifacts import NeuronCircuit, SteeringVector, check_model
-from neurosteer.building import build
-from neurosteer.cards import parameter_rows
+from neurosteer.artifacts.artifact import check_model
+from neurosteer.artifacts.cards import parameter_rows
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.storage import save
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build
 from neurosteer.circuits import (
     Attribution,
     CircuitGraph,
@@ -26,15 +30,15 @@ from neurosteer.circuits import (
 )
 from neurosteer.cli.circuit_commands import attributed, numbers, print_left_out, print_neurons, selection
 from neurosteer.cli.output import err, new_table, out, print_table, progress_line
-from neurosteer.decoding import Sampling
 from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.examples import ContrastSet, bundled_sets, paste_examples, read_examples
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.references import VECTORS_FOLDER, resolve
-from neurosteer.sources import cache_folder
-from neurosteer.steering import Row, Session
-from neurosteer.storage import save
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import bundled_sets
+from neurosteer.examples.reading import paste_examples, read_examples
+from neurosteer.hub.references import VECTORS_FOLDER, resolve
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.sources import cache_folder
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 try:
     import readline

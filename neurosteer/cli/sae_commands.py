@@ -52,8 +52,8 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train sparse autoencoders on a model's activations, several depths at once; a run that was cut goes on."""
-    from neurosteer.building import parse_layers
-    from neurosteer.sae_training import TrainingOptions, measures_of, read_training_texts, train_saes
+    from neurosteer.building.layers import parse_layers
+    from neurosteer.saes.training import TrainingOptions, measures_of, read_training_texts, train_saes
 
     found = read_training_texts(texts)
     with progress_line(logged=True) as progress:
@@ -89,8 +89,8 @@ def train(
 @app.command("list")
 def list_saes(model: ModelOption = None, as_json: JsonOption = False) -> None:
     """List the SAEs for a model: those that come with NeuroSteer, and the catalog's releases."""
-    from neurosteer.catalog import default_model
-    from neurosteer.saes import offered_saes
+    from neurosteer.models.catalog import default_model
+    from neurosteer.saes.offers import offered_saes
 
     offer = offered_saes(model or default_model())
     if as_json:

@@ -10,8 +10,8 @@ from neurosteer.cli.options import JsonOption, ModelOption
 from neurosteer.cli.output import TABLE_WIDTH, new_table, out, print_json, print_table
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts import Artifact
-    from neurosteer.combining import Overlap
+    from neurosteer.artifacts.artifact import Artifact
+    from neurosteer.artifacts.combining import Overlap
 
 
 def open_page(
@@ -27,7 +27,7 @@ def open_page(
 
 def models(as_json: JsonOption = False) -> None:
     """List the models of the catalog."""
-    from neurosteer.catalog import catalog, default_model
+    from neurosteer.models.catalog import catalog, default_model
 
     if as_json:
         print_json({"default": default_model(), "models": [asdict(model) for model in catalog()]})
@@ -53,8 +53,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what an artifact is, where it comes from and what strength 1 means; of several, how much they overlap."""
-    from neurosteer.references import resolve
-    from neurosteer.storage import artifact_data
+    from neurosteer.artifacts.storage import artifact_data
+    from neurosteer.hub.references import resolve
 
     artifacts = [resolve(reference) for reference in references]
     if len(artifacts) == 1:
@@ -76,7 +76,7 @@ def inspect(
 
 def _comparable_overlaps(artifacts: "Sequence[Artifact]") -> "list[Overlap]":
     """Directions can be compared within models of one shape; artifacts of others are shown all the same."""
-    from neurosteer.combining import cosines
+    from neurosteer.artifacts.combining import cosines
 
     alike: dict[tuple[int, int, int], list[Artifact]] = {}
     for artifact in artifacts:
@@ -86,8 +86,8 @@ def _comparable_overlaps(artifacts: "Sequence[Artifact]") -> "list[Overlap]":
 
 
 def _inspect_text(artifact: "Artifact") -> str:
-    from neurosteer.artifacts import NeuronCircuit
-    from neurosteer.cards import feature_lines, layers_text, parameter_rows, strength_meaning
+    from neurosteer.artifacts.cards import feature_lines, layers_text, parameter_rows, strength_meaning
+    from neurosteer.artifacts.circuit import NeuronCircuit
 
     source = artifact.provenance
     lines = [

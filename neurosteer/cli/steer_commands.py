@@ -39,10 +39,10 @@ from neurosteer.cli.output import err, out, print_json, progress_line
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
-    from neurosteer.combining import Overlap
-    from neurosteer.models import LanguageModel
-    from neurosteer.recipes import Recipe
-    from neurosteer.steering import Row
+    from neurosteer.artifacts.combining import Overlap
+    from neurosteer.artifacts.recipes import Recipe
+    from neurosteer.models.language_model import LanguageModel
+    from neurosteer.steering.session import Row
 
 
 def steer(
@@ -67,9 +67,9 @@ def steer(
     as_json: JsonOption = False,
 ) -> None:
     """Write texts under one or more artifacts at their strengths."""
-    from neurosteer.decoding import Sampling
-    from neurosteer.recipes import UNSTEERED
-    from neurosteer.steering import Row, Session
+    from neurosteer.artifacts.recipes import UNSTEERED
+    from neurosteer.steering.decoding import Sampling
+    from neurosteer.steering.session import Row, Session
 
     uses = uses_of(use)
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -120,10 +120,10 @@ def sweep(
 
     With a judge, controls are written too, and figures, as `evaluate` does.
     """
-    from neurosteer.decoding import Sampling
     from neurosteer.evaluation import evaluate
-    from neurosteer.examples import sweep_prompts
-    from neurosteer.steering import Session
+    from neurosteer.examples.files import sweep_prompts
+    from neurosteer.steering.decoding import Sampling
+    from neurosteer.steering.session import Session
 
     asked = JudgeRequest.of(judge, examples) if judge or examples else None
     if asked is not None and (raw or positions != "all"):
@@ -163,8 +163,8 @@ def sweep(
 
 def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Overlap] | None]":
     """The recipe to steer with, and how much its vectors overlap as they were given; None where there are not two."""
-    from neurosteer.artifacts import SteeringVector
-    from neurosteer.combining import cosines, orthogonalised
+    from neurosteer.artifacts.combining import cosines, orthogonalised
+    from neurosteer.artifacts.vector import SteeringVector
 
     several = sum(isinstance(use.artifact, SteeringVector) for use in recipe.uses) > 1
     overlaps = cosines(recipe) if several else None

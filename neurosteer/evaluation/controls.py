@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from neurosteer.artifacts import NeuronCircuit
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.twins import random_recipe
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.twins import random_recipe
 
 Kind = Literal["steered", "unsteered", "random", "instruction"]
 

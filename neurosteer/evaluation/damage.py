@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from neurosteer.batches import can_change
-from neurosteer.forcing import ForcedText, forced_logits
-from neurosteer.hooks import InputHook, hooked
-from neurosteer.models import LanguageModel
+from neurosteer.artifacts.recipes import UNSTEERED
+from neurosteer.models.hooks import InputHook, hooked
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import check_cancelled
-from neurosteer.recipes import UNSTEERED
+from neurosteer.steering.batches import can_change
+from neurosteer.steering.forcing import ForcedText, forced_logits
 
 _WHAT = "Measuring perplexity"
 _MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}

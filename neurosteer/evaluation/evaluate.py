@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from neurosteer.artifacts import Artifact, Receipt, check_model
-from neurosteer.decoding import Sampling
-from neurosteer.divergence import divergences, unsteered_texts
+from neurosteer.artifacts.artifact import Artifact, check_model
+from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import UsageError
 from neurosteer.evaluation.controls import Group, Kind, default_instructions, groups
 from neurosteer.evaluation.damage import surprises
@@ -18,11 +18,12 @@ from neurosteer.evaluation.judges import Judge
 from neurosteer.evaluation.metrics import Sampled, figures
 from neurosteer.evaluation.receipts import Measured, receipt_of
 from neurosteer.evaluation.texts import Writing, write_texts
-from neurosteer.examples import sweep_prompts
-from neurosteer.models import LanguageModel
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.measuring.divergence import divergences, unsteered_texts
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 MAX_STRENGTHS, MAX_PROMPTS, MAX_SAMPLES, MAX_RANDOM, MAX_TOKENS = 41, 1000, 100, 20, 1024

@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurosteer.artifacts import Receipt
+from neurosteer.artifacts.plots import COLOURS, KIND_NAMES, receipt_plot, receipt_points
+from neurosteer.artifacts.provenance import Receipt
 from neurosteer.errors import UsageError
 from neurosteer.evaluation.evaluate import EvaluatedText, Evaluation
 from neurosteer.evaluation.receipts import receipt_text
-from neurosteer.plots import COLOURS, KIND_NAMES, receipt_plot, receipt_points
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from neurosteer.artifacts import Artifact
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import UsageError
 from neurosteer.evaluation.openings import is_refusal, labelled_openings
-from neurosteer.examples import HOLD_OUT_SEED, ContrastSet
-from neurosteer.recipes import Recipe
+from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 
 WEAK_BELOW = 0.65
 MAX_PATTERN = 500

@@ -11,7 +11,9 @@ opens with one of:
 import re
 from functools import cache
 
-from neurosteer.examples import ContrastSet, assets_folder, read_examples
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import assets_folder
+from neurosteer.examples.reading import read_examples
 
 LABELLED_FILE = "refusal_openings.tsv"
 _LOOKED_AT = 300

@@ -25,13 +25,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neurosteer.artifacts import Receipt
+from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.recipes import Recipe, Use
 from neurosteer.evaluation.controls import Kind, control_name
 from neurosteer.evaluation.judges import Judge, accuracy_text
 from neurosteer.evaluation.metrics import KL_PERCENTILE, LEVEL, N_RESAMPLES, Estimate, Figures
 from neurosteer.evaluation.texts import Writing
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import Recipe, Use
+from neurosteer.models.language_model import LanguageModel
 
 SCHEMA_VERSION = 1
 KIND = "evaluation"

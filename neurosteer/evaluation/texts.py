@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neurosteer.artifacts import Artifact, SteeringVector
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import Cancelled, UsageError
 from neurosteer.evaluation.controls import Group
-from neurosteer.models import LanguageModel
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 TEXTS_FILE = "texts.jsonl"
 PART_ROWS = 128

@@ -3,7 +3,7 @@
 import errno
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from huggingface_hub.errors import (
@@ -74,8 +74,8 @@ def retry_after(error: BaseException) -> float | None:
         when = parsedate_to_datetime(text)
     except (ValueError, TypeError, IndexError):
         return None
-    moment = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
-    return max(0.0, (moment - datetime.now(timezone.utc)).total_seconds())
+    moment = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def explain(error: BaseException, asked: Asked) -> HubError:

@@ -12,7 +12,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
-from neurosteer.artifacts import Artifact
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable, UsageError
 from neurosteer.hub.client import Hub, Token, connect, is_offline
 from neurosteer.hub.repos import (
@@ -28,7 +29,6 @@ from neurosteer.hub.repos import (
     top_entries,
 )
 from neurosteer.progress import Progress, silent
-from neurosteer.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
 
 logger = logging.getLogger(__name__)
 

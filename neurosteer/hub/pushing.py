@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
-from neurosteer.cards import (
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import (
     EVALUATION_PLOT,
     LIBRARY,
     PLOTS,
@@ -22,6 +22,10 @@ from neurosteer.cards import (
     render_card,
     render_pack_card,
 )
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.plots import separation_plot
+from neurosteer.artifacts.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, load, save
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, HubError, NeuroSteerError, UsageError
 from neurosteer.hub.client import Hub, Token, connect
 from neurosteer.hub.pulling import download, fetch
@@ -34,9 +38,7 @@ from neurosteer.hub.repos import (
     repo_info,
     top_entries,
 )
-from neurosteer.plots import separation_plot
 from neurosteer.progress import Progress, silent
-from neurosteer.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, load, save
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from itertools import islice
 
 from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
 
+from neurosteer.artifacts.storage import CONFIG_FILE, WEIGHTS_FILE
 from neurosteer.errors import HubError, UsageError
 from neurosteer.hub.client import Hub
-from neurosteer.storage import CONFIG_FILE, WEIGHTS_FILE
 
 MOST_ARTIFACTS = 100
 MAIN = "main"

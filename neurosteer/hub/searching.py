@@ -9,10 +9,12 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 
-from neurosteer.artifacts import ModelReference, NeuronCircuit, SteeringVector
-from neurosteer.cards import LIBRARY, shape_text
+from neurosteer.artifacts.cards import LIBRARY, shape_text
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.hub.client import Token, connect
+from neurosteer.models.reference import ModelReference
 
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100

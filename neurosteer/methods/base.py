@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from neurosteer.activations import Activations
-from neurosteer.artifacts import Artifact
+from neurosteer.artifacts.artifact import Artifact
 from neurosteer.errors import UsageError
+from neurosteer.reading.statistics import Activations
 
 Columns = Callable[[int], Tensor]
 """Layer to what its neurons write to the residual stream per unit of activation, float32 `[d_mlp, d_model]`."""

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from neurosteer.activations import Activations
-from neurosteer.artifacts import SteeringVector
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.methods.base import Method, Tensors
+from neurosteer.reading.statistics import Activations
 
 
 def mean_difference(

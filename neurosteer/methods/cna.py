@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurosteer.activations import Activations
-from neurosteer.artifacts import CIRCUIT_OPERATIONS, NeuronCircuit, default_calibration
+from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS, NeuronCircuit
+from neurosteer.artifacts.strength import default_calibration
 from neurosteer.errors import UsageError
 from neurosteer.methods.base import Columns, Method, Tensors
+from neurosteer.reading.statistics import Activations
 
 RANKS = ("difference", "dprime", "write")
 SKIPPED_LAYERS = (0, 1)

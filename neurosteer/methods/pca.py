@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurosteer.activations import Activations, ClassRows
-from neurosteer.artifacts import SteeringVector
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.methods.base import Method, Tensors
+from neurosteer.reading.statistics import Activations, ClassRows
 
 
 def principal_component(

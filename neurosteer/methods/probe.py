@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neurosteer.activations import Activations, ClassRows
-from neurosteer.artifacts import SteeringVector
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.methods.base import Method, Tensors
+from neurosteer.reading.statistics import Activations, ClassRows
 
 
 def probe_direction(

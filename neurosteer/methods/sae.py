@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neurosteer.activations import Activations, FeatureStatistics
-from neurosteer.artifacts import Feature, SteeringVector
+from neurosteer.artifacts.features import Feature
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.methods.base import Method, Tensors
+from neurosteer.reading.statistics import Activations, FeatureStatistics
 
 RANKS = ("rate", "dprime", "probe")
 WEIGHTS = ("difference", "target")

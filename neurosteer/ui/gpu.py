@@ -19,19 +19,22 @@ from weakref import WeakValueDictionary
 
 import gradio as gr
 
-from neurosteer.artifacts import Artifact, NeuronCircuit, SteeringVector
-from neurosteer.building import build
-from neurosteer.catalog import find_model
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import UNSTEERED
+from neurosteer.artifacts.storage import pack, unpack
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
 from neurosteer.evaluation import evaluate
 from neurosteer.evaluation.controls import n_groups
-from neurosteer.models import LanguageModel, load_model
+from neurosteer.models.catalog import find_model
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 from neurosteer.progress import Progress, check_cancelled, silent
-from neurosteer.recipes import UNSTEERED
-from neurosteer.serving import SharedSession
-from neurosteer.steering import Options, Row, Session, Step, is_set
-from neurosteer.storage import pack, unpack
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Options, Row, Session, Step, is_set
+from neurosteer.steering.shared import SharedSession
 from neurosteer.ui.limits import on_zero_gpu
 
 _GPU = "cuda"

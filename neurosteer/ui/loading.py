@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neurosteer.catalog import catalog, default_model, find_model
 from neurosteer.errors import ModelError, NeuroSteerError
+from neurosteer.models.catalog import catalog, default_model, find_model
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.ui.limits import on_zero_gpu
 
 if TYPE_CHECKING:
-    from neurosteer.models import LanguageModel
+    from neurosteer.models.language_model import LanguageModel
     from neurosteer.ui.gpu import ModelSession
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from neurosteer.ui import render
 from neurosteer.ui.shelf import Shelf, zip_file
+from neurosteer.ui.show import html as render
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts import Artifact
-    from neurosteer.recipes import Recipe, Use
+    from neurosteer.artifacts.artifact import Artifact
+    from neurosteer.artifacts.recipes import Recipe, Use
 
 MOST = 4
 STRENGTHS = (-3.0, 3.0)
@@ -77,8 +77,8 @@ class Mix:
 
     def recipe(self) -> "Recipe":
         """What is chosen, at where the sliders stand. Raises `UsageError` where the overlap cannot be removed."""
-        from neurosteer.combining import orthogonalised
-        from neurosteer.recipes import Recipe
+        from neurosteer.artifacts.combining import orthogonalised
+        from neurosteer.artifacts.recipes import Recipe
 
         recipe = Recipe.of(*(use_of(self.shelf[label], float(self.strength(label))) for label in self.chosen))
         return orthogonalised(recipe) if self.apart else recipe
@@ -133,7 +133,7 @@ class Mix:
 
 def use_of(artifact: "Artifact", position: float) -> "Use":
     """`artifact` as a slider at `position` stands for it: at that strength, or multiplier where it scales neurons."""
-    from neurosteer.recipes import Use
+    from neurosteer.artifacts.recipes import Use
 
     return Use(artifact, multiplier=position) if _scales(artifact) else Use(artifact, position)
 
@@ -144,7 +144,7 @@ def _scales(artifact: "Artifact") -> bool:
 
 def overlaps_of(artifacts: Shelf) -> dict[tuple[str, str], Mapping[int, float]]:
     """The cosines, by layer, of each two vectors that are added: others have no push to share. By their labels."""
-    from neurosteer.combining import cosines
+    from neurosteer.artifacts.combining import cosines
 
     adding = [label for label, artifact in artifacts.items() if artifact.operation == "add"]
     return {

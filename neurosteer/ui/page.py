@@ -8,20 +8,26 @@ from typing import Any
 import gradio as gr
 from gradio.themes import Base, Default
 
-from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.ui import about_tab, build_tab, circuits_tab, evaluate_tab, library_tab, render, steer_tab
-from neurosteer.ui.build_tab import BuildHandlers
-from neurosteer.ui.circuit_endpoints import CircuitEndpoints, serve_circuits
-from neurosteer.ui.circuits_tab import CircuitHandlers
-from neurosteer.ui.endpoints import Endpoints, serve
-from neurosteer.ui.evaluate_endpoint import EvaluateEndpoint, serve_evaluate
-from neurosteer.ui.evaluate_tab import EvaluateHandlers
+from neurosteer.models.catalog import find_model
+from neurosteer.ui.api.circuits import CircuitEndpoints, serve_circuits
+from neurosteer.ui.api.endpoints import Endpoints, serve
+from neurosteer.ui.api.evaluate import EvaluateEndpoint, serve_evaluate
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.library_tab import LibraryHandlers
 from neurosteer.ui.limits import MAX_VISITORS, on_a_space
 from neurosteer.ui.loading import ModelHolder, Models
-from neurosteer.ui.steer_handlers import SteerHandlers
+from neurosteer.ui.show import html as render
+from neurosteer.ui.tabs import about as about_tab
+from neurosteer.ui.tabs import build as build_tab
+from neurosteer.ui.tabs import circuits as circuits_tab
+from neurosteer.ui.tabs import evaluate as evaluate_tab
+from neurosteer.ui.tabs import library as library_tab
+from neurosteer.ui.tabs import steer as steer_tab
+from neurosteer.ui.tabs.build import BuildHandlers
+from neurosteer.ui.tabs.circuits import CircuitHandlers
+from neurosteer.ui.tabs.evaluate import EvaluateHandlers
+from neurosteer.ui.tabs.library import LibraryHandlers
+from neurosteer.ui.tabs.steer_handlers import SteerHandlers
 
 MAX_UPLOAD = "64mb"
 _STATUS_EVERY_S = 1.0

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from gradio.utils import get_upload_folder
 
-from neurosteer.catalog import find_model
 from neurosteer.errors import NeuroSteerError
-from neurosteer.examples import assets_folder
+from neurosteer.examples.files import assets_folder
+from neurosteer.models.catalog import find_model
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts import Artifact
+    from neurosteer.artifacts.artifact import Artifact
 
 Shelf = Mapping[str, "Artifact"]
 RELEASED, PULLED, OWN = "released", "pulled", "mine"
@@ -30,8 +30,8 @@ _zips: "weakref.WeakKeyDictionary[Artifact, Path]" = weakref.WeakKeyDictionary()
 @cache
 def released() -> dict[str, "Artifact"]:
     """The artifacts that come with NeuroSteer, by name; those that cannot be read are left out."""
-    from neurosteer.references import VECTORS_FOLDER
-    from neurosteer.storage import is_artifact, load
+    from neurosteer.artifacts.storage import is_artifact, load
+    from neurosteer.hub.references import VECTORS_FOLDER
 
     found = {}
     folder = assets_folder().parent / VECTORS_FOLDER
@@ -72,7 +72,7 @@ def put(shelf: Shelf, artifact: "Artifact") -> tuple[dict[str, "Artifact"], str]
 
 def zip_file(artifact: "Artifact") -> str:
     """The path of a zip file of `artifact`, written where there is none and gone with the artifact."""
-    from neurosteer.storage import pack
+    from neurosteer.artifacts.storage import pack
 
     if artifact not in _zips:
         Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from measuring import Judge, quality
 
-from neurosteer.artifacts import Artifact
-from neurosteer.calibration import calibrate
-from neurosteer.divergence import unsteered_texts
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.steering import Session
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.measuring.calibration import calibrate
+from neurosteer.measuring.divergence import unsteered_texts
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering.session import Session
 
 HEADING = (
     "| | % judged positive at −1 / 0 / +1 | between | 4-gram quality at −1 / +1 | p95 KL at −1 / +1, nats |\n"

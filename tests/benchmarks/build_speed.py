@@ -23,11 +23,15 @@ from typing import Any
 
 import torch
 
-from neurosteer.activations import _BATCH_TOKENS, MAX_TOKENS, length_batches
-from neurosteer.building import build
-from neurosteer.examples import ContrastSet, read_examples
-from neurosteer.hooks import OutputHook, hooked
-from neurosteer.models import LanguageModel, load_model
+from neurosteer.building.build import build
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.batching import length_batches
+from neurosteer.models.hooks import OutputHook, hooked
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.reading.loop import _BATCH_TOKENS
+from neurosteer.reading.request import MAX_TOKENS
 
 METHODS: dict[str, dict[str, Any]] = {
     "caa": {"method": "caa"},

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from measuring import seconds
 
-from neurosteer.building import build
-from neurosteer.calibration import N_TOKENS, calibrate
-from neurosteer.divergence import unsteered_texts
-from neurosteer.examples import calibration_prompts, read_examples
-from neurosteer.models import load_model
+from neurosteer.building.build import build
+from neurosteer.examples.files import calibration_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.measuring.calibration import N_TOKENS, calibrate
+from neurosteer.measuring.divergence import unsteered_texts
+from neurosteer.models.loading import load_model
 
 BUILT: dict[str, dict[str, Any]] = {
     "vector, layer 16": {"layers": 16},

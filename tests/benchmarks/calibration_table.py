@@ -14,14 +14,16 @@ from pathlib import Path
 from gemma import NAME as GEMMA
 from gemma import load_gemma
 
-from neurosteer.artifacts import Artifact, default_calibration
-from neurosteer.calibration import N_TOKENS, PERCENTILE, kl_percentile
-from neurosteer.cards import layers_text
-from neurosteer.divergence import UnsteeredTexts, divergences, unsteered_texts
-from neurosteer.examples import neutral_prompts
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.storage import load
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.cards import layers_text
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import load
+from neurosteer.artifacts.strength import default_calibration
+from neurosteer.examples.files import neutral_prompts
+from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE, kl_percentile
+from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 
 LOW, HIGH = 0.6, 1.6
 

@@ -45,7 +45,8 @@ from neurosteer.circuits import (
     find_edges,
     linear_pass,
 )
-from neurosteer.models import LanguageModel, load_model
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 
 TARGETS, CIRCUIT = 30, Selection("top_k", 200)
 SHORT = "The capital of France is"

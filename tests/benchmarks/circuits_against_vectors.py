@@ -18,10 +18,13 @@ from typing import Any
 from at_one_nat import AtOneNat, Moved
 from measuring import Judge
 
-from neurosteer.artifacts import NeuronCircuit
-from neurosteer.building import build
-from neurosteer.examples import HOLD_OUT_SEED, ContrastSet, read_examples, sweep_prompts
-from neurosteer.models import LanguageModel, load_model
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.building.build import build
+from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 
 BEHAVIOURS = ("sentiment", "politeness", "stance", "civility")
 VARIANTS = (

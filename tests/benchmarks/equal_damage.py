@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from measuring import Judge, quality
 
-from neurosteer.artifacts import Artifact, Calibration
-from neurosteer.decoding import Sampling
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.steering import Row, Session
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 GRIDS = {
     "add": (0.05, 0.075, 0.11, 0.16, 0.24, 0.35, 0.5, 0.75, 1.1),

@@ -15,12 +15,15 @@ from typing import Any
 
 from measuring import Continuation, Judge, kl_p95, quality, unsteered_continuation
 
-from neurosteer.artifacts import Artifact, Calibration
-from neurosteer.building import build
-from neurosteer.examples import read_examples, sweep_prompts
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session, sweep_rows
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.building.build import build
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.steering.session import Row, Session, sweep_rows
 
 CNA: dict[str, Any] = {"method": "cna", "framing": "answer", "tokens": "mean"}
 VARIANTS: dict[str, dict[str, Any]] = {

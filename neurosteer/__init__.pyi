@@ -1,0 +1,41 @@
+# The public names and where they live. `__init__.py` reads this list too, and imports a module when first asked for one.
+from .artifacts.circuit import NeuronCircuit as NeuronCircuit
+from .artifacts.combining import cosines as cosines
+from .artifacts.combining import orthogonalise as orthogonalise
+from .artifacts.recipes import Recipe as Recipe
+from .artifacts.recipes import Use as Use
+from .artifacts.storage import load as load
+from .artifacts.storage import save as save
+from .artifacts.vector import SteeringVector as SteeringVector
+from .building.build import build as build
+from .circuits import attribute as attribute
+from .circuits import compare_with_circuit as compare_with_circuit
+from .circuits import decompose as decompose
+from .circuits import find_edges as find_edges
+from .circuits import measure_faithfulness as measure_faithfulness
+from .circuits import next_token_probs as next_token_probs
+from .circuits import sweep_multipliers as sweep_multipliers
+from .circuits import top_predictions as top_predictions
+from .errors import NeuroSteerError as NeuroSteerError
+from .evaluation import evaluate as evaluate
+from .evaluation import judge_for as judge_for
+from .evaluation import write_evaluation as write_evaluation
+from .evaluation.harness import harness as harness
+from .examples.contrast_set import ContrastSet as ContrastSet
+from .examples.reading import paste_examples as paste_examples
+from .examples.reading import read_examples as read_examples
+from .hub import pull as pull
+from .hub import push as push
+from .hub import search as search
+from .measuring.calibration import calibrate as calibrate
+from .models.language_model import LanguageModel as LanguageModel
+from .models.loading import load_model as load_model
+from .saes.autoencoder import SparseAutoencoder as SparseAutoencoder
+from .saes.feature_vector import feature_vector as feature_vector
+from .saes.loading import load_sae as load_sae
+from .steering.decoding import Sampling as Sampling
+from .steering.session import Row as Row
+from .steering.session import Session as Session
+from .steering.shared import SharedSession as SharedSession
+
+__version__: str

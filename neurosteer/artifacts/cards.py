@@ -1,0 +1,395 @@
+"""The cards of artifacts and packs: what they are, how to use them, where they come from, as the Hub shows it.
+
+Names, descriptions and tokens come from whoever made the artifact: in a card they are text, never Markdown or HTML.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.features import Feature
+from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.models.reference import ModelReference
+
+LIBRARY = "neurosteer"
+"""What cards name as their library and first tag; `search` finds repos by it."""
+
+LISTED_FEATURES = 20
+SEPARATION_PLOT, EVALUATION_PLOT = "separation.png", "evaluation.png"
+PLOTS = (SEPARATION_PLOT, EVALUATION_PLOT)
+"""The file names of pictures that NeuroSteer puts beside a card."""
+
+_CAPTIONS = {
+    SEPARATION_PLOT: "How well the examples separate at each layer, and what choices of layers do at equal KL",
+    EVALUATION_PLOT: "Effect, KL and perplexity by strength, and the controls",
+}
+_MEANING = {
+    "add": "strength 1 adds a push of {amount:.3g} × the median norm of the residual stream",
+    "ablate": "strength 1 projects {amount:.3g} of the direction out",
+    "clamp": "strength 1 holds the feature's activation at {amount:g}",
+    "scale": "strength 1 multiplies the neurons by {amount:.3g}; strength −1 by {opposite:.3g}",
+    "shift": "strength 1 adds {amount:.3g} class differences to each neuron",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
+_MARK = "<!-- Written by NeuroSteer; what you change above is kept. SHA-256: {digest} -->\n"
+_MARKED = re.compile(re.escape(_MARK.strip()).replace(re.escape("{digest}"), "([0-9a-f]{64})") + r"\s*\Z")
+_SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&!@$]|(?<=www)\.|:(?=//)|^[-+=]", re.IGNORECASE)
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
+_LONGEST_CELL, _MOST_ROWS, _MOST_COLUMNS = 300, 200, 12
+_LISTED_PROMPTS, _LONGEST_PROMPT = 3, 80
+_OF_PROMPTS = ("prompts", "targets", "counterfactuals", "metrics")  # parameters of `relp`, one entry a prompt each
+
+
+def strength_meaning(artifact: Artifact) -> str:
+    """What strength 1 of `artifact` does, as a phrase."""
+    calibration = artifact.calibration
+    down = calibration.amount_down
+    scales = artifact.operation == "scale"
+    opposite = 2 - calibration.amount if down is None else down
+    phrase = _MEANING[artifact.operation].format(amount=calibration.amount, opposite=opposite)
+    if down is not None and not scales and down != calibration.amount:
+        phrase += f", strength −1 {down:.3g} the other way"
+    if not calibration.measured:
+        # A clamp's value belongs to its feature.
+        return phrase + ("" if artifact.operation == "clamp" else " (the default; not calibrated)")
+    if calibration.target_kl is None or calibration.percentile is None:
+        return phrase
+    reached = [f"{kl:.2f}" for kl in (calibration.kl, calibration.kl_down) if kl is not None]
+    phrase += (
+        f" (calibrated: the {calibration.percentile:g}th percentile of the KL from the unsteered model is "
+        f"{' and '.join(reached) or 'beyond measure'} nats; {calibration.target_kl:g} was aimed at)"
+    )
+    return phrase + (f". {calibration.note.rstrip('.')}" if calibration.note else "")
+
+
+def layers_text(artifact: Artifact) -> str:
+    """The layers of `artifact` as a short text: '14', '10-18' or '3, 7, 9'."""
+    layers = artifact.layers
+    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def parameter_rows(artifact: Artifact) -> list[tuple[str, str]]:
+    """What `artifact` was made with, as names and one line of plain text each; long lists are told by their number."""
+    parameters = dict(artifact.parameters)
+    answers = _answers([parameters.get(key) for key in _OF_PROMPTS]) if artifact.method == "relp" else []
+    rows = [("Made for", answer) for answer in answers[:_LISTED_PROMPTS]]
+    if answers:
+        if len(answers) > _LISTED_PROMPTS:
+            rows.append(("Made for", f"… {len(answers)} prompts in all"))
+        found = [parameters.pop(key, None) for key in ("universal", "super_weights")]
+        universal, super_weights = (len(one) if isinstance(one, list) else 0 for one in found)
+        verb = "counted too" if parameters.pop("keep_universal", False) else "left out"
+        rows.append(("Universal neurons", f"{universal}, and {super_weights} super weights: {verb}"))
+        parameters = {key: value for key, value in parameters.items() if key not in _OF_PROMPTS}
+    pairs = [f"{_plain(key)} {_value_text(value)}" for key, value in parameters.items() if value not in ("", None)]
+    if pairs:
+        rows.append(("Parameters", "; ".join(pairs)))
+    return rows
+
+
+def render_card(
+    artifact: Artifact, *, repo: str | None = None, licence: str | None = None, plots: Sequence[str] = ()
+) -> str:
+    """The card as Markdown, the Hub's metadata before it. Everything in it comes from the artifact.
+
+    Args:
+        repo: where the artifact is published: `user/repo`, or `user/repo/name` in a pack. Without it, the card shows
+            how to use a folder of the artifact's name.
+        licence: the Hub's name of a licence, like `apache-2.0`.
+        plots: file names of pictures beside the card.
+    """
+    parts = (repo or "").split("/")
+    return _rendered(
+        "card.md.jinja",
+        metadata=_metadata([artifact], licence),
+        artifact=artifact,
+        remote=repo is not None,
+        on_hub=_HUB_ID.fullmatch(artifact.model.name) is not None,
+        reference=repo or f"./{artifact.name}",
+        repo="/".join(parts[:2]),
+        folder="".join(f"{part}/" for part in parts[2:]),
+        plots=[_plot(name) for name in plots if name != EVALUATION_PLOT],
+        evaluation=_plot(EVALUATION_PLOT) if EVALUATION_PLOT in plots else None,
+        tables=[table for receipt in artifact.receipts if (table := _effect_table(receipt))],
+        provenance=_provenance_rows(artifact),
+        features=strongest_features(artifact.features) if isinstance(artifact, SteeringVector) else [],
+    )
+
+
+def render_pack_card(artifacts: Sequence[Artifact], *, repo: str, licence: str | None = None) -> str:
+    """The card of a repo that holds `artifacts`, one at least, in folders of their names."""
+    return _rendered(
+        "pack.md.jinja",
+        metadata=_metadata(artifacts, licence),
+        title=repo.rpartition("/")[2],
+        artifacts=artifacts,
+        reference=f"{repo}/{artifacts[0].name}",
+    )
+
+
+def is_generated(card: str) -> bool:
+    """Whether `card` is as NeuroSteer wrote it: then it may be written anew. Any other holds somebody's own words."""
+    found = _MARKED.search(card)
+    return found is not None and _digest(card[: found.start()]) == found[1]
+
+
+def _plot(name: str) -> dict[str, str]:
+    return {"file": name, "caption": _CAPTIONS.get(name, "Plot")}
+
+
+def _rendered(template: str, **given: Any) -> str:
+    text = _templates().get_template(template).render(**given) + "\n"
+    return text + _MARK.format(digest=_digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # it is Markdown: the filters below escape
+    )
+    environment.filters |= {
+        "text": _text,
+        "cell": _cell,
+        "code": _code,
+        "python": _literal,
+        "shell": lambda text: shlex.quote(_plain(text)),
+        "what": _what,
+        "layers": layers_text,
+        "meaning": strength_meaning,
+        "model": _model_link,
+        "feature": _feature_link,
+        "fires": lambda rates: " / ".join(f"{rate:.2%}" for rate in rates),
+    }
+    return environment
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def _metadata(artifacts: Sequence[Artifact], licence: str | None) -> str:
+    """The Hub's metadata as YAML. `neurosteer` holds what `search` shows of a repo without fetching its artifacts."""
+    models = sorted({one.model.name for one in artifacts if _HUB_ID.fullmatch(one.model.name)})
+    data: dict[str, Any] = {"license": licence} if licence else {}
+    if models:
+        data |= {"base_model": models[0] if len(models) == 1 else models, "base_model_relation": "adapter"}
+    data |= {"library_name": LIBRARY, "tags": [LIBRARY, *sorted({one.kind for one in artifacts})]}
+    measured = [entry for one in artifacts if (entry := _model_index(one))]
+    if measured:
+        data["model-index"] = measured
+    data[LIBRARY] = {"artifacts": [_summary(one) for one in artifacts]}
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1 << 20).rstrip()
+
+
+def _summary(artifact: Artifact) -> dict[str, Any]:
+    model = artifact.model
+    return {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "method": _one_line(artifact.method),
+        "description": _one_line(artifact.description)[:200],
+        "base_model": _one_line(model.name),
+        "shape": shape_text(model),
+    }
+
+
+def shape_text(model: ModelReference) -> str:
+    """Layers, width and MLP width, as cards name a model's shape: '30x576x1536'."""
+    return f"{model.n_layers}x{model.d_model}x{model.d_mlp}"
+
+
+def _model_index(artifact: Artifact) -> dict[str, Any] | None:
+    """What receipts say in the Hub's terms, from those that hold `metrics`: a list of `{type, name, value}`, and the
+    `dataset` they were measured on: `{type, name}`."""
+    results = []
+    for receipt in artifact.receipts:
+        metrics = [
+            {"type": _one_line(one["type"]), "name": _one_line(one.get("name", one["type"])), "value": one["value"]}
+            for one in _dicts(receipt.data.get("metrics"))
+            if isinstance(one.get("type"), str) and _is_number(one.get("value"))
+        ]
+        found = receipt.data.get("dataset")
+        dataset = found if isinstance(found, Mapping) else {}
+        named = {key: _one_line(dataset.get(key) or "unnamed") for key in ("type", "name")}
+        if metrics:
+            results.append({"task": {"type": "text-generation"}, "dataset": named, "metrics": metrics})
+    return {"name": artifact.name, "results": results} if results else None
+
+
+# --- the parts of a card ---------------------------------------------------------------------------------------------
+
+
+def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
+    """The table that a receipt brings for the card, from those that hold `table`: `{title, columns, rows}`."""
+    table = receipt.data.get("table")
+    if not isinstance(table, Mapping) or not isinstance(table.get("columns"), list) or not table["columns"]:
+        return None
+    columns = table["columns"][:_MOST_COLUMNS]
+    found = table.get("rows")
+    rows = [row for row in found if isinstance(row, list)] if isinstance(found, list) else []
+    padded = [[*row, *[""] * len(columns)][: len(columns)] for row in rows[:_MOST_ROWS]]
+    return {"title": _one_line(table.get("title") or ""), "columns": columns, "rows": padded}
+
+
+def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
+    """Names and values as Markdown; what was not recorded is left out."""
+    model, source = artifact.model, artifact.provenance
+    shape = f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
+    revision = f", revision {_code(model.revision)}" if model.revision else ""
+    weights = f"fingerprint of the weights {_code(model.fingerprint)}"
+    rows = [
+        ("Base model", f"{_model_link(model.name)}{revision}; {shape}; {weights}"),
+        ("Method", _code(artifact.method)),
+        *((name, _cell(value)) for name, value in parameter_rows(artifact)),
+    ]
+    if source.n_positive or source.n_negative:  # neither for a sum nor for a single feature
+        cut = f", {source.n_cut} of them cut" if source.n_cut else ""
+        name = f"{_cell(source.examples)}: " if source.examples else ""
+        rows.append(("Examples", f"{name}{source.n_positive} positive and {source.n_negative} negative texts{cut}"))
+    if source.examples_sha256:
+        rows.append(("SHA-256 of the whole set", _code(source.examples_sha256)))
+    if source.framing:
+        rows.append(("Read as", f"{_cell(source.framing)}, tokens {_cell(source.tokens)}"))
+    if source.layer_choice:
+        rows.append(("Layers", _cell(source.layer_choice)))
+    if source.parents:
+        rows.append(("Made from", ", ".join(map(_code, source.parents))))
+    if source.created:
+        rows.append(("Made", f"{_cell(source.created)} with NeuroSteer {_cell(source.version)}"))
+    return rows
+
+
+def _answers(columns: Sequence[object]) -> list[str]:
+    """Per prompt the token that a circuit was found for; empty where the parameters are not as `relp` writes them."""
+    if not all(isinstance(column, list) for column in columns):
+        return []
+    lines = []
+    for prompt, target, other, metric in zip(*columns, strict=False):  # type: ignore[call-overload]
+        if not isinstance(target, Mapping) or not _is_number(metric):
+            return []
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        shown = text if len(text) <= _LONGEST_PROMPT else "…" + text[-_LONGEST_PROMPT:]
+        against = f" rather than {_quoted(str(other.get('text')))}" if isinstance(other, Mapping) else ""
+        lines.append(f"{_quoted(shown)} → {_quoted(str(target.get('text')))}{against} ({metric:+.3g} logits)")
+    return lines
+
+
+def _value_text(value: object) -> str:
+    """A parameter's value on one line: words, numbers and short lists of them as such, all else as JSON."""
+    if isinstance(value, list) and 0 < len(value) <= _MOST_COLUMNS and not any(isinstance(one, list) for one in value):
+        return " ".join(map(_value_text, value))
+    if isinstance(value, str) and value and " " not in value and value.isprintable():
+        return value
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)
+
+
+def _what(artifact: Artifact) -> str:
+    if isinstance(artifact, SteeringVector):
+        return "steering vector"
+    assert isinstance(artifact, NeuronCircuit)
+    return f"circuit of {artifact.size} MLP neurons ({artifact.share:.2%} of all)"
+
+
+def _model_link(name: str) -> str:
+    """A model's name as Markdown, with a link where it is a Hub id."""
+    return f"[{_code(name)}](https://huggingface.co/{name})" if _HUB_ID.fullmatch(name) else _code(name)
+
+
+def _feature_link(feature: Feature) -> str:
+    return f"[{feature.index}]({feature.link})" if feature.link else str(feature.index)
+
+
+# --- other people's words --------------------------------------------------------------------------------------------
+
+
+def _text(value: object) -> str:
+    """`value` as Markdown that shows it as it is, on one line."""
+    escaped = _SPECIAL.sub(r"\\\g<0>", _one_line(value))
+    return _NUMBERED.sub(r"\1\\\2", escaped)
+
+
+def _cell(value: object) -> str:
+    """`value` as Markdown inside a table."""
+    return f"{value:.4g}" if _is_number(value) else _text(_one_line(value)[:_LONGEST_CELL])
+
+
+def _code(token: str) -> str:
+    """A token as a Markdown code span, also inside a table."""
+    shown = _plain(token).replace("`", "ˋ").replace("|", "¦").strip()
+    return f"`{shown[:_LONGEST_CELL] or '␣'}`"
+
+
+def _literal(text: str) -> str:
+    """`text` as Python source."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
+
+
+def _one_line(value: object) -> str:
+    return " ".join(_plain(str(value)).split())
+
+
+def _plain(text: str) -> str:
+    """On one line, without what a terminal would act on."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _dicts(value: object) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def strongest_features(features: Sequence[Feature], count: int = LISTED_FEATURES) -> list[Feature]:
+    """The `count` features with the largest |weight|, strongest first."""
+    return sorted(features, key=lambda feature: -abs(feature.weight))[:count]
+
+
+def feature_lines(features: Sequence[Feature]) -> list[str]:
+    """Features as plain text: a line of figures, their tokens, the places where they fire, and the link."""
+    shown = strongest_features(features)
+    lines = [f"features: {len(features)}; the {len(shown)} that weigh most (fires on positive / negative tokens):"]
+    for feature in shown:
+        fires = " / ".join(f"{rate:.2%}" for rate in feature.rates)
+        scored = "" if feature.output_score is None else f", output score {feature.output_score:.3g}"
+        lines.append(f"  {feature.layer}#{feature.index}: weight {feature.weight:+.3g}, fires {fires}{scored}")
+        for what, tokens in (("promotes", feature.promoted), ("suppresses", feature.suppressed)):
+            if tokens:
+                lines.append(f"    {what} {' '.join(map(_quoted, tokens))}")
+        lines += [
+            f"    {place.activation:.1f}: {_plain(place.before)}>>{_plain(place.token)}<<{_plain(place.after)}"
+            for place in feature.contexts
+        ]
+        if feature.link:
+            lines.append(f"    {feature.link}")
+    return lines
+
+
+def _quoted(token: str) -> str:
+    return repr(token) if token.isprintable() else ascii(token)

@@ -1,0 +1,1 @@
+"""Examples to artifact: reading, method, layers and calibration in one call."""

@@ -1,0 +1,53 @@
+"""How well layers tell the classes apart on held-out texts, and the choice of a layer by it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from neurosteer.building.plan import BuildPlan
+from neurosteer.reading.statistics import Activations, HeldOut
+
+
+def separations(activations: Activations) -> dict[int, float]:
+    return {layer: separation_of(held_out) for layer, held_out in activations.held_out.items()}
+
+
+def separation_of(held_out: HeldOut) -> float:
+    """How well a layer's class difference orders held-out texts: the share of (positive, negative) pairs in the right
+    order along it (ROC AUC; 0.5 is chance)."""
+    positive, negative = (rows @ held_out.difference for rows in (held_out.rows.positive, held_out.rows.negative))
+    above = (positive[:, None] > negative).float().mean()
+    ties = (positive[:, None] == negative).float().mean()
+    return float(above + ties / 2)
+
+
+# --- what was chosen -------------------------------------------------------------------------------------------------
+
+
+def choose(
+    plan: BuildPlan, separation: Mapping[int, float], held_out: Mapping[int, HeldOut]
+) -> tuple[tuple[int, ...], str]:
+    if plan.layers is not None:
+        return plan.layers, plan.reason
+    best = max(plan.candidates, key=lambda layer: (separation[layer], _distance(held_out[layer])))
+    first, last = plan.candidates[0], plan.candidates[-1]
+    whole = len(plan.candidates) == last - first + 1 > 1
+    layers = f"{first} to {last}" if whole else ", ".join(map(str, plan.candidates))
+    among = f"best among layers {layers} (AUC {separation[best]:.2f})"
+    if plan.method.needs_neurons:
+        return tuple(range(best + 1)), f"neurons up to layer {best}, which separates held-out examples {among}"
+    return (best,), f"layer {best} separates held-out examples {among}"
+
+
+def _distance(held_out: HeldOut) -> float:
+    """Held-out d′ along the class difference: breaks ties where several layers separate perfectly."""
+    positive, negative = (
+        _along(rows, held_out.difference) for rows in (held_out.rows.positive, held_out.rows.negative)
+    )
+    spread = ((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt().clamp(min=1e-12)
+    return float((positive.mean() - negative.mean()) / spread)
+
+
+def _along(rows: Tensor, direction: Tensor) -> Tensor:
+    return torch.mv(rows, direction / direction.norm().clamp(min=1e-30))

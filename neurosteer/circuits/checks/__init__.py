@@ -1,0 +1,1 @@
+"""Whether a circuit does what it was found for."""

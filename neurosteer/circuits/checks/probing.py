@@ -1,0 +1,165 @@
+"""What a model would write next, with and without a recipe, and over a sweep of a circuit's multipliers."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurosteer.artifacts.artifact import check_model
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.circuits.parts import at_multiplier
+from neurosteer.circuits.relp.choices import NextToken, next_tokens
+from neurosteer.circuits.relp.linearised import linear_logits
+from neurosteer.errors import UsageError
+from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.steering.plans import applied, compile_plan
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 32  # recipes that are tried at once
+_MOST_PREDICTIONS = 1000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A token that may come next, and its probability."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What comes next with a circuit at `multiplier`: the likeliest tokens, and the probabilities of those asked for,
+    in their order."""
+
+    multiplier: float
+    predictions: tuple[Prediction, ...]
+    asked: tuple[Prediction, ...]
+
+
+def next_token_probs(
+    lm: LanguageModel,
+    prompt: Prompt,
+    tokens: str | Sequence[str],
+    recipe: Recipe = UNSTEERED,
+    *,
+    raw: bool = False,
+    seed_response: str = "",
+) -> dict[str, float]:
+    """The probability of each of `tokens` to come next after `prompt`, steered by `recipe`; of a text of several tokens
+    that of the first.
+
+    Raises `UsageError` as `next_tokens` does, `MismatchError` for an artifact of another model.
+    """
+    ids, asked = _asked(lm, prompt, tokens, raw, seed_response)
+    probabilities = _probabilities(lm, ids, [recipe])[0]
+    return {token.given: float(probabilities[token.id]) for token in asked}
+
+
+def top_predictions(
+    lm: LanguageModel,
+    prompt: Prompt,
+    recipe: Recipe = UNSTEERED,
+    k: int = 10,
+    *,
+    raw: bool = False,
+    seed_response: str = "",
+) -> list[Prediction]:
+    """The `k` likeliest next tokens after `prompt`, steered by `recipe`, likeliest first.
+
+    Raises `UsageError` for an empty or too long prompt or a `k` that is no number from 1 to 1000, `MismatchError` for
+    an artifact of another model.
+    """
+    _check_count(k)
+    ids = _prompt_ids(lm, prompt, raw, seed_response)
+    return _top(lm, _probabilities(lm, ids, [recipe])[0], k)
+
+
+def sweep_multipliers(
+    lm: LanguageModel,
+    circuit: NeuronCircuit,
+    prompt: Prompt,
+    multipliers: Sequence[float],
+    tokens: str | Sequence[str] = (),
+    k: int = 5,
+    *,
+    raw: bool = False,
+    seed_response: str = "",
+) -> list[SweepPoint]:
+    """What comes next after `prompt` with the circuit's neurons multiplied by each of `multipliers`, batched.
+
+    Raises `UsageError` for no multipliers, one that is no finite number, or as `top_predictions` and
+    `next_token_probs` do; `MismatchError` for a circuit of another model.
+    """
+    _check_count(k)
+    if not multipliers:
+        raise UsageError("There is nothing to sweep; give at least one multiplier, like 0, 1 and 2.")
+    recipes = [at_multiplier(circuit, multiplier) for multiplier in multipliers]
+    ids, asked = _asked(lm, prompt, tokens, raw, seed_response)
+    rows = _probabilities(lm, ids, recipes)
+    return [
+        SweepPoint(
+            float(multiplier),
+            tuple(_top(lm, row, k)),
+            tuple(Prediction(token.id, token.given, float(row[token.id])) for token in asked),
+        )
+        for multiplier, row in zip(multipliers, rows, strict=True)
+    ]
+
+
+def _asked(
+    lm: LanguageModel, prompt: Prompt, tokens: str | Sequence[str], raw: bool, seed_response: str
+) -> tuple[tuple[int, ...], list[NextToken]]:
+    """The prompt's ids, and the tokens that may follow it."""
+    wanted = [tokens] if isinstance(tokens, str) else list(tokens)
+    if not wanted:
+        return _prompt_ids(lm, prompt, raw, seed_response), []
+    choices = next_tokens(lm, [prompt] * len(wanted), wanted, raw=raw, seed_response=seed_response)
+    return choices[0].ids, [choice.target for choice in choices]
+
+
+def _prompt_ids(lm: LanguageModel, prompt: Prompt, raw: bool, seed_response: str) -> tuple[int, ...]:
+    ids = lm.prompt_ids(prompt, raw=raw, seed_response=seed_response) if prompt else []
+    if not ids:
+        raise UsageError("The prompt is empty; write at least one character.")
+    if lm.max_positions is not None and len(ids) > lm.max_positions:
+        raise UsageError(f"A prompt of {len(ids)} tokens exceeds the {lm.max_positions} of {lm.name}; shorten it.")
+    return tuple(ids)
+
+
+def _probabilities(lm: LanguageModel, ids: Sequence[int], recipes: Sequence[Recipe]) -> Tensor:
+    """Of every next token under each recipe, float32 `[len(recipes), vocabulary]`, on the CPU."""
+    _check_artifacts(lm, recipes)
+    found = []
+    for first in range(0, len(recipes), _ROWS):
+        part = recipes[first : first + _ROWS]
+        batch = torch.tensor([list(ids)] * len(part), device=lm.device)
+        with torch.inference_mode(), applied(lm, compile_plan(lm, part), prompt_width=len(ids)):
+            hidden = lm.decoder(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)[0]
+            found.append(linear_logits(lm, hidden[:, -1]).softmax(-1).cpu())
+    return torch.cat(found)
+
+
+def _check_artifacts(lm: LanguageModel, recipes: Sequence[Recipe]) -> None:
+    for artifact in {id(use.artifact): use.artifact for recipe in recipes for use in recipe.uses}.values():
+        warning = check_model(artifact, lm.reference)
+        if warning:
+            logger.warning(warning)
+
+
+def _top(lm: LanguageModel, probabilities: Tensor, k: int) -> list[Prediction]:
+    values, ids = probabilities.topk(min(k, len(probabilities)))
+    return [
+        Prediction(token, lm.tokenizer.decode([token]), value)
+        for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _check_count(k: object) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= _MOST_PREDICTIONS:
+        raise UsageError(f"k is {k!r:.40}; it must be a whole number from 1 to {_MOST_PREDICTIONS}.")

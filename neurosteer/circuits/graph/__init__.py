@@ -1,0 +1,1 @@
+"""How the neurons of a circuit feed one another."""

@@ -1,0 +1,1 @@
+"""Which neurons an answer is owed to: gradient × activation through a linearised model (RelP, arXiv 2508.21258)."""

@@ -1,0 +1,135 @@
+"""Neurons that keep the model running whatever the text is about, and explain no single answer."""
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from neurosteer.circuits.relp.choices import Choice, likely_choices
+from neurosteer.circuits.relp.linearised import batch_tokens_for, padded
+from neurosteer.circuits.relp.scores import score_prompts
+from neurosteer.circuits.relp.weights import Neuron, edge_weights, super_weights
+from neurosteer.errors import UsageError
+from neurosteer.examples.files import assets_folder
+from neurosteer.models.batching import length_batches
+from neurosteer.models.hooks import InputHook, hooked
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.progress import Progress, check_cancelled, silent
+
+TOP_PER_LAYER = 20
+SHARE_OF_PROMPTS = 0.8
+
+_EDGE_PROMPTS = 8  # in how many of the prompts edges are found, evenly spaced
+_EDGE_SOURCES, _EDGE_TARGETS = 200, 10
+_EDGE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class UniversalNeurons:
+    """Neurons as (layer, neuron) that everyday prompts have in common.
+
+    `neurons` are among their layer's `top_per_layer` by |activation| at the last token of at least `share` of the
+    `n_prompts`. `super_weights` have edges that are outliers in at least half of those prompts that were looked at.
+    """
+
+    neurons: tuple[tuple[int, int], ...]
+    super_weights: tuple[tuple[int, int], ...] = ()
+    n_prompts: int = 0
+    top_per_layer: int = TOP_PER_LAYER
+    share: float = SHARE_OF_PROMPTS
+
+    @property
+    def all(self) -> tuple[tuple[int, int], ...]:
+        """Universal neurons and super weights, each once, in order."""
+        return tuple(sorted({*self.neurons, *self.super_weights}))
+
+
+@cache
+def everyday_prompts() -> tuple[str, ...]:
+    """The beginnings of twenty unremarkable sentences, each about something else."""
+    text = (assets_folder() / "examples" / "everyday_prompts.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)
+
+
+_FOUND: "weakref.WeakKeyDictionary[LanguageModel, UniversalNeurons]" = weakref.WeakKeyDictionary()
+
+
+def find_universal(
+    lm: LanguageModel,
+    prompts: Sequence[str] | None = None,
+    *,
+    top_per_layer: int = TOP_PER_LAYER,
+    share: float = SHARE_OF_PROMPTS,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> UniversalNeurons:
+    """Find universal neurons and super weights over `prompts`, read without a chat template.
+
+    With everything left at its default the answer is kept for as long as the model is. Raises `UsageError` for an empty
+    prompt or an option out of its range, `Cancelled`.
+    """
+    by_default = prompts is None and (top_per_layer, share) == (TOP_PER_LAYER, SHARE_OF_PROMPTS)
+    if by_default and lm in _FOUND:
+        return _FOUND[lm]
+    if not 1 <= top_per_layer <= lm.shape.d_mlp or not 0 < share <= 1:
+        raise UsageError(
+            f"top_per_layer is {top_per_layer!r:.40} and share {share!r:.40}; give 1 to {lm.shape.d_mlp} neurons and a "
+            "share above 0 and up to 1."
+        )
+    progress("Finding universal neurons")
+    choices = likely_choices(lm, everyday_prompts() if prompts is None else prompts)
+    counts = torch.zeros(lm.n_layers, lm.shape.d_mlp, dtype=torch.int32)
+    for indices in length_batches(choices, batch_tokens_for(lm)):
+        check_cancelled(cancel, "Finding universal neurons")
+        counts += _among_strongest(lm, [choices[index] for index in indices], top_per_layer)
+    found = (counts >= int(share * len(choices))).nonzero().tolist()
+    universal = UniversalNeurons(
+        neurons=tuple((layer, neuron) for layer, neuron in found),
+        super_weights=_super_weights(lm, choices, progress, cancel),
+        n_prompts=len(choices),
+        top_per_layer=top_per_layer,
+        share=share,
+    )
+    if by_default:
+        _FOUND[lm] = universal
+    return universal
+
+
+def _among_strongest(lm: LanguageModel, batch: Sequence[Choice], count: int) -> Tensor:
+    """For how many of the prompts a neuron is among its layer's `count` strongest at the last token, int32
+    `[n_layers, d_mlp]`."""
+    counts = torch.zeros(lm.n_layers, lm.shape.d_mlp, dtype=torch.int32)
+    lasts = torch.tensor([len(choice.ids) - 1 for choice in batch])
+
+    def add(layer: int, hidden: Tensor) -> None:
+        at_last = hidden[torch.arange(len(batch), device=hidden.device), lasts.to(hidden.device)]
+        strongest = at_last.float().abs().topk(count).indices.cpu()
+        counts[layer] = torch.bincount(strongest.flatten(), minlength=counts.shape[1])
+
+    hooks = [
+        InputHook(down, lambda hidden, layer=layer: add(layer, hidden))
+        for layer, down in enumerate(lm.down_projections)
+    ]
+    with torch.inference_mode(), hooked(hooks):
+        lm.decoder(input_ids=padded(lm, [choice.ids for choice in batch]), use_cache=False)
+    return counts
+
+
+def _super_weights(
+    lm: LanguageModel, choices: Sequence[Choice], progress: Progress, cancel: threading.Event | None
+) -> tuple[tuple[int, int], ...]:
+    longer = [choice for choice in choices if len(choice.ids) > 1]
+    looked_at = longer[:: max(1, len(longer) // _EDGE_PROMPTS)][:_EDGE_PROMPTS]
+    times: Counter[tuple[int, int]] = Counter()
+    for done, one in enumerate(score_prompts(lm, looked_at, cancel=cancel)):
+        progress("Finding super weights", done / len(looked_at))
+        strongest = zip(one.layers.tolist(), one.positions.tolist(), one.neurons.tolist(), strict=True)
+        nodes = [Neuron(*row) for row in strongest][:_EDGE_SOURCES]
+        weights = edge_weights(lm, one.choice.ids, nodes, nodes[:_EDGE_TARGETS], cancel=cancel)
+        times.update((outlier.layer, outlier.neuron) for outlier in super_weights(weights, nodes))
+    return tuple(sorted(key for key, count in times.items() if count >= _EDGE_SHARE * len(looked_at)))

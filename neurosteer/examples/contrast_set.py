@@ -1,0 +1,150 @@
+"""Contrast sets: texts that show a behaviour and texts that do not, validated, split and hashed."""
+
+import hashlib
+import json
+import random
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from neurosteer.examples.parsing import (
+    SIDES,
+    clean_text,
+    listed,
+    refuse,
+    short,
+)
+
+MIN_PER_CLASS, MAX_PER_CLASS, FEW_PER_CLASS = 2, 20_000, 20
+
+HOLD_OUT_SEED = 1
+"""Of the split that building with `hold_out` makes, so that a judge finds the same texts again."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions into a contrast set's `positive` and `negative`, ascending. Indices, because one held-out text is
+    enough for a split but not for a `ContrastSet`."""
+
+    train_positive: tuple[int, ...]
+    train_negative: tuple[int, ...]
+    held_out_positive: tuple[int, ...]
+    held_out_negative: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ContrastSet:
+    """Texts that show a behaviour (`positive`) and texts that don't (`negative`).
+
+    `paired` means that row i of both belong together. `dropped` counts the rows that reading left out, under exactly
+    `"blank"` and `"duplicate"`; `source` says in words what the texts were read from. Neither takes part in equality.
+
+    Raises `ExamplesError` unless each class has 2 to 20,000 texts, no text is blank, and no text is in both classes
+    (compared after Unicode NFC and with runs of whitespace as one space).
+    """
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    name: str = "examples"
+    paired: bool = False
+    dropped: Mapping[str, int] = field(default_factory=lambda: {"blank": 0, "duplicate": 0}, compare=False)
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for side in SIDES:
+            texts = getattr(self, side)
+            if isinstance(texts, str):
+                refuse(self.name, f"{side} is one string: give a tuple of texts")
+            object.__setattr__(self, side, tuple(texts))
+        _check_texts(self.name, self.positive, self.negative)
+        if self.paired and len(self.positive) != len(self.negative):
+            counts = f"{len(self.positive)} positive and {len(self.negative)} negative"
+            refuse(self.name, f"paired texts need as many of each class, not {counts}: pass paired=False")
+        if set(self.dropped) != {"blank", "duplicate"}:
+            refuse(self.name, f"dropped needs the keys blank and duplicate, not {listed(self.dropped)}")
+        object.__setattr__(self, "dropped", dict(self.dropped))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what is allowed but weak."""
+        if min(len(self.positive), len(self.negative)) >= FEW_PER_CLASS:
+            return ()
+        counts = f"{len(self.positive)} positive and {len(self.negative)} negative texts"
+        return (f"Only {counts}: with fewer than {FEW_PER_CLASS} per class the result is mostly noise.",)
+
+    @property
+    def sha256(self) -> str:
+        """A hash of the texts of both classes in order, the same whatever file or encoding they came from."""
+        content = json.dumps([self.positive, self.negative], ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def split(self, fraction: float, *, seed: int = 0, at_most: int | None = None) -> Split:
+        """Hold out `fraction` of each class, at most `at_most` texts per class; paired rows stay together.
+
+        At least one text per class is held out and at least one is left to train on. The same seed gives the same
+        split, and a smaller held-out set is a subset of a larger one. Raises `ExamplesError` unless
+        0 < fraction < 1 and `at_most` is at least 1.
+        """
+        if not 0 < fraction < 1:
+            refuse(self.name, f"the held-out fraction has to lie between 0 and 1, not {fraction}")
+        if at_most is not None and at_most < 1:
+            refuse(self.name, f"at_most has to be at least 1, not {at_most}")
+        rng = random.Random(seed)
+        positive = _hold_out(len(self.positive), fraction, at_most, rng)
+        negative = positive if self.paired else _hold_out(len(self.negative), fraction, at_most, rng)
+        return Split(positive[0], negative[0], positive[1], negative[1])
+
+    def parts(self, fraction: float, *, seed: int = 0, at_most: int | None = None) -> "tuple[ContrastSet, ContrastSet]":
+        """The texts left to train on, and those held out as in `split`. Raises `ExamplesError` also where one of the
+        two parts would have fewer than 2 texts of a class."""
+        split = self.split(fraction, seed=seed, at_most=at_most)
+        rows = ((split.train_positive, split.train_negative), (split.held_out_positive, split.held_out_negative))
+        kept, held = (
+            replace(
+                self,
+                positive=tuple(self.positive[place] for place in positive),
+                negative=tuple(self.negative[place] for place in negative),
+            )
+            for positive, negative in rows
+        )
+        return kept, held
+
+
+def key(text: str) -> str:
+    """What makes two texts the same."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _check_texts(where: str, positive: Sequence[str], negative: Sequence[str]) -> None:
+    keys: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    for side, texts, seen in zip(SIDES, (positive, negative), keys, strict=True):
+        check_count(where, side, len(texts))
+        for number, text in enumerate(texts, start=1):
+            place = f"{where}, {side} text {number}"
+            if not clean_text(text, place):
+                refuse(place, "is blank: leave it out")
+            seen.setdefault(key(text), number)
+    check_overlap(where, "text", *keys)
+
+
+def check_count(where: str, side: str, count: int) -> None:
+    if count < MIN_PER_CLASS:
+        refuse(where, f"{count} different {side} text(s) where at least {MIN_PER_CLASS} are needed: add more")
+    if count > MAX_PER_CLASS:
+        refuse(where, f"more than {MAX_PER_CLASS:,} {side} texts: keep at most {MAX_PER_CLASS:,} per class")
+
+
+def check_overlap(where: str, unit: str, positive: Mapping[str, int], negative: Mapping[str, int]) -> None:
+    shared = next((key for key in positive if key in negative), None)
+    if shared is not None:
+        rows = f"positive ({unit} {positive[shared]}) and negative ({unit} {negative[shared]})"
+        refuse(where, f"the text {short(shared)} is both {rows}: keep it in one class")
+
+
+def _hold_out(
+    count: int, fraction: float, at_most: int | None, rng: random.Random
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    order = list(range(count))
+    rng.shuffle(order)
+    held = min(max(1, round(count * fraction)), count - 1, at_most or count)
+    return tuple(sorted(order[held:])), tuple(sorted(order[:held]))

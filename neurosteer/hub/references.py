@@ -1,0 +1,159 @@
+"""What people write for an artifact: a folder, a name in `vectors/`, a repo on the Hub or a feature of an SAE, with
+`:strength` behind it where one applies."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import Use
+from neurosteer.artifacts.storage import load
+from neurosteer.errors import ArtifactError, HubError, UsageError
+from neurosteer.examples.files import assets_folder
+from neurosteer.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from neurosteer.models.language_model import LanguageModel
+
+VECTORS_FOLDER = "vectors"
+
+_EMBEDDED_SAES = "embedded/"
+_NOWHERE = f"There is no artifact {{!r}}: neither a folder nor a name in {VECTORS_FOLDER}/, nor on the Hub (user/repo)."
+_FEATURE = re.compile(r"(?P<sae>.+)#(?P<index>[0-9]{1,12})(?:=(?P<value>[^#/\\]*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FeatureUse:
+    """One feature of the SAE named `sae` at a strength: added, or clamped to `value`. It becomes a `Use` once the
+    model is there (`resolve_uses`)."""
+
+    sae: str
+    index: int
+    value: float | None = None
+    strength: float = 1.0
+
+
+def resolve(reference: str, *, progress: Progress = silent) -> Artifact:
+    """The artifact that `reference` names: a folder, a name in `vectors/`, or else one on the Hub, which is pulled with
+    the token of the login on this machine.
+
+    Raises `ArtifactError` saying where it was looked for, and what `pull` raises.
+    """
+    folder = artifact_folder(reference)
+    if folder is not None:
+        return load(folder)
+    if _FEATURE.fullmatch(reference):
+        raise UsageError(f"{reference[:200]!r} is a feature of an SAE, no artifact; steer with it (--use).")
+    if "/" in reference and not reference.startswith(_EMBEDDED_SAES):
+        return _pulled(reference, progress)
+    raise ArtifactError(_NOWHERE.format(reference[:200]))
+
+
+def _pulled(reference: str, progress: Progress) -> Artifact:
+    from neurosteer.hub import parse_reference, pull
+
+    try:
+        parse_reference(reference)
+    except UsageError:
+        raise ArtifactError(_NOWHERE.format(reference[:200])) from None
+    try:
+        return pull(reference, progress=progress)
+    except HubError as error:
+        raise type(error)(f"There is no folder {reference[:200]!r}. {error}", error.status) from error
+
+
+def parse_use(text: str) -> Use | FeatureUse:
+    """`REF` or `REF:STRENGTH` (strength 1 when left out). REF names an artifact, or is `SAE#INDEX` (one feature, added)
+    or `SAE#INDEX=VALUE` (the feature clamped to a value).
+
+    Raises `UsageError` for a strength or a value that is no number.
+    """
+    reference, colon, strength = text.rpartition(":")
+    if not colon or _folder(text) is not None or any(mark in strength for mark in "/\\#"):
+        return _use(text, 1.0)
+    try:
+        value = float(strength)
+    except ValueError as error:
+        raise UsageError(
+            f"The strength in {text[:200]!r} is {strength[:40]!r}; write REF:STRENGTH, like mood:1.5."
+        ) from error
+    return _use(reference, value)
+
+
+def resolve_uses(uses: Sequence[Use | FeatureUse], lm: "LanguageModel", *, progress: Progress = silent) -> list[Use]:
+    """The uses with features of SAEs made into artifacts for `lm`; each SAE is loaded once.
+
+    Raises as `load_sae` and `feature_vector` do.
+    """
+    from neurosteer.saes.feature_vector import feature_vector
+    from neurosteer.saes.loading import load_sae
+
+    names = dict.fromkeys(use.sae for use in uses if isinstance(use, FeatureUse))
+    saes = {name: load_sae(lm, name, progress=progress) for name in names}
+    return [
+        use
+        if isinstance(use, Use)
+        else Use(
+            feature_vector(
+                lm,
+                saes[use.sae],
+                use.index,
+                operation="add" if use.value is None else "clamp",
+                value=use.value,
+                progress=progress,
+            ),
+            use.strength,
+        )
+        for use in uses
+    ]
+
+
+def _use(reference: str, strength: float) -> Use | FeatureUse:
+    in_name = re.split(r"[/\\]", reference)[-1]
+    if "#" not in in_name or artifact_folder(reference) is not None:
+        return Use(resolve(reference), strength)
+    found = _FEATURE.fullmatch(reference)
+    value = _number(found["value"]) if found and found["value"] is not None else None
+    if not found or (found["value"] is not None and value is None):
+        raise UsageError(
+            f"{reference[:200]!r} is no feature of an SAE; write SAE#INDEX, or SAE#INDEX=VALUE with a number, like "
+            "embedded/14#1234 or embedded/14#1234=8."
+        )
+    if not math.isfinite(strength):
+        raise UsageError(f"The strength of {reference[:200]!r} is {strength!r}; it must be a finite number.")
+    return FeatureUse(found["sae"], int(found["index"]), value, strength)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def artifact_folder(reference: str) -> Path | None:
+    """The folder on this machine that `reference` is, or names in `vectors/`, if there is one."""
+    folder = _folder(reference)
+    if folder is not None:
+        return folder
+    for released in (Path(VECTORS_FOLDER), assets_folder().parent / VECTORS_FOLDER):
+        if _is_plain(reference) and _folder(str(released / reference)) is not None:
+            return released / reference
+    return None
+
+
+def _folder(text: str) -> Path | None:
+    """The folder of that path, if there is one."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, NUL in it
+        return None
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name

@@ -1,0 +1,115 @@
+"""How far a recipe moves the model: KL(steered ‖ unsteered) of the next token along unsteered texts, in nats."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.errors import UsageError
+from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.steering.batches import Batch, Writing
+from neurosteer.steering.decoding import RowText, Sampler, Sampling
+from neurosteer.steering.forcing import ForcedText, forced_logits
+
+_WHAT = "Measuring KL"
+_PROMPTS_AT_ONCE = 64
+_POSITIONS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class UnsteeredTexts:
+    """Prompts with their unsteered greedy continuations of `n_tokens` tokens, and the log-probabilities of every next
+    token along those, float32 `[n_prompts, n_tokens, vocab]`."""
+
+    texts: tuple[ForcedText, ...]
+    n_tokens: int
+    logprobs: Tensor
+
+    def __getitem__(self, chosen: slice) -> "UnsteeredTexts":
+        return UnsteeredTexts(self.texts[chosen], self.n_tokens, self.logprobs[chosen])
+
+
+def unsteered_texts(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    n_tokens: int = 20,
+    *,
+    raw: bool = False,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> UnsteeredTexts:
+    """Continue `prompts` greedily by `n_tokens` tokens, past an end of the text if need be, and read them.
+
+    Raises `UsageError` where there is no prompt or an empty one.
+    """
+    if not prompts or not all(prompts):
+        raise UsageError("KL needs prompts that are not empty; give at least one.")
+    progress("Writing unsteered continuations to measure KL on")
+    encoded = [lm.prompt_ids(prompt, raw=raw) for prompt in prompts]
+    texts: list[ForcedText] = []
+    for first in range(0, len(encoded), _PROMPTS_AT_ONCE):
+        texts += _continued(lm, encoded[first : first + _PROMPTS_AT_ONCE], n_tokens, cancel)
+    vocabulary = lm.model.config.get_text_config().vocab_size
+    logprobs = torch.empty(len(texts), n_tokens, vocabulary, device=lm.device)
+    for found in forced_logits(lm, texts, [UNSTEERED] * len(texts), what=_WHAT, cancel=cancel):
+        rows, steps = found.rows.to(lm.device), found.steps.to(lm.device)
+        logprobs[rows, steps] = found.logits.log_softmax(-1).to(lm.device)
+    return UnsteeredTexts(tuple(texts), n_tokens, logprobs)
+
+
+def _continued(
+    lm: LanguageModel, prompts: Sequence[list[int]], n_tokens: int, cancel: threading.Event | None
+) -> list[ForcedText]:
+    greedy = Sampling(greedy=True)
+    writings = [
+        Writing(ids, UNSTEERED, "all", n_tokens, Sampler(greedy, ""), RowText(lm.tokenizer, ())) for ids in prompts
+    ]
+    batch = Batch(lm, writings)
+    while not batch.ended:
+        check_cancelled(cancel, _WHAT)
+        batch.step()
+    return [ForcedText(one.ids, len(one.prompt), len(one.ids)) for one in writings]
+
+
+def divergences(
+    lm: LanguageModel,
+    texts: UnsteeredTexts,
+    recipes: Sequence[Recipe],
+    *,
+    cancel: threading.Event | None = None,
+) -> Tensor:
+    """KL(steered ‖ unsteered) at every token of the continuations under each recipe, all in the same batches.
+
+    Returns float32 `[n_recipes, n_prompts, n_tokens]`, in nats; infinite where steering drove the model out of what
+    its numbers can hold.
+    """
+    n_prompts = len(texts.texts)
+    rows = [text for _ in recipes for text in texts.texts]
+    found = torch.full((len(rows), texts.n_tokens), torch.inf)
+    chosen = [recipe for recipe in recipes for _ in range(n_prompts)]
+    with torch.inference_mode():
+        for read in forced_logits(lm, rows, chosen, what=_WHAT, cancel=cancel):
+            prompts = (read.rows % n_prompts).to(lm.device)
+            steps = read.steps.to(lm.device)
+            parts = range(0, len(read.rows), _POSITIONS_AT_ONCE)
+            values = [
+                _kl(
+                    read.logits[first : first + _POSITIONS_AT_ONCE],
+                    texts.logprobs[
+                        prompts[first : first + _POSITIONS_AT_ONCE], steps[first : first + _POSITIONS_AT_ONCE]
+                    ],
+                )
+                for first in parts
+            ]
+            found[read.rows, read.steps] = torch.cat(values).cpu()
+    return found.nan_to_num(nan=torch.inf, posinf=torch.inf).reshape(len(recipes), n_prompts, texts.n_tokens)
+
+
+def _kl(logits: Tensor, plain: Tensor) -> Tensor:
+    """`[n]` from steered logits and unsteered log-probabilities, both `[n, vocab]`."""
+    steered = logits.log_softmax(-1)
+    return (steered.exp() * (steered - plain.to(steered.device))).sum(-1).clamp(min=0.0)

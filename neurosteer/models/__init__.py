@@ -1,0 +1,1 @@
+"""Models: where they come from, loading them, the parts that steering needs, and how prompts are formatted."""

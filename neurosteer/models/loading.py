@@ -1,0 +1,166 @@
+"""Loading models: by catalog name, Hub id, folder or GGUF file."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from neurosteer.errors import ModelError, UsageError
+from neurosteer.models.adapters import merge_adapter
+from neurosteer.models.catalog import default_model
+from neurosteer.models.language_model import LanguageModel, ModelShape
+from neurosteer.models.parts import find_blocks, find_decoder, find_down_projection, find_final_norm, input_width
+from neurosteer.models.sources import Source, locate
+from neurosteer.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    progress: Progress = silent,
+) -> LanguageModel:
+    """Load a model by catalog name, Hub id, folder or GGUF file.
+
+    Args:
+        name: the catalog's default when left out.
+        revision: branch, tag or commit on the Hub.
+        device: `cuda` if there is one, else `cpu`; with several GPUs the model is spread over them.
+        dtype: `float32`, `bfloat16` or `float16`; by default bfloat16 where the device computes it fast, else float32.
+        chat: whether prompts get the tokenizer's chat template; by default if it has one.
+        progress: told what is being fetched and loaded.
+
+    Raises:
+        ModelError: no such model, it cannot be fetched, or it lacks a part that steering needs.
+        UsageError: an unknown device or dtype.
+    """
+    chosen = _choose_device(device)
+    wanted = _choose_dtype(dtype, chosen)
+    source = locate(name if name is not None else default_model(), revision=revision, progress=progress)
+    progress(f"Loading {source.name}")
+    transformers_logging.disable_progress_bar()
+    spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
+    placed = "auto" if spread else None
+    if source.adapter is None:
+        model, tokenizer = _read(source, wanted, placed)
+    else:
+        model, tokenizer = _read_merged(source, source.adapter, wanted, placed)
+    if not spread:
+        _move(model, chosen)
+    return describe_model(
+        model,
+        tokenizer,
+        name=source.name,
+        revision=source.revision,
+        chat=chat if chat is not None else source.chat,
+    )
+
+
+def describe_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    name: str,
+    revision: str | None = None,
+    chat: bool | None = None,
+) -> LanguageModel:
+    """Wrap a model and tokenizer that are loaded already. Raises `ModelError` naming the part that was not found."""
+    if tokenizer.is_fast is False:
+        raise ModelError(f"The tokenizer of {name} is a slow one ({type(tokenizer).__name__}); a fast one is needed.")
+    decoder = find_decoder(model, name)
+    blocks = find_blocks(decoder, model.config.get_text_config().num_hidden_layers, name)
+    projections = tuple(find_down_projection(block, index, name) for index, block in enumerate(blocks))
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise UsageError(f"The tokenizer of {name} has no chat template; use it as a base model (--raw).")
+    shape = ModelShape(len(blocks), model.config.get_text_config().hidden_size, input_width(projections[0]))
+    return LanguageModel(
+        model=model.eval().requires_grad_(False),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        name=name,
+        revision=revision,
+        chat=has_template if chat is None else chat,
+        decoder=decoder,
+        blocks=blocks,
+        down_projections=projections,
+        final_norm=find_final_norm(decoder, name),
+        shape=shape,
+    )
+
+
+def _read(source: Source, dtype: torch.dtype, device_map: str | None) -> tuple[PreTrainedModel, Any]:
+    named: dict[str, Any] = {"local_files_only": True}
+    packed: dict[str, Any] = {}
+    if source.gguf_file:
+        named["gguf_file"] = source.gguf_file
+        packed["quantization_config"] = GgufConfig(dequantize=True)  # steering needs plain weights
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **named)
+        config = AutoConfig.from_pretrained(source.folder, **named)
+        if not source.gguf_file:
+            named["use_safetensors"] = True
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **named, **packed
+        )
+    except Exception as error:  # transformers raises many kinds for damaged or unsupported folders
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"{source.name} in {source.folder} could not be loaded: {first_line[:300]}") from error
+    return model, tokenizer
+
+
+def _read_merged(
+    source: Source, adapter: Path, dtype: torch.dtype, device_map: str | None
+) -> tuple[PreTrainedModel, Any]:
+    """Merged in float32 and only then rounded, so that the weights, and their fingerprint, do not depend on rounding
+    them twice. Buffers keep the precision that the model gave them."""
+    model, tokenizer = _read(source, torch.float32, device_map)
+    merge_adapter(model, adapter)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model, tokenizer
+
+
+def _choose_device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {str(device)!r}; use cpu, cuda or cuda:N.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"The device {str(device)!r} was asked for, but no GPU is available; use cpu.")
+    return chosen
+
+
+def _move(model: Any, device: torch.device) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"The device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:200]})."
+        ) from error
+
+
+def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    fast = device.type == "cuda" or cpu_has_fast_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware (AVX-512 BF16, AMX or Arm BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

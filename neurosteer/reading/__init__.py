@@ -1,0 +1,1 @@
+"""Examples to activations: the only batched reading loop."""

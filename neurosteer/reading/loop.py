@@ -1,0 +1,191 @@
+"""Texts to activations: the one batched reading loop."""
+
+import copy
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from neurosteer.models.batching import length_batches
+from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
+from neurosteer.models.language_model import FramedText, LanguageModel
+from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.reading.request import Request
+from neurosteer.reading.sink import HELD_OUT, NEGATIVE, POSITIVE, Sink, read_mask
+from neurosteer.reading.statistics import Activations
+from neurosteer.reading.tally import Tally
+
+_MIN_PREFIX = 4  # shorter ones are not worth a cache
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+def read_activations(
+    lm: LanguageModel,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    request: Request,
+    *,
+    held_out_positive: Sequence[int] = (),
+    held_out_negative: Sequence[int] = (),
+    paired: bool = False,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> Activations:
+    """Read the class statistics of two lists of texts in one pass.
+
+    Held-out texts (given by position) count in the class means like all others; besides, their rows are kept, and the
+    class difference without them, so that separation can be measured on texts it was not computed from. Memory grows
+    with their number and with `request.rows`, not with the number of texts.
+
+    Raises `Cancelled` between two batches when `cancel` is set.
+    """
+    progress("Splitting texts into tokens")
+    framed = frame_texts(lm, [*positive, *negative], request)
+    groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)
+    total, n_cut = sum(len(item.ids) for item in framed), sum(item.cut for item in framed)
+    tally = Tally(lm, request, groups, len(positive))
+    _read(lm, framed, tally, request.residual, request.neurons, request.batch_tokens, progress, cancel)
+    return tally.result(lm.reference, total, n_cut, paired)
+
+
+def frame_texts(lm: LanguageModel, texts: Sequence[str], request: Request) -> list[FramedText]:
+    """The texts as they are read: framed, cut, and with a BOS before them where that is asked for and lacking."""
+    framed = lm.frame(texts, request.framing, max_tokens=request.max_tokens)
+    bos = lm.tokenizer.bos_token_id
+    if not request.prepend_bos or request.framing != "raw" or bos is None:
+        return framed
+    return [
+        item if item.ids[:1] == [bos] else FramedText([bos, *item.ids], item.start + 1, item.cut) for item in framed
+    ]
+
+
+def read_tokens(
+    lm: LanguageModel,
+    framed: Sequence[FramedText],
+    layers: Sequence[int],
+    *,
+    batch_tokens: int | None = None,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> dict[int, Tensor]:
+    """The residual stream of every token after each of `layers`, `[n_tokens, d_model]` in the model's dtype.
+
+    Which tokens count is as in `read_activations`: a text's own, never padding or the sequence's first. They come
+    grouped by text, in the order in which batches of similar length are read. Raises `Cancelled`.
+    """
+    collected = _TokenRows(lm, layers)
+    _read(lm, framed, collected, layers, (), batch_tokens, progress, cancel)
+    return {layer: torch.cat(rows) for layer, rows in collected.rows.items()}
+
+
+def _read(
+    lm: LanguageModel,
+    framed: Sequence[FramedText],
+    sink: "Sink",
+    residual: Sequence[int],
+    neurons: Sequence[int],
+    batch_tokens: int | None,
+    progress: Progress,
+    cancel: threading.Event | None,
+) -> None:
+    """One pass over the texts, every batch of which `sink` is shown."""
+    with torch.inference_mode():
+        prefix, framed = _shared_prefix(lm, list(framed))
+    done, to_do = 0, sum(len(item.ids) for item in framed)
+    with torch.inference_mode(), hooked(_reading_hooks(lm, sink, residual, neurons)):
+        for indices in length_batches(framed, batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
+            check_cancelled(cancel, "Reading activations")
+            _read_batch(lm, sink, framed, indices, prefix)
+            done += sum(len(framed[index].ids) for index in indices)
+            progress(f"Reading {len(framed)} texts", done / to_do)
+
+
+def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held_negative: Sequence[int]) -> Tensor:
+    groups = torch.tensor([POSITIVE] * n_positive + [NEGATIVE] * n_negative)
+    groups[list(held_positive)] += HELD_OUT
+    groups[[n_positive + index for index in held_negative]] += HELD_OUT
+    return groups
+
+
+def _shared_prefix(lm: LanguageModel, framed: list[FramedText]) -> tuple[Cache | None, list[FramedText]]:
+    """Keys and values of what precedes the text in every row, and the rows without it.
+
+    Nothing where there is no such prefix: what is read stays the same, it is only not computed again for each text.
+    """
+    first = framed[0]
+    length = min(item.start for item in framed)
+    if length < _MIN_PREFIX or any(
+        item.ids[:length] != first.ids[:length] or len(item.ids) <= length for item in framed
+    ):
+        return None, framed
+    ids = torch.tensor([first.ids[:length]], device=lm.device)
+    cache = DynamicCache(config=lm.model.config)
+    lm.decoder(input_ids=ids, cache=cache, use_cache=True)
+    return cache, [FramedText(item.ids[length:], item.start - length, item.cut) for item in framed]
+
+
+class _Finished(Exception):
+    """Leaves a forward pass after the last block that anyone asked for."""
+
+
+def _read_batch(
+    lm: LanguageModel,
+    sink: "Sink",
+    framed: Sequence[FramedText],
+    indices: list[int],
+    prefix: Cache | None,
+) -> None:
+    batch = [framed[index] for index in indices]
+    longest = max(1, max(len(item.ids) for item in batch))
+    ids = torch.full((len(batch), longest), lm.pad_id)
+    for row, item in enumerate(batch):
+        ids[row, : len(item.ids)] = torch.tensor(item.ids, dtype=torch.long)
+    sink.begin(indices, batch, longest, skip_first=prefix is None)
+    named: dict[str, Any] = {"use_cache": False}
+    if prefix is not None:
+        cache = copy.deepcopy(prefix)  # the pass appends to its cache
+        cache.batch_repeat_interleave(len(batch))
+        named = {"cache": cache, "use_cache": True}
+    with suppress(_Finished):
+        lm.decoder(input_ids=ids.to(lm.device), **named)
+    sink.end()
+
+
+def _reading_hooks(lm: LanguageModel, sink: "Sink", residual: Sequence[int], neurons: Sequence[int]) -> list[Hook]:
+    hooks: list[Hook] = [
+        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: sink.add_neurons(layer, hidden))
+        for layer in neurons
+    ]
+    hooks += [
+        OutputHook(lm.blocks[layer], lambda hidden, layer=layer: sink.add_residual(layer, hidden)) for layer in residual
+    ]
+
+    def stop(_hidden: Tensor) -> None:
+        raise _Finished
+
+    return [*hooks, OutputHook(lm.blocks[max((*residual, *neurons))], stop)]
+
+
+class _TokenRows:
+    """Keeps the residual stream of every token read."""
+
+    def __init__(self, lm: LanguageModel, layers: Sequence[int]) -> None:
+        self.device = lm.device
+        self.rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.read = torch.empty(0)
+
+    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
+        self.read = read_mask(items, longest, skip_first=skip_first).to(self.device)
+
+    def add_residual(self, layer: int, hidden: Tensor) -> None:
+        self.rows[layer].append(hidden[self.read.to(hidden.device)])
+
+    def add_neurons(self, layer: int, hidden: Tensor) -> None:
+        raise NotImplementedError("Single neurons are not kept token by token.")
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,47 @@
+"""What a reading pass is made for, and which positions of its batches are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neurosteer.models.language_model import FramedText
+
+POSITIVE, NEGATIVE, HELD_OUT = 0, 1, 2  # group of a text: its class, plus 2 when held out
+
+
+class Sink(Protocol):
+    """What a pass is made for: told of each batch, then of each layer's activations in it, then that it is over."""
+
+    def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None: ...
+
+    def add_residual(self, layer: int, hidden: Tensor) -> None: ...
+
+    def add_neurons(self, layer: int, hidden: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def read_mask(items: Sequence[FramedText], longest: int, *, skip_first: bool) -> Tensor:
+    """Which positions of a batch are read, `[batch, longest]`: a text's own, the sequence's first only if it is all
+    there is, no padding."""
+    lengths = torch.tensor([len(item.ids) for item in items])
+    skipped = 1 if skip_first else 0
+    starts = torch.tensor([min(max(item.start, skipped), max(len(item.ids) - 1, 0)) for item in items])
+    positions = torch.arange(longest)
+    return (positions >= starts[:, None]) & (positions < lengths[:, None])
+
+
+@dataclass
+class TextBatch:
+    """What the hooks need to know of the batch in flight; `weights` `[batch, 1, seq]` sum to 1 over a text's tokens."""
+
+    indices: Tensor
+    groups: Tensor
+    read: Tensor
+    weights: Tensor
+    last: Tensor
+    starts: Tensor
+    norms: dict[int, Tensor] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: load, train, measure, put into words."""

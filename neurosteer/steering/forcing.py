@@ -1,0 +1,83 @@
+"""Texts that are there already, read again under recipes: logits before every token that counts, batched."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.models.batching import length_batches
+from neurosteer.models.hooks import InputHook, hooked
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.progress import check_cancelled
+from neurosteer.steering.plans import applied, compile_plan
+
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}  # float32: 128 MB and 1 GB, several times over while they are reduced
+
+
+@dataclass(frozen=True)
+class ForcedText:
+    """Token ids of which those from `first` (at least 1) up to `end` are counted."""
+
+    ids: list[int]
+    first: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return self.end - self.first
+
+
+@dataclass(frozen=True)
+class ForcedLogits:
+    """Some of the rows: `rows[i]` is the place of the text and recipe whose counted token number `steps[i]` the logits
+    `[n, vocab]` (float32) foretell; `targets` `[n]` are those tokens' ids."""
+
+    rows: Tensor
+    steps: Tensor
+    targets: Tensor
+    logits: Tensor
+
+
+def forced_logits(
+    lm: LanguageModel,
+    texts: Sequence[ForcedText],
+    recipes: Sequence[Recipe],
+    *,
+    what: str = "Reading",
+    cancel: threading.Event | None = None,
+) -> Iterator[ForcedLogits]:
+    """Text i read under recipe i, teacher-forced and steered everywhere; in batches of similar length.
+
+    Raises `Cancelled` ("`what` was cancelled") when `cancel` is set between two batches.
+    """
+    kind = lm.device.type if lm.device.type in _BATCH_TOKENS else "cpu"
+    vocabulary = lm.model.config.get_text_config().vocab_size
+    for places in length_batches(texts, min(_BATCH_TOKENS[kind], _MAX_LOGITS[kind] // vocabulary)):
+        check_cancelled(cancel, what)
+        found = _read(lm, [texts[place] for place in places], [recipes[place] for place in places])
+        yield ForcedLogits(torch.tensor(places)[found.rows], found.steps, found.targets, found.logits)
+
+
+def _read(lm: LanguageModel, texts: Sequence[ForcedText], recipes: Sequence[Recipe]) -> ForcedLogits:
+    width = max(len(text.ids) for text in texts)
+    ids = torch.full((len(texts), width), lm.pad_id)
+    mask = torch.zeros((len(texts), width), dtype=torch.long)
+    foretell = torch.zeros((len(texts), width), dtype=torch.bool)  # the positions before a token that is counted
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        mask[row, : len(text.ids)] = 1
+        foretell[row, text.first - 1 : text.end - 1] = True
+    # The head sees those positions alone, [n, d_model]: over the whole vocabulary, logits are what costs most memory.
+    head = InputHook(lm.model.get_output_embeddings(), lambda hidden: hidden[foretell.to(hidden.device)])
+    plan = compile_plan(lm, recipes, "all")
+    with torch.inference_mode(), applied(lm, plan, prompt_width=width), hooked([head]):
+        inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
+        logits = lm.model(**inputs, use_cache=False).logits.float()
+    rows, columns = foretell.nonzero(as_tuple=True)
+    firsts = torch.tensor([text.first for text in texts])
+    targets = ids.roll(-1, dims=1)[foretell].to(logits.device)
+    return ForcedLogits(rows, columns + 1 - firsts[rows], targets, logits)

@@ -1,0 +1,1 @@
+"""Text made fit for a message: on one line and not too long."""

@@ -1,0 +1,1 @@
+"""The page for programs: endpoints over HTTP, and tools for MCP clients."""

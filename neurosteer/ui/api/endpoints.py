@@ -1,0 +1,428 @@
+"""The page for programs: endpoints, over HTTP for `gradio_client` and as tools for MCP clients.
+
+Every call stands alone: all it needs is in its arguments, and nothing of it stays on the server. Their docstrings are
+what a program or an agent is told of them.
+"""
+
+import base64
+import binascii
+import functools
+import inspect
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, get_origin, get_type_hints
+
+import gradio as gr
+from gradio.context import LocalContext
+from gradio.events import api
+
+from neurosteer.errors import Cancelled, UsageError
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import parse_examples
+from neurosteer.models.catalog import find_model
+from neurosteer.progress import silent
+from neurosteer.ui.jobs import Jobs, problem
+from neurosteer.ui.limits import MAX_BUILDS, MAX_NEW_TOKENS, MAX_PROMPT, MAX_SECONDS, MAX_VISITORS, visitors_token
+from neurosteer.ui.loading import Models
+from neurosteer.ui.mixer import MOST
+from neurosteer.ui.shelf import released, released_for
+from neurosteer.ui.show.html import warnings_of
+from neurosteer.ui.tabs.build import BuildHandlers, Settings
+from neurosteer.ui.tabs.steer_handlers import KIND as STEER_KIND
+from neurosteer.ui.work import KIND as BUILD_KIND
+
+if TYPE_CHECKING:
+    from neurosteer.artifacts.artifact import Artifact
+    from neurosteer.artifacts.recipes import Use
+    from neurosteer.steering.session import Row
+
+_ZIP = "UEsD"  # how a zip file begins, as base64
+_MOST_BASE64 = 100 << 20
+_LOOK_S = 1.0
+_HUB_CALLS = 8  # at once
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
+
+
+class Endpoints:
+    """What programs may ask for. All raise the library's errors."""
+
+    def __init__(self, building: BuildHandlers) -> None:
+        self.models = building.models
+        self.jobs = building.jobs
+        self.building = building
+
+    def steer(
+        self,
+        prompt: str,
+        use: list[str],
+        compare: bool = False,
+        model: str = "",
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        greedy: bool = False,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        raw: bool = False,
+    ) -> dict[str, Any]:
+        """Write a text with a language model whose behaviour is turned up or down, by steering vectors or neuron
+        circuits.
+
+        Args:
+            prompt: What to answer (chat models) or to continue (base models); up to 8,000 characters.
+            use: 1 to 4 of "REF:STRENGTH", like ["sentiment:1"] or ["sentiment:-1.5", "user/formal@main:0.5"]. REF is
+                a released artifact (`list` names them), a repository on the Hugging Face Hub (user/repo, or
+                user/repo/name for one of a pack, with @revision for a version), or the base64 text that `build` or
+                `pull` returned as "artifact". STRENGTH is any number: 0 is off, 1 the usual dose, -1 the opposite;
+                beyond 3 texts mostly break. Left out, it is 1.
+            compare: Whether to write the unsteered text too, with the same random numbers.
+            model: A name from `list`; empty for this server's own. An artifact fits the model it was made on.
+            max_new_tokens: At most so many tokens, 1 to 512.
+            seed: A whole number; the same seed gives the same text.
+            greedy: Always the likeliest token: seed, temperature and top_p then do not matter.
+            temperature: Above 0 and up to 10; higher is more varied.
+            top_p: Above 0 and up to 1; lower drops unlikely words.
+            raw: Whether a chat model gets the prompt as it is, without its chat template.
+
+        Returns:
+            "steered" (and "unsteered" if compared), each with "text", "tokens" (how many were written) and "finish"
+                ("stop": it ended by itself, "length": max_new_tokens was reached, "cancelled": it took too long);
+                "use" (names with strengths), "model", "seconds", and "warnings" (a list of sentences).
+        """
+        _check_request(prompt, max_new_tokens)
+        uses = uses_of(use)
+        with working(self.jobs) as cancel:
+            session = self.models.holder(model or None).wait(cancel=cancel)
+            from neurosteer.artifacts.artifact import check_model
+            from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+            from neurosteer.steering.decoding import Sampling
+            from neurosteer.steering.session import Row, drained
+
+            found = [check_model(one.artifact, session.lm.reference) for one in uses]
+            rows = [Row(prompt, Recipe.of(*uses)), *([Row(prompt, UNSTEERED)] if compare else [])]
+            sampling = Sampling(greedy, temperature, top_p, seed=seed)
+            started = time.monotonic()
+            stream = session.stream(rows, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, cancel=cancel)
+            written = drained(stream)
+        return {
+            **{side: _text_data(row) for side, row in zip(("steered", "unsteered"), written, strict=False)},
+            "use": [{"name": one.artifact.name, "strength": one.strength} for one in uses],
+            "model": session.lm.name,
+            "seconds": round(time.monotonic() - started, 3),
+            "warnings": [warning for warning in found if warning],
+        }
+
+    def build(
+        self,
+        positive: list[str],
+        negative: list[str],
+        method: str = "caa",
+        layers: str = "auto",
+        name: str = "",
+        model: str = "",
+        framing: str = "",
+        tokens: str = "",
+        rank: str = "",
+        operation: str = "",
+        top_k: float = 0,
+        sae: str = "",
+        calibrate: bool = True,
+        keep_half: bool = False,
+    ) -> dict[str, Any]:
+        """Build a steering vector or a neuron circuit from texts that show a behaviour and texts that don't. Takes
+        seconds; nothing is trained.
+
+        Args:
+            positive: Texts that show the behaviour: 2 to 20,000; fewer than 20 are of no use, hundreds are best.
+            negative: Texts that don't show it and are otherwise alike, about as many.
+            method: caa (difference of means, a good start), pca, probe, sae (readable features) or cna (a neuron
+                circuit); `list` explains them.
+            layers: auto (those that tell the texts apart best), all, a number (14), a range (10-18) or a list (3,7,9).
+            name: The artifact's name, of letters, digits, '.', '_' and '-'; chosen for you if empty.
+            model: A name from `list`; empty for this server's own. The artifact will fit this model only.
+            framing: How texts are read: raw (as they are), prompt (as a request) or answer (as the model's own); empty
+                for the usual.
+            tokens: What is read of a text: mean (of all its tokens) or last; empty for the usual.
+            rank: For cna write, difference or dprime; for sae rate, dprime or probe; empty for the usual.
+            operation: For cna scale or shift; empty for the usual.
+            top_k: For cna and sae, how many neurons or features; for cna also a share of all, below 1. 0 for the usual.
+            sae: For sae, the sparse autoencoder, like embedded/14 or release/id; empty for the model's own.
+            calibrate: Whether strength 1 is set by measurement, so that it is the same safe push everywhere.
+            keep_half: Whether half the texts take no part, so that `evaluate` can train its judge on them.
+
+        Returns:
+            "artifact" (base64 text of a zip file: give it to `steer` as REF, or decode it and unzip it to a folder) and
+                what it is: "name", "kind", "method", "model", "layers", "layer_choice" (why these), "strength" (what 1
+                means), "separation" (by layer, how well it tells held-out texts apart: 0.5 is chance, 1 perfect),
+                "examples" (counts), "warnings" (a list of sentences), "seconds".
+        """
+        examples = examples_of(positive, negative)
+        settings = Settings(
+            name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae,
+            calibrate=calibrate, keep_half=keep_half,
+        )  # fmt: skip
+        with working(self.jobs) as cancel:
+            try:
+                artifact, seconds = self.building.make(examples, settings, silent, cancel, model or None)
+            except Cancelled as error:
+                raise UsageError(f"Building took over {MAX_SECONDS:g} s and was stopped; give fewer texts.") from error
+        warnings = [*examples.warnings, *warnings_of(artifact)]
+        return {**handed_over(artifact), "warnings": warnings, "seconds": round(seconds, 3)}
+
+    def offered(self, model: str = "") -> dict[str, Any]:
+        """What this server has: models, methods to build with, and released artifacts to steer with.
+
+        Args:
+            model: A name from "models", for only the artifacts made on it; empty for all.
+
+        Returns:
+            "models" ("name", whether it is the "default", "chat" or base, "memory_gb", "licence"), "methods" ("name",
+                "kind" of artifact, "explanation") and "artifacts" for `steer` ("name", "kind", "method", "model",
+                "layers", "description", and "strength": what 1 means).
+        """
+        if model:
+            self.models.holder(model)  # whether it is on offer
+        from neurosteer.methods import METHODS
+
+        found = released_for(model) if model else released()
+        methods = [{"name": one.name, "kind": one.kind, "explanation": one.explanation} for one in METHODS.values()]
+        return {
+            "models": [_model_data(name, name == self.models.default) for name in self.models.names],
+            "methods": methods,
+            "artifacts": [{**_summary(artifact), "name": name} for name, artifact in found.items()],
+        }
+
+    def inspect(self, reference: str) -> dict[str, Any]:
+        """All that an artifact says of itself: model, method, layers, calibration, where its examples come from, what
+        it was measured to do.
+
+        Args:
+            reference: A released artifact, user/repo[/name][@revision] on the Hugging Face Hub, or the base64 text that
+                `build` or `pull` returned as "artifact".
+
+        Returns:
+            The artifact's config.json.
+        """
+        from neurosteer.artifacts.storage import artifact_data
+
+        return artifact_data(_artifact(reference))
+
+    def pull(self, reference: str) -> dict[str, Any]:
+        """Fetch an artifact with its tensors: from the Hugging Face Hub, or one released with NeuroSteer.
+
+        Args:
+            reference: user/repo, or user/repo/name for one of a pack, with @revision for a version; or the name of a
+                released artifact.
+
+        Returns:
+            "artifact" (base64 text of a zip file: give it to `steer` as REF, or decode it and unzip it to a folder) and
+                what it is: "name", "kind", "method", "model", "layers", "layer_choice", "strength" (what 1 means),
+                "separation" (by layer), "examples" (counts).
+        """
+        return handed_over(_artifact(reference))
+
+
+@contextmanager
+def working(jobs: Jobs) -> Iterator[threading.Event]:
+    """An event that is set when the caller has gone or it takes too long."""
+    request, ended = LocalContext.request.get(None), threading.Event()
+    with jobs.alone(getattr(request, "session_hash", None)) as cancel:
+        watch = threading.Thread(target=_watch, args=(_event_of_caller(), cancel, ended), daemon=True)
+        watch.start()
+        try:
+            yield cancel
+        finally:
+            ended.set()
+
+
+def _event_of_caller() -> Any:
+    """What gradio's queue knows of the call under way; None where it did not come through the queue."""
+    page, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    return page._queue.event_ids_to_events.get(event_id) if page is not None and event_id is not None else None
+
+
+def _watch(event: Any, cancel: threading.Event, ended: threading.Event) -> None:
+    """Set `cancel` when it takes too long, or when nobody listens any more. (Of clients of gradio's own the page hears
+    when they leave; of others only their event tells.)"""
+    latest = time.monotonic() + MAX_SECONDS
+    while not ended.wait(max(0.0, min(_LOOK_S, latest - time.monotonic()))):
+        if time.monotonic() >= latest or (event is not None and not event.alive):
+            cancel.set()
+            return
+
+
+class Endpoint(NamedTuple):
+    """A function under the name by which programs know it; calls that share an `id` share the number `at_once`."""
+
+    name: str
+    function: Callable[..., dict[str, Any]]
+    id: str
+    at_once: int
+
+
+def serve(endpoints: Endpoints) -> None:
+    """Add the endpoints to the page that is being laid out."""
+    add(
+        endpoints.models,
+        Endpoint("steer", endpoints.steer, STEER_KIND, MAX_VISITORS),
+        Endpoint("build", endpoints.build, BUILD_KIND, MAX_BUILDS),
+        Endpoint("list", endpoints.offered, "list", _HUB_CALLS),
+        Endpoint("inspect", endpoints.inspect, "pull", _HUB_CALLS),
+        Endpoint("pull", endpoints.pull, "pull", _HUB_CALLS),
+    )
+
+
+def add(models: Models, *endpoints: Endpoint) -> None:
+    """Add `endpoints` to the page that is being laid out."""
+    for each in endpoints:
+        api(
+            _answering(each, models),
+            api_name=each.name,
+            concurrency_id=each.id,
+            concurrency_limit=each.at_once,
+        )
+
+
+def _answering(endpoint: Endpoint, models: Models) -> Callable[..., Any]:
+    """Its function for gradio: arguments are checked, and whatever goes wrong is one line."""
+
+    @functools.wraps(endpoint.function)
+    def run(*values: Any) -> Any:
+        try:
+            _check_types(endpoint.function, values)
+            models.holder().wait_for_libraries()
+            answer = endpoint.function(*values)
+        except Exception as error:
+            raise gr.Error(problem(error), print_exception=False) from error
+        return json.dumps(answer, ensure_ascii=False) if _is_for_mcp() else answer
+
+    run.__name__ = endpoint.name  # which is what the tool is called
+    # Gradio reads a parameter's description up to the end of its line only.
+    run.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(endpoint.function) or "")
+    return run
+
+
+def _is_for_mcp() -> bool:
+    """Whether the answer goes to an MCP client, to whom gradio would show a dict in Python's notation."""
+    headers = getattr(LocalContext.request.get(None), "headers", None) or {}
+    return headers.get("x-gradio-user") == "mcp"
+
+
+def _check_types(function: Callable[..., Any], values: tuple[Any, ...]) -> None:
+    """Raise `UsageError` for a value of another type than its parameter's: gradio lets everything through."""
+    hints = get_type_hints(function)
+    for name, value in zip(inspect.signature(function).parameters, values, strict=False):
+        kind = get_origin(hints[name]) or hints[name]
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not fits or (isinstance(value, list) and not all(isinstance(one, str) for one in value)):
+            raise UsageError(f"{name} is {value!r:.60}; it must be {_WORDS[kind]}.")
+
+
+def _check_request(prompt: str, max_new_tokens: int) -> None:
+    if len(prompt) > MAX_PROMPT:
+        raise UsageError(f"The prompt has {len(prompt):,} characters; this page takes {MAX_PROMPT:,}.")
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise UsageError(f"{max_new_tokens} tokens are asked for; this page writes at most {MAX_NEW_TOKENS}.")
+
+
+def uses_of(texts: list[str]) -> "list[Use]":
+    """What REF:STRENGTH texts name. Raises the library's errors."""
+    from neurosteer.artifacts.recipes import Use
+
+    if not 1 <= len(texts) <= MOST:
+        raise UsageError(f'use has {len(texts)} entries; give 1 to {MOST}, like ["sentiment:1"].')
+    return [Use(_artifact(reference), strength) for reference, strength in map(_parsed_use, texts)]
+
+
+def _parsed_use(text: str) -> tuple[str, float]:
+    reference, colon, strength = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return reference, float(strength)
+    except ValueError as error:
+        raise UsageError(
+            f"The strength of {reference[:60]!r} is {strength[:40]!r}; write REF:STRENGTH, like sentiment:1.5."
+        ) from error
+
+
+def _artifact(reference: str) -> "Artifact":
+    """A released artifact, one of the Hub, or one that is handed over whole. Never a path of this machine."""
+    reference = reference.strip()
+    if reference.startswith(_ZIP):
+        from neurosteer.artifacts.storage import unpack
+
+        return unpack(_decoded(reference))
+    if "/" in reference:
+        from neurosteer.hub import pull
+
+        return pull(reference, token=visitors_token(None))
+    if reference not in released():
+        raise UsageError(
+            f"There is no released artifact {reference[:100]!r}; there are {', '.join(released()) or 'none'}. Or give "
+            "user/repo on the Hub, or the base64 text of an artifact."
+        )
+    return released()[reference]
+
+
+def _decoded(text: str) -> bytes:
+    if len(text) > _MOST_BASE64:
+        raise UsageError(f"The artifact has {len(text):,} characters of base64; at most {_MOST_BASE64:,} are read.")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UsageError(f"The artifact {text[:20]!r}… is not base64 ({error}); hand it over as you got it.") from error
+
+
+def examples_of(positive: list[str], negative: list[str]) -> ContrastSet:
+    """Texts of a call as a contrast set. Raises `ExamplesError`."""
+    data = json.dumps({"positive": positive, "negative": negative}, ensure_ascii=False)
+    return parse_examples(data, filename="examples")
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _text_data(row: "Row") -> dict[str, Any]:
+    return {"text": row.text, "tokens": row.tokens, "finish": row.finish}
+
+
+def _model_data(name: str, default: bool) -> dict[str, Any]:
+    known = find_model(name)
+    if known is None:
+        return {"name": name, "default": default}
+    facts = {"chat": known.chat, "memory_gb": known.memory_gb, "licence": known.licence}
+    return {"name": known.name, "default": default, **facts}
+
+
+def _summary(artifact: "Artifact") -> dict[str, Any]:
+    from neurosteer.artifacts.cards import strength_meaning
+
+    return {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "method": artifact.method,
+        "model": artifact.model.name,
+        "layers": artifact.layers,
+        "description": artifact.description,
+        "strength": strength_meaning(artifact),
+    }
+
+
+def handed_over(artifact: "Artifact") -> dict[str, Any]:
+    """The artifact as base64 text of its zip file, and what a caller wants to know of it."""
+    from neurosteer.artifacts.storage import pack
+
+    source = artifact.provenance
+    return {
+        "artifact": base64.b64encode(pack(artifact)).decode("ascii"),
+        **_summary(artifact),
+        "layer_choice": source.layer_choice,
+        "separation": {str(layer): value for layer, value in source.separation.items()},
+        "examples": {
+            "positive": source.n_positive, "negative": source.n_negative, "cut": source.n_cut, **source.dropped
+        },
+    }  # fmt: skip

@@ -1,0 +1,145 @@
+"""Evaluation for programs: what artifacts do and break, by strength, beside their controls, without state."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from neurosteer.errors import Cancelled, UsageError
+from neurosteer.examples.files import bundled_sets
+from neurosteer.examples.reading import read_examples
+from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
+from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.limits import MAX_BUILDS, MAX_SECONDS, on_a_space
+from neurosteer.ui.loading import Models
+from neurosteer.ui.show.evaluation import WEAK_JUDGE
+from neurosteer.ui.tabs.evaluate import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, neutral, trained_judge
+
+if TYPE_CHECKING:
+    from neurosteer.artifacts.recipes import Recipe
+    from neurosteer.evaluation import EvaluatedText, Judge
+
+_NO_TEXTS: list[str] = []
+_STRENGTHS = ["-2", "-1", "0", "1", "2"]
+
+
+class EvaluateEndpoint:
+    """What programs may ask to be measured. Raises the library's errors."""
+
+    def __init__(self, models: Models, jobs: Jobs) -> None:
+        self.models = models
+        self.jobs = jobs
+
+    def evaluate(
+        self,
+        use: list[str],
+        judge: str = "",
+        positive: list[str] = _NO_TEXTS,
+        negative: list[str] = _NO_TEXTS,
+        prompts: list[str] = _NO_TEXTS,
+        strengths: list[str] = _STRENGTHS,
+        samples: int = 1,
+        max_new_tokens: int = N_TOKENS,
+        seed: int = 0,
+        model: str = "",
+    ) -> dict[str, Any]:
+        """Measure what steering vectors or neuron circuits do to what a language model writes, and what they break, at
+        several strengths, beside four controls: no steering, random twins at the same dose, and the behaviour asked for
+        and against in plain words. Takes a minute or more on a processor, at most 300 s.
+
+        Args:
+            use: What to evaluate, 1 to 4 texts REF or REF:STRENGTH, as for `steer`, like ["sentiment:1"]. All strengths
+                are multiplied by each of `strengths`.
+            judge: Who says whether a text shows the behaviour: empty for a classifier trained on the labelled texts in
+                positive and negative; the name of a bundled set (like sentiment) for one trained on that;
+                refusal for a detector of refusals; words:ONE,TWO for texts that hold one of the words. A classifier
+                is never trained on texts that an artifact was built from.
+            positive: Labelled texts that show the behaviour, for the judge; hundreds are best.
+            negative: Labelled texts that don't.
+            prompts: What is continued or answered, at most 32; empty for 8 neutral ones.
+            strengths: At which strengths, at most 9 numbers as texts, like ["-1", "0", "1"].
+            samples: Texts per prompt, 1 to 5. With all controls there may be at most 600 texts.
+            max_new_tokens: At most so many tokens a text, 1 to 128.
+            seed: A whole number; the same seed gives the same figures.
+            model: A name from `list`; empty for this server's own.
+
+        Returns:
+            "table" ("title", "columns", "rows": figures by strength, controls beside them), "receipt" (all figures as
+                numbers in "rows", with intervals; "judge" with its own "accuracy" on texts unseen; "settings"),
+                "texts" (a list of "kind", "strength", "prompt", "sample", "text" and the judge's "score", 0 to 1),
+                "artifact" (where one REF was evaluated at strength 1: base64 text of its zip file, the receipt on it;
+                else null), "warnings" (a list of sentences: heed one that says the judge is too weak), "seconds".
+        """
+        options: dict[str, Any] = {
+            "prompts": tuple(dict.fromkeys(prompts)) or neutral(N_PROMPTS),
+            "strengths": tuple(map(_strength, strengths)),
+            "samples": samples,
+            "max_new_tokens": max_new_tokens,
+            "n_random": MOST_RANDOM,
+            "seed": seed,
+        }
+        check_size(options)
+        with working(self.jobs) as cancel:
+            session = self.models.holder(model or None).wait(cancel=cancel)
+            from neurosteer.artifacts.artifact import check_model
+            from neurosteer.artifacts.recipes import Recipe
+            from neurosteer.evaluation import evaluate
+
+            started, recipe = time.monotonic(), Recipe.of(*uses_of(use))
+            foreign = [check_model(one.artifact, session.lm.reference) for one in recipe.uses]
+            try:
+                found = session.run(
+                    evaluate, recipe, _judge(judge, positive, negative, recipe), **options, cancel=cancel
+                )
+            except Cancelled as error:
+                raise UsageError(f"This took over {MAX_SECONDS:g} s and was stopped; ask for fewer texts.") from error
+        data = dict(found.receipt.data)
+        return {
+            "table": data["table"],
+            "receipt": data,
+            "texts": [_text_data(row) for row in found.rows],
+            "artifact": handed_over(found.artifact)["artifact"] if found.artifact else None,
+            "warnings": [*filter(None, foreign), *([WEAK_JUDGE] if data["judge"]["is_weak"] else [])],
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+
+def serve_evaluate(endpoint: EvaluateEndpoint) -> None:
+    """Add the endpoint to the page that is being laid out."""
+    add(endpoint.models, Endpoint("evaluate", endpoint.evaluate, KIND, MAX_BUILDS))
+
+
+def _strength(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"A strength is {text[:40]!r}; give numbers, like -1, 0 and 1.") from error
+
+
+def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe") -> "Judge":
+    from neurosteer.evaluation import named_judge
+
+    given = bool(positive or negative)
+    if named in ("", *bundled_sets()):
+        if given == bool(named):
+            raise UsageError(
+                "There is no judge: give labelled texts as positive and negative, or judge as one of "
+                f"{', '.join(bundled_sets())}, refusal or words:ONE,TWO."
+                if not given
+                else f"judge is {named!r} and labelled texts are given too; give one of them."
+            )
+        return trained_judge(recipe, examples_of(positive, negative) if given else read_examples(named))
+    if named.startswith("regex:") and on_a_space():
+        raise UsageError("Patterns are not taken here, some never end; use words:ONE,TWO.")
+    if named == "refusal" and given:
+        raise UsageError("The refusal detector brings its own labelled texts; leave positive and negative out.")
+    return named_judge(named, examples_of(positive, negative) if given else None)
+
+
+def _text_data(row: "EvaluatedText") -> dict[str, Any]:
+    return {
+        "kind": row.kind,
+        "strength": row.strength,
+        "prompt": row.prompt,
+        "sample": row.sample,
+        "text": row.text,
+        "score": row.score,
+    }

@@ -1,0 +1,1 @@
+"""What the page shows, as pure functions; everything that comes from outside is escaped here."""

@@ -1,0 +1,47 @@
+"""Examples as a visitor gives them: uploaded, pasted or picked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import parse_examples, paste_examples, read_examples
+
+if TYPE_CHECKING:
+    pass
+
+
+class Source(NamedTuple):
+    """What the visitor gave as examples: the values of the source components, in their order."""
+
+    kind: str
+    bundled: str | None
+    file: str | None
+    positive_file: str | None
+    negative_file: str | None
+    positive_text: str
+    negative_text: str
+
+
+def read_source(source: Source) -> ContrastSet | None:
+    """The examples, or None where something is still missing. Raises `ExamplesError`."""
+    if source.kind == "bundled":
+        return read_examples(source.bundled) if source.bundled else None
+    if source.kind == "file":
+        if not source.file:
+            return None
+        data, filename = _content(source.file)
+        return parse_examples(data, filename=filename)
+    if source.kind == "files":
+        if not source.positive_file or not source.negative_file:
+            return None
+        data, filename = _content(source.positive_file)
+        negative, negative_filename = _content(source.negative_file)
+        return parse_examples(data, filename=filename, negative=negative, negative_filename=negative_filename)
+    if not source.positive_text.strip() or not source.negative_text.strip():
+        return None
+    return paste_examples(source.positive_text, source.negative_text)
+
+
+def _content(path: str) -> tuple[bytes, str]:
+    """An upload's content and the name its owner gave it."""
+    return Path(path).read_bytes(), Path(path).name

@@ -1,0 +1,52 @@
+"""Checks of values that come from files and callers, each refused in one line."""
+
+import json
+import math
+from typing import Any
+
+from neurosteer.errors import ArtifactError
+
+
+def check_text(what: str, value: object, limit: int, *, empty: bool = False) -> None:
+    if not isinstance(value, str) or len(value) > limit or (not value and not empty) or not _encodes(value):
+        raise ArtifactError(f"The {what} is {shown(value)}; it must be a text of at most {limit} characters.")
+
+
+def _encodes(text: str) -> bool:
+    """Whether `text` can be written to a file (lone surrogates cannot)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_json(what: str, data: Any) -> None:
+    try:
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"The {what} cannot be kept as JSON ({' '.join(str(error).split())[:100]}).") from error
+
+
+def check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArtifactError(f"The {what} is {shown(value)}; it must be one of {', '.join(allowed)}.")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
+def shown(value: object) -> str:
+    """A value for a message: on one line and not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
