@@ -1,4 +1,4 @@
-# The public names and where they live. `__init__.py` reads this list too, and imports a module when first asked for one.
+# The public names and where they live. `__init__.py` reads this list too; a module is imported when first asked for.
 from .artifacts.circuit import NeuronCircuit as NeuronCircuit
 from .artifacts.combining import cosines as cosines
 from .artifacts.combining import orthogonalise as orthogonalise

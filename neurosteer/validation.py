@@ -4,7 +4,8 @@ import json
 import math
 from typing import Any
 
-from neurosteer.errors import ArtifactError
+from neurosteer.errors import ArtifactError, UsageError
+from neurosteer.text import shown
 
 
 def check_text(what: str, value: object, limit: int, *, empty: bool = False) -> None:
@@ -33,20 +34,29 @@ def check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ArtifactError(f"The {what} is {shown(value)}; it must be one of {', '.join(allowed)}.")
 
 
+def check_count(name: str, value: object, low: int, high: int) -> None:
+    """Raise `UsageError` unless `value` is a whole number from `low` to `high`."""
+    if not is_int(value) or not low <= value <= high:  # type: ignore[operator]
+        raise UsageError(f"{name} is {shown(value)}; it must be a whole number from {low} to {high}.")
+
+
+def check_number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """Raise `UsageError` unless `value` is a number from `low` (with `above`: above it) to `high`."""
+    if not is_finite(value) or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+        bounds = f"above {low:g} and at most {high:g}" if above else f"a number from {low:g} to {high:g}"
+        raise UsageError(f"{name} is {shown(value)}; it must be {bounds}.")
+
+
 def is_int(value: object) -> bool:
+    """Whether `value` is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite(value: object) -> bool:
+    """Whether `value` is a number that a float can hold; NaN, True and False are none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(float(value))
     except OverflowError:  # a whole number beyond what a float holds
         return False
-
-
-def shown(value: object) -> str:
-    """A value for a message: on one line and not too long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"

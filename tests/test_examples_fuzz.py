@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import time
+import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurosteer.errors import ExamplesError
-from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.contrast_set import ContrastSet, key
 from neurosteer.examples.reading import parse_examples, paste_examples
 
 EXTENSIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", "")
@@ -212,3 +215,63 @@ def test_every_split_is_a_partition_with_something_on_each_side(
     for count, train, held_out in sides:
         assert sorted(train + held_out) == list(range(count))
         assert train and 1 <= len(held_out) <= (at_most or count)
+
+
+# --- what a hostile file may cost ------------------------------------------------------------------------------------
+
+MARKS = "\u0301\u0323"  # in alternating order, Python's own normalisation takes time with the square of such a run
+
+
+def said(call: Callable[[], object]) -> str:
+    """What an error says; nothing where there is none."""
+    try:
+        call()
+    except ExamplesError as error:
+        return str(error)
+    return ""
+
+
+HOSTILE: dict[str, Callable[[int], object]] = {  # each of about so many bytes
+    "marks": lambda n: paste_examples(MARKS * (n // 4) + "\nb", "c\nd"),
+    "marks in JSON": lambda n: parse_examples(json.dumps([{"text": MARKS * (n // 12), "label": 1}]), filename="a.json"),
+    "many runs of marks": lambda n: paste_examples("\n".join(f"{k}a{MARKS * 400}" for k in range(n // 1600)), "c\nd"),
+    "line ends": lambda n: paste_examples("\n" * n, "c\nd"),
+    "line ends in a table": lambda n: parse_examples("\n" * n + "a,b", filename="a.csv"),
+    "empty objects": lambda n: parse_examples("{}\n" * (n // 3), filename="a.jsonl"),
+    "empty lists": lambda n: parse_examples("[" + "[]," * (n // 3) + "[]]", filename="a.json"),
+    "brackets": lambda n: parse_examples("[" * n, filename="a.json"),
+    "an open quote": lambda n: parse_examples('"' + "a\n" * (n // 2), filename="a.csv"),
+    "separators": lambda n: parse_examples("," * n, filename="a.csv"),
+    "one long text": lambda n: paste_examples("a " * (n // 2) + "\nb", "c\nd"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_megabyte_of_anything_costs_little_time_and_memory(what: str) -> None:
+    key("é" * 31)  # what is prepared once
+    before = time.process_time()
+    said(lambda: HOSTILE[what](1_000_000))
+    assert time.process_time() - before < 6  # what takes time with the square takes minutes
+    tracemalloc.start()
+    said(lambda: HOSTILE[what](50_000))  # tracing takes time
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 50_000, "a hundred times its bytes at most"
+
+
+def test_too_many_rows_and_too_many_brackets_are_refused_in_words() -> None:
+    assert "more than 200,000 rows" in said(lambda: paste_examples("\n" * 500_000, "c\nd"))
+    assert "lists and objects" in said(lambda: parse_examples("[" + "[]," * 1_000_000 + "[]]", filename="a.json"))
+
+
+def test_a_text_is_kept_to_twenty_thousand_characters() -> None:
+    examples = paste_examples("a" * 50_000 + "\nb", "c\nd")
+    assert [len(text) for text in examples.positive] == [20_000, 1]
+    assert len(paste_examples("a" * 30_000 + "\n" + "a" * 40_000 + "\nb", "c\nd").positive) == 2, "one is a duplicate"
+
+
+def test_texts_that_differ_by_their_normal_form_are_the_same_unless_marks_run_on() -> None:
+    assert key("e\u0301") == key("é") and key("ø\u0301 x") == key("ǿ\n x")
+    assert key("a" + "\u0301\u0323" * 15) == key("a" + "\u0323\u0301" * 15)
+    zalgo = "a" + MARKS * 40
+    assert key(zalgo) == zalgo

@@ -4,7 +4,7 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import MismatchError
 from neurosteer.models.reference import ModelReference, same_shape, shape_text
-from neurosteer.validation import shown
+from neurosteer.text import shown
 
 Artifact = SteeringVector | NeuronCircuit
 

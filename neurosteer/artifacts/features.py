@@ -8,7 +8,8 @@ from torch import Tensor
 
 from neurosteer.artifacts.common import check_tensor
 from neurosteer.errors import ArtifactError
-from neurosteer.validation import check_text, is_finite, is_int, shown
+from neurosteer.text import shown
+from neurosteer.validation import check_text, is_finite, is_int
 
 _NEURONPEDIA = re.compile(r"https://(?:www\.)?neuronpedia\.org/[\w./-]{1,300}")
 _MAX_FLOAT32 = torch.finfo(torch.float32).max

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from neurosteer.errors import ArtifactError
-from neurosteer.validation import check_json, check_text, is_finite, is_int, shown
+from neurosteer.text import shown
+from neurosteer.validation import check_json, check_text, is_finite, is_int
 
 
 @dataclass(frozen=True)

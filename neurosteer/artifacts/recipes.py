@@ -7,6 +7,7 @@ from typing import Literal
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.errors import UsageError
+from neurosteer.validation import is_finite
 
 Positions = Literal["all", "prompt", "generated"]
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
@@ -23,7 +24,7 @@ class Use:
     def __post_init__(self) -> None:
         for what, value in (("strength", self.strength), ("multiplier", self.multiplier)):
             left_out = value is None and what == "multiplier"
-            if not left_out and not _is_number(value):
+            if not left_out and not is_finite(value):
                 raise UsageError(f"The {what} of {self.artifact.name!r} is {value!r:.60}; it must be a finite number.")
         if self.multiplier is not None and self.artifact.operation != "scale":
             raise UsageError(f"{self.artifact.name!r} does not scale neurons; give it a strength, not a multiplier.")
@@ -95,12 +96,3 @@ def _scaled(use: Use, factor: float) -> Use:
     if isinstance(use.artifact, NeuronCircuit) and use.multiplier is not None:
         return replace(use, multiplier=1.0 + factor * (use.multiplier - 1.0))
     return replace(use, strength=use.strength * factor)
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False

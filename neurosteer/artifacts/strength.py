@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from neurosteer.errors import ArtifactError
-from neurosteer.validation import check_text, is_finite, is_int, shown
+from neurosteer.text import shown
+from neurosteer.validation import check_text, is_finite, is_int
 
 DEFAULT_DOSE = 0.3
 DEFAULT_MULTIPLIER = 2.0

@@ -13,7 +13,8 @@ from neurosteer.artifacts.provenance import Provenance, Receipt
 from neurosteer.artifacts.strength import DEFAULT_DOSE, Calibration
 from neurosteer.errors import ArtifactError, MismatchError
 from neurosteer.models.reference import ModelReference, same_shape, shape_text
-from neurosteer.validation import check_choice, is_finite, is_int, shown
+from neurosteer.text import shown
+from neurosteer.validation import check_choice, is_finite, is_int
 
 VectorOperation = Literal["add", "ablate", "clamp"]
 VECTOR_OPERATIONS = ("add", "ablate", "clamp")

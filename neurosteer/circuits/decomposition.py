@@ -18,6 +18,7 @@ from neurosteer.artifacts.vector import SteeringVector, unit
 from neurosteer.circuits.parts import random_like
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.validation import check_count
 from neurosteer.version import VERSION
 
 _DRAWS = 5
@@ -76,8 +77,7 @@ def decompose(
     """
     at, direction = _direction(lm, vector, layer)
     cosines = _cosines(lm, direction, at)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= cosines.numel():
-        raise UsageError(f"k is {k!r:.40}; it must be a whole number of neurons from 1 to {cosines.numel()}.")
+    check_count("k", k, 1, cosines.numel())
     chosen = cosines.flatten().abs().argsort(descending=True, stable=True)[:k]
     circuit = NeuronCircuit(
         name=safe_name(name or f"{vector.name[:70]}-neurons"),

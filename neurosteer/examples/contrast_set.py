@@ -3,19 +3,19 @@
 import hashlib
 import json
 import random
+import re
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
-from neurosteer.examples.parsing import (
-    SIDES,
-    clean_text,
-    listed,
-    refuse,
-    short,
-)
+from neurosteer.examples.parsing import SIDES, clean_text, listed, refuse, short
 
 MIN_PER_CLASS, MAX_PER_CLASS, FEW_PER_CLASS = 2, 20_000, 20
+
+_MARKS = 30  # the Stream-Safe Text Format of Unicode (UAX #15) allows as many
+_MAY_BE_MARKS = re.compile(f"[\u0300-\U0010ffff]{{{_MARKS + 1}}}")  # every combining mark lies there
 
 HOLD_OUT_SEED = 1
 """Of the split that building with `hold_out` makes, so that a judge finds the same texts again."""
@@ -40,7 +40,7 @@ class ContrastSet:
     `"blank"` and `"duplicate"`; `source` says in words what the texts were read from. Neither takes part in equality.
 
     Raises `ExamplesError` unless each class has 2 to 20,000 texts, no text is blank, and no text is in both classes
-    (compared after Unicode NFC and with runs of whitespace as one space).
+    (compared after Unicode NFC and with runs of whitespace as one space; see `key`).
     """
 
     positive: tuple[str, ...]
@@ -111,14 +111,26 @@ class ContrastSet:
 
 
 def key(text: str) -> str:
-    """What makes two texts the same."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """What makes two texts the same: the text after Unicode NFC, with runs of white space as one space.
+
+    A text with more than `_MARKS` combining marks in a row, which no script needs, is not normalised: for such a run
+    Python's normalisation takes time with the square of its length, and stops every other thread meanwhile.
+    """
+    if not text.isascii() and not (_MAY_BE_MARKS.search(text) and _marks_in_a_row().search(text)):
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
+
+
+@cache
+def _marks_in_a_row() -> re.Pattern[str]:
+    marks = "".join(map(chr, filter(lambda code: unicodedata.combining(chr(code)), range(sys.maxunicode + 1))))
+    return re.compile(f"[{marks}]{{{_MARKS + 1}}}")
 
 
 def _check_texts(where: str, positive: Sequence[str], negative: Sequence[str]) -> None:
     keys: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for side, texts, seen in zip(SIDES, (positive, negative), keys, strict=True):
-        check_count(where, side, len(texts))
+        check_class_size(where, side, len(texts))
         for number, text in enumerate(texts, start=1):
             place = f"{where}, {side} text {number}"
             if not clean_text(text, place):
@@ -127,7 +139,7 @@ def _check_texts(where: str, positive: Sequence[str], negative: Sequence[str]) -
     check_overlap(where, "text", *keys)
 
 
-def check_count(where: str, side: str, count: int) -> None:
+def check_class_size(where: str, side: str, count: int) -> None:
     if count < MIN_PER_CLASS:
         refuse(where, f"{count} different {side} text(s) where at least {MIN_PER_CLASS} are needed: add more")
     if count > MAX_PER_CLASS:

@@ -1,4 +1,4 @@
-"""How `examples.py` gets from bytes to entries: encodings, tables, JSON and plain lines. Nothing here is public.
+"""From bytes to entries: encodings, tables and their headers, JSON and plain lines. Nothing here is public.
 
 Rows are numbered from 1 as a spreadsheet or editor shows them. Whatever is wrong is an `ExamplesError` of one line.
 """
@@ -14,6 +14,9 @@ from typing import NamedTuple, NoReturn, cast
 from neurosteer.errors import ExamplesError
 
 MAX_BYTES = 20 * 1024 * 1024
+MAX_ROWS = 200_000
+MAX_CHARACTERS = 20_000
+"""Of one text: far more than the 512 tokens that reading keeps; the rest is cut off."""
 TOO_LARGE = f"larger than {MAX_BYTES // 1024**2} MB: keep fewer or shorter texts"
 SIDES = ("positive", "negative")
 _LABELS = {"positive": 0, "pos": 0, "1": 0, "true": 0, "negative": 1, "neg": 1, "0": 1, "false": 1}
@@ -21,6 +24,8 @@ _LABELS_IN_WORDS = "positive/negative, pos/neg, 1/0 or true/false"
 _COLUMNS = (("text", "label"), SIDES)
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 _JSON_LINES = (".jsonl", ".ndjson")
+_NO_RECORD: dict[str, object] = {}
+_MOST_BRACKETS = 1_000_000  # a file of nothing but empty lists would take fifty times its size in memory
 _NOT_PLAIN = (".csv", ".tsv", ".json", *_JSON_LINES)
 
 
@@ -109,16 +114,17 @@ def _decode_utf16_without_bom(data: bytes) -> str | None:
 
 
 def clean_text(value: object, where: str) -> str:
-    """A cell as it will be kept; empty if it is blank or absent."""
+    """A cell as it will be kept: at most `MAX_CHARACTERS` of it; empty if it is blank or absent."""
     if value is None:
         return ""
     if not isinstance(value, str):
         refuse(where, f"a text is {short(value)}, not a string: put it in quotes")
+    text = value.strip()[:MAX_CHARACTERS]
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         refuse(where, "a text holds half of a character (a lone surrogate): remove or retype it")
-    return value.strip().replace("\r\n", "\n").replace("\r", "\n")
+    return text.strip().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _side(label: object, where: str) -> int:
@@ -163,16 +169,23 @@ def parse_file(text: str, file: str) -> Parsed:
     return _parse_json(text, file) or _parse_table(text, file)
 
 
-def parse_lines(text: str, file: str, side: int) -> list[Entry]:
+def parse_lines(text: str, file: str, side: int) -> Iterator[Entry]:
     """One text a line, all of one class."""
     if PurePath(file).suffix.lower() in _NOT_PLAIN:  # its header or braces would become examples
         refuse(file, "two files have to be plain text, one example a line: save both as .txt, or give only this one")
-    return [Entry(side, clean_text(line, f"{file}, row {row}"), row) for row, line in _lines(text)]
+    return (Entry(side, clean_text(line, f"{file}, row {row}"), row) for row, line in _lines(text, file))
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def _lines(text: str, file: str) -> Iterator[tuple[int, str]]:
     """Numbered lines. Not str.splitlines: that splits at characters which no editor counts as a line end."""
-    return enumerate(text.removesuffix("\n").split("\n") if text else (), start=1)
+    for row, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        _check_row(row, file)
+        yield row, line.removesuffix("\n")
+
+
+def _check_row(row: int, file: str) -> None:
+    if row > MAX_ROWS:
+        refuse(file, f"more than {MAX_ROWS:,} rows: keep fewer, and leave blank ones out")
 
 
 def _parse_table(text: str, file: str) -> Parsed:
@@ -224,6 +237,7 @@ def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[
     row = 0
     try:
         for row, cells in enumerate(reader, start=1):
+            _check_row(row, file)
             yield row, cells
     except csv.Error as error:
         problem = "text after a closing quote: write a quote inside a quoted text twice"
@@ -247,10 +261,12 @@ def _parse_json(text: str, file: str) -> Parsed | None:
     """JSON or JSON lines; None if the content is neither, for a table may well start with a bracket."""
     if not text.lstrip().startswith(("{", "[")):
         return None
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        refuse(file, f"more than {_MOST_BRACKETS:,} lists and objects: keep the examples alone")
     suffix = PurePath(file).suffix.lower()
     document, problem = _load_json(text)
     if problem:
-        first_line = next(line for _, line in _lines(text) if line.strip())
+        first_line = next(line for _, line in _lines(text, file) if line.strip())
         if suffix in _JSON_LINES or not _load_json(first_line)[1]:
             return _parse_records(_load_lines(text, file), "JSON lines", file)
         if suffix != ".json":
@@ -275,7 +291,7 @@ def _load_json(text: str) -> tuple[object, str]:
 
 
 def _load_lines(text: str, file: str) -> Iterator[tuple[int, object]]:
-    for row, line in _lines(text):
+    for row, line in _lines(text, file):
         value, problem = _load_json(line) if line.strip() else ({}, "")
         if problem:
             reason = problem.partition(" at line")[0]  # its line is always 1
@@ -294,13 +310,15 @@ def _from_lists(sides: dict[str, object], file: str) -> Iterator[Entry]:
 
 
 def _parse_records(values: Iterable[tuple[int, object]], kind: str, file: str) -> Parsed:
+    wanted = [name for pair in _COLUMNS for name in pair]
     records: list[tuple[int, dict[str, object]]] = []
     names: dict[str, None] = {}
     for row, value in values:
         if not isinstance(value, dict):
             refuse(f"{file}, row {row}", f'is {short(value)}, not an object: write {{"text": …, "label": …}}')
-        records.append((row, _folded(value)))
-        names.update(dict.fromkeys(records[-1][1]))
+        folded = _folded(value)
+        names.update(dict.fromkeys(folded))
+        records.append((row, {name: folded[name] for name in wanted if name in folded} if folded else _NO_RECORD))
     columns = _wanted(names) or _refuse_columns(file, names)
     rows = ((row, record.get(columns[0]), record.get(columns[1])) for row, record in records)
     return Parsed(_entries(columns, rows, file), kind, f"keys {' and '.join(columns)}", columns == SIDES)

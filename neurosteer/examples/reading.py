@@ -5,9 +5,10 @@ are turned into entries, and entries are deduplicated and checked once. Whatever
 `ExamplesError` of one line that names the file, the row where there is one, and the remedy.
 """
 
+from itertools import chain
 from pathlib import Path, PurePath
 
-from neurosteer.examples.contrast_set import MAX_PER_CLASS, ContrastSet, check_count, check_overlap, key
+from neurosteer.examples.contrast_set import MAX_PER_CLASS, ContrastSet, check_class_size, check_overlap, key
 from neurosteer.examples.files import bundled_file, bundled_sets, read_file
 from neurosteer.examples.parsing import SIDES, Entry, Parsed, decode, parse_file, parse_lines
 
@@ -24,11 +25,13 @@ def read_examples(source: str | Path, negative: str | Path | None = None, *, nam
     The content decides which, not the file's extension. With `negative`, both files hold one text a line. A `source`
     that is no file is looked up among `bundled_sets()`. UTF-8, UTF-16 and Windows-1252/Latin-1 are recognised.
 
-    Whitespace around a text is removed; blank rows and repetitions within a class are left out and counted in
-    `dropped`. Rows are numbered from 1 as a spreadsheet shows them: the header is row 1, in JSON the first object is.
+    Whitespace around a text is removed, and what a text has beyond 20,000 characters is cut off. Blank rows and
+    repetitions within a class are left out and counted in `dropped`. Rows are numbered from 1 as a spreadsheet shows
+    them: the header is row 1, in JSON the first object is.
 
-    Raises `ExamplesError` for anything that cannot be read: no such file, more than 20 MB, a binary file, missing
-    columns, an unknown label, an unclosed quote, a text in both classes, fewer than 2 or more than 20,000 per class.
+    Raises `ExamplesError` for anything that cannot be read: no such file, more than 20 MB or 200,000 rows, a binary
+    file, missing columns, an unknown label, an unclosed quote, a text in both classes, fewer than 2 or more than
+    20,000 texts of a class.
     """
     path = Path(source)
     if negative is not None:
@@ -70,14 +73,12 @@ def paste_examples(positive: str, negative: str) -> ContrastSet:
 
 
 def _from_lines(data: tuple[bytes | str, bytes | str], files: tuple[str, str], name: str) -> ContrastSet:
-    entries: list[Entry] = []
-    encodings: dict[str, None] = {}
-    for side in (0, 1):
-        text, encoding = decode(data[side], files[side])
-        entries += parse_lines(text, files[side], side)
-        encodings[encoding] = None
+    decoded = [decode(one, file) for one, file in zip(data, files, strict=True)]
+    entries = chain(
+        *(parse_lines(text, file, side) for side, ((text, _), file) in enumerate(zip(decoded, files, strict=True)))
+    )
     both = " and ".join(files)
-    source = f"{both}: lines, {' and '.join(encodings)}"
+    source = f"{both}: lines, {' and '.join(dict.fromkeys(encoding for _, encoding in decoded))}"
     return _assemble(Parsed(entries, "lines", ""), both, name, source)
 
 
@@ -92,9 +93,9 @@ def _assemble(parsed: Parsed, where: str, name: str, source: str) -> ContrastSet
         elif texts.setdefault(key(entry.text), entry) is not entry:
             dropped["duplicate"] += 1
         elif len(texts) > MAX_PER_CLASS:
-            check_count(where, SIDES[entry.side], len(texts))  # here already: reading on would only cost memory
+            check_class_size(where, SIDES[entry.side], len(texts))  # here already: reading on would only cost memory
     for side, texts in zip(SIDES, kept, strict=True):
-        check_count(where, side, len(texts))
+        check_class_size(where, side, len(texts))
     rows = [{key: entry.row for key, entry in texts.items()} for texts in kept]
     check_overlap(where, "row", *rows)
     paired = parsed.rows_are_pairs and list(rows[0].values()) == list(rows[1].values())

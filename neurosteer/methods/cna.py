@@ -11,6 +11,7 @@ from neurosteer.artifacts.strength import default_calibration
 from neurosteer.errors import UsageError
 from neurosteer.methods.base import Columns, Method, Tensors
 from neurosteer.reading.statistics import Activations
+from neurosteer.validation import is_finite
 
 RANKS = ("difference", "dprime", "write")
 SKIPPED_LAYERS = (0, 1)
@@ -88,7 +89,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
             f"operation is {parameters['operation']!r}; a circuit's must be one of {', '.join(CIRCUIT_OPERATIONS)}."
         )
     top_k = parameters["top_k"]
-    if isinstance(top_k, bool) or not isinstance(top_k, (int, float)) or not 0 < top_k < 1e9:
+    if not is_finite(top_k) or not 0 < top_k < 1e9:
         raise UsageError(f"top_k is {top_k!r}; give a count of neurons, or a share below 1 of all neurons.")
     skipped = parameters["skip_layers"]
     if not isinstance(skipped, Sequence) or not all(isinstance(layer, int) for layer in skipped):

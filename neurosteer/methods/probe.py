@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.errors import UsageError
 from neurosteer.methods.base import Method, Tensors
 from neurosteer.reading.statistics import Activations, ClassRows
+from neurosteer.validation import check_number
 
 
 def probe_direction(
@@ -34,9 +34,7 @@ def probe_direction(
 
 
 def _check(parameters: Mapping[str, Any]) -> None:
-    penalty = parameters["penalty"]
-    if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 1e-12 <= penalty <= 1e12:
-        raise UsageError(f"penalty is {penalty!r:.60}; it must be a number above 0 (1e-12 to 1e12).")
+    check_number("penalty", parameters["penalty"], 1e-12, 1e12)
 
 
 def _regression(rows: ClassRows, penalty: float) -> Tensor:

@@ -13,6 +13,7 @@ from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.methods.base import Method, Tensors
 from neurosteer.reading.statistics import Activations, FeatureStatistics
+from neurosteer.validation import check_count
 
 RANKS = ("rate", "dprime", "probe")
 WEIGHTS = ("difference", "target")
@@ -163,16 +164,14 @@ def _check(parameters: Mapping[str, Any]) -> None:
         if parameters[key] not in allowed:
             raise UsageError(f"{key} is {parameters[key]!r}; with sae it must be one of {', '.join(allowed)}.")
     top_k = parameters["top_k"]
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= 10_000:
-        raise UsageError(f"top_k is {top_k!r}; with sae it must be a count of features from 1 to 10,000.")
+    check_count("top_k", top_k, 1, 10_000)
     least = parameters["min_output_score"]
     if least is not None and (not isinstance(least, (int, float)) or not math.isfinite(least)):
         raise UsageError(f"min_output_score is {least!r}; give a number, or leave it out.")
     if not isinstance(parameters["unit_norm"], bool):
         raise UsageError(f"unit_norm is {parameters['unit_norm']!r}; it must be true or false.")
     contexts = parameters["contexts"]
-    if isinstance(contexts, bool) or not isinstance(contexts, int) or not 0 <= contexts <= 3:
-        raise UsageError(f"contexts is {contexts!r}; it must be a number from 0 (keep no text) to 3.")
+    check_count("contexts", contexts, 0, 3)
 
 
 METHOD = Method(

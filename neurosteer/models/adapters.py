@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from neurosteer.errors import ModelError
+from neurosteer.validation import is_finite
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -80,6 +81,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
     for key in ("r", "lora_alpha"):
         value = settings.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not is_finite(value) or not value > 0:  # type: ignore[operator]
             raise ModelError(f"{CONFIG_FILE} in {folder} has {key}={value!r:.60}; it must be a positive number.")
     return settings, weights

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from neurosteer.errors import ArtifactError
-from neurosteer.validation import check_text, is_int, shown
+from neurosteer.text import shown
+from neurosteer.validation import check_text, is_int
 
 _MAX_DIMENSION = 1 << 20
 _MAX_LAYERS = 4096

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neurosteer.errors import UsageError
+from neurosteer.validation import is_int
 
 MAX_ENCODED_VALUES = 1 << 26
 """How many feature activations one chunk of tokens may make (256 MB in float32)."""
@@ -76,7 +77,7 @@ class SparseAutoencoder:
 
     def check_index(self, index: int) -> None:
         """Raises `UsageError` unless the SAE has a feature of this number."""
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.n_features:
+        if not is_int(index) or not 0 <= index < self.n_features:
             raise UsageError(f"There is no feature {index!r:.40} in {self.name}; it has 0 to {self.n_features - 1}.")
 
     def feature_encoder(self, index: int) -> tuple[Tensor, float, float]:

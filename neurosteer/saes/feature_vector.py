@@ -1,6 +1,5 @@
 """One feature of a sparse autoencoder as something to steer with: added, or held at a value."""
 
-import math
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Literal, get_args
@@ -17,6 +16,8 @@ from neurosteer.progress import Progress, silent
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
 from neurosteer.saes.autoencoder import SparseAutoencoder
+from neurosteer.text import shown
+from neurosteer.validation import is_finite
 from neurosteer.version import VERSION
 
 FeatureOperation = Literal["add", "clamp"]
@@ -81,10 +82,8 @@ def _check(lm: LanguageModel, sae: SparseAutoencoder, index: int, operation: str
     sae.check_index(index)
     if value is not None and operation != "clamp":
         raise UsageError(f"value is {value!r:.60}, but a feature that is added has none; use operation='clamp'.")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise UsageError(f"value is {value!r:.60}; it must be a number.")
-    if value is not None and not math.isfinite(value):
-        raise UsageError(f"value is {value!r}; it must be a finite number.")
+    if value is not None and not is_finite(value):
+        raise UsageError(f"value is {shown(value)}; it must be a finite number.")
     if sae.d_model != lm.shape.d_model or sae.layer >= lm.n_layers:
         raise MismatchError(
             f"{sae.name} reads block {sae.layer} of a model of width {sae.d_model}; {lm.name} has width "

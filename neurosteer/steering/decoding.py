@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neurosteer.errors import UsageError
+from neurosteer.validation import check_number, is_int
 
 _CANDIDATES = (256, 4096)
 
@@ -26,10 +27,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, low, high in (("temperature", 0.0, 10.0), ("top_p", 0.0, 1.0), ("repetition_penalty", 0.0, 10.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
-                raise UsageError(f"{name} is {value!r}; it must be above {low:g} and at most {high:g}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            check_number(name, getattr(self, name), low, high, above=True)
+        if not is_int(self.seed):
             raise UsageError(f"seed is {self.seed!r}; it must be a whole number.")
 
 

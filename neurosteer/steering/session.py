@@ -13,6 +13,7 @@ from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, Writing
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
+from neurosteer.validation import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Options:
     raw: bool
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
+        check_count("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
         if self.positions not in POSITIONS:
             raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
 
@@ -124,7 +125,7 @@ class Session:
             UsageError: an option out of its range, or a prompt that is too long for the model.
             MismatchError: an artifact was made on a model of another shape.
         """
-        check_count("batch_rows", batch_rows, MAX_BATCH_ROWS)
+        check_count("batch_rows", batch_rows, 1, MAX_BATCH_ROWS)
         begun = self.begin(rows, recipe, Options(max_new_tokens, sampling or Sampling(), positions, raw))
 
         def decode(first: int, writings: Sequence[Writing]) -> Generator[Step, None, None]:
@@ -211,12 +212,6 @@ def drained(stream: Generator[Step, None, list[Row]]) -> list[Row]:
             next(stream)
         except StopIteration as finished:
             return finished.value
-
-
-def check_count(name: str, count: int, most: int) -> None:
-    """Raise `UsageError` unless `count` is a whole number from 1 to `most`."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-        raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1 to {most}.")
 
 
 def is_set(cancel: threading.Event | None) -> bool:

@@ -17,7 +17,8 @@ from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, Writing, can_change
 from neurosteer.steering.decoding import Sampling
-from neurosteer.steering.session import Options, Row, Session, Step, check_count, drained, in_parts, is_set, sweep_rows
+from neurosteer.steering.session import Options, Row, Session, Step, drained, in_parts, is_set, sweep_rows
+from neurosteer.validation import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class SharedSession:
     def __init__(self, session: Session, *, max_rows: int = MAX_ROWS, patience_s: float = PATIENCE_S) -> None:
         """`patience_s`: after how many seconds in which a consumer asks for no step its rows make room for others; they
         go on where they were when it asks again."""
-        check_count("max_rows", max_rows, 4096)
+        check_count("max_rows", max_rows, 1, 4096)
         self.session = session
         self._max_rows = max_rows
         self._patience_s = patience_s

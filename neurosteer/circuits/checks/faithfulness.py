@@ -23,6 +23,7 @@ from neurosteer.circuits.relp.attribution import Attribution
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
+from neurosteer.validation import check_count
 
 PERCENTS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 70.0, 100.0)
 DRAWS = 3
@@ -227,5 +228,4 @@ def _check(percents: Sequence[float], ablation: str, counterfactual_prompts: obj
         raise UsageError(
             "Ablation 'zero' uses no counterfactual prompts; leave them out, or choose 'mean' or 'paired'."
         )
-    if isinstance(draws, bool) or not isinstance(draws, int) or not 0 <= draws <= 100:
-        raise UsageError(f"draws is {draws!r:.40}; it must be a whole number from 0 to 100.")
+    check_count("draws", draws, 0, 100)

@@ -16,6 +16,7 @@ from neurosteer.circuits.relp.linearised import linear_logits
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.steering.plans import applied, compile_plan
+from neurosteer.validation import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def top_predictions(
     Raises `UsageError` for an empty or too long prompt or a `k` that is no number from 1 to 1000, `MismatchError` for
     an artifact of another model.
     """
-    _check_count(k)
+    check_count("k", k, 1, _MOST_PREDICTIONS)
     ids = _prompt_ids(lm, prompt, raw, seed_response)
     return _top(lm, _probabilities(lm, ids, [recipe])[0], k)
 
@@ -96,7 +97,7 @@ def sweep_multipliers(
     Raises `UsageError` for no multipliers, one that is no finite number, or as `top_predictions` and
     `next_token_probs` do; `MismatchError` for a circuit of another model.
     """
-    _check_count(k)
+    check_count("k", k, 1, _MOST_PREDICTIONS)
     if not multipliers:
         raise UsageError("There is nothing to sweep; give at least one multiplier, like 0, 1 and 2.")
     recipes = [at_multiplier(circuit, multiplier) for multiplier in multipliers]
@@ -158,8 +159,3 @@ def _top(lm: LanguageModel, probabilities: Tensor, k: int) -> list[Prediction]:
         Prediction(token, lm.tokenizer.decode([token]), value)
         for token, value in zip(ids.tolist(), values.tolist(), strict=True)
     ]
-
-
-def _check_count(k: object) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= _MOST_PREDICTIONS:
-        raise UsageError(f"k is {k!r:.40}; it must be a whole number from 1 to {_MOST_PREDICTIONS}.")

@@ -18,6 +18,7 @@ from neurosteer.circuits.relp.weights import Neuron, SuperWeight, edge_weights, 
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
+from neurosteer.validation import check_count
 
 N_TARGETS = 30
 BOTTLENECK_SHARE = 0.2
@@ -170,8 +171,7 @@ def find_edges(
     """
     if not 0 <= prompt < len(attribution.prompts):
         raise UsageError(f"prompt is {prompt!r:.40}; the attribution has prompts 0 to {len(attribution.prompts) - 1}.")
-    if isinstance(n_targets, bool) or not isinstance(n_targets, int) or n_targets < 1:
-        raise UsageError(f"n_targets is {n_targets!r:.40}; it must be a whole number of at least 1.")
+    check_count("n_targets", n_targets, 1, 1_000_000)
     attribution.check_model(lm)
     nodes = attribution.rows(select or Selection(), prompt=prompt)
     if not nodes:

@@ -23,6 +23,7 @@ from neurosteer.errors import MismatchError, UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.reference import ModelReference
 from neurosteer.progress import Progress, silent
+from neurosteer.validation import check_count
 from neurosteer.version import VERSION
 
 Aggregate = Literal["mean", "union"]
@@ -258,5 +259,4 @@ def _check(metric: str, counterfactuals: object, per_position: object) -> None:
         raise UsageError(f"metric is {metric!r:.60}; it must be one of {', '.join(METRICS)}.")
     if metric == "logit" and counterfactuals is not None:
         raise UsageError("The metric 'logit' is the target's alone; leave the counterfactual out.")
-    if isinstance(per_position, bool) or not isinstance(per_position, int) or per_position < 1:
-        raise UsageError(f"per_position is {per_position!r:.40}; it must be a whole number of at least 1.")
+    check_count("per_position", per_position, 1, 1_000_000)

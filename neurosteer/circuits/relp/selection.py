@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from neurosteer.errors import UsageError
+from neurosteer.validation import is_finite
 
 Rule = Literal["top_k", "share", "percent", "per_layer"]
 RULES: tuple[Rule, ...] = ("top_k", "share", "percent", "per_layer")
@@ -27,7 +28,7 @@ class Selection:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise UsageError(f"The selection's rule is {self.rule!r:.60}; it must be one of {', '.join(RULES)}.")
-        number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
+        number = is_finite(self.amount)
         if self.rule in ("top_k", "per_layer"):
             if not number or self.amount != int(self.amount) or not 1 <= self.amount <= 1e9:
                 raise UsageError(f"{self.rule} is {self.amount!r:.40}; give a whole number of neurons, at least 1.")

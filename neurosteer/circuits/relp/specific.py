@@ -11,6 +11,7 @@ from neurosteer.circuits.relp.universal import UniversalNeurons, everyday_prompt
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
+from neurosteer.validation import is_int
 
 TOP = 100
 SHARE = 0.25
@@ -32,7 +33,7 @@ def find_unspecific(
     for no prompts, an empty one, or an option out of its range, `Cancelled`.
     """
     n_neurons = lm.n_layers * lm.shape.d_mlp
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= n_neurons or not 0 < share <= 1:
+    if not is_int(top) or not 1 <= top <= n_neurons or not 0 < share <= 1:
         raise UsageError(
             f"top is {top!r:.40} and share {share!r:.40}; give 1 to {n_neurons} neurons and a share above 0 up to 1."
         )
