@@ -304,7 +304,7 @@ def test_cna_of_classes_that_do_not_differ_is_refused() -> None:
         ("cna", {"skip_layers": [0.5]}, ["skip_layers", "list"]),
         ("cna", {"skip_layers": [0, 1, 2, 3]}, ["skip_layers", "no layer"]),
         ("cna", {"penalty": 1.0}, ["penalty", "rank", "operation", "top_k", "skip_layers"]),
-        ("probe", {"penalty": 0}, ["penalty", "above 0"]),
+        ("probe", {"penalty": 0}, ["penalty", "from 1e-12"]),
         ("probe", {"penalty": -1.0}, ["penalty", "-1.0"]),
         ("probe", {"penalty": float("nan")}, ["penalty", "nan"]),
         ("probe", {"penalty": float("inf")}, ["penalty", "inf"]),
