@@ -1,13 +1,14 @@
 """Fixtures that several test files share."""
 
-import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import hermetic  # noqa: F401, I001  (first: it clears what the Hub's client reads when it is imported)
 import pytest
 import tiny as tinies
 import torch
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
@@ -95,7 +94,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Nobody waits between two tries; the seconds that would have passed are listed."""
     pauses: list[float] = []
     for module in ("neurosteer.hub.client", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=pauses.append))
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
     return pauses
 
 

@@ -2,17 +2,20 @@
 that helps, and says in one line what went wrong."""
 
 import logging
+import math
 import os
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub.utils import hf_raise_for_status
 
 from neurosteer.errors import HubError
-from neurosteer.hub.faults import LOG_IN, Asked, explain, is_passing, retry_after
+from neurosteer.hub.faults import LOG_IN, Asked, asked_pause, explain, is_passing, retry_after
 from neurosteer.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,10 @@ QUICK_S = 30.0
 TRIES = 3
 LONGEST_PAUSE_S = 60.0
 _FIRST_PAUSE_S = 1.0
+_LONGEST_SILENCE_S = 60.0  # of a server, where the client itself has no limit
+
+_until: ContextVar[float] = ContextVar("until", default=math.inf)
+"""When the try that is under way has to be over, on the clock of `time.monotonic`."""
 
 Answer = TypeVar("Answer")
 
@@ -56,12 +63,15 @@ class Hub:
             HubUnreachable: no connection, no answer in time, or a failing Hub, also after `tries` tries.
             HubError: everything else that the Hub refuses.
         """
+        limit = seconds or QUICK_S
         for attempt in range(1, tries + 1):
+            began = time.monotonic()
             try:
-                return _within(seconds or QUICK_S, lambda: request(self._api()))
+                with _within(limit):
+                    return request(self._api())
             except Exception as error:
                 pause = _pause(error, attempt)
-                if pause is None or attempt == tries:
+                if pause is None or attempt == tries or time.monotonic() - began >= limit:
                     raise explain(error, Asked(to, self.endpoint, self.token, repo)) from error
                 logger.info("Trying again in %.0f s to %s (%s).", pause, to, type(error).__name__)
                 time.sleep(pause)
@@ -103,28 +113,45 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _within(seconds: float, work: Callable[[], Answer]) -> Answer:
-    """The result of `work`, which is left to itself after `seconds`.
+def check_time() -> None:
+    """Raise `TimeoutError` when the try that is under way takes too long."""
+    if time.monotonic() > _until.get():
+        raise TimeoutError("no answer in time")
 
-    The client waits without limit for a server that says nothing, or that asks it to come back in an hour.
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Let no request made here go on after `seconds`.
+
+    The client itself waits without limit for a server that says nothing, and for an hour when it is asked to. So its
+    requests get limits of their own, in the thread that makes them: none is left behind.
     """
-    results: list[Answer] = []
-    errors: list[BaseException] = []
+    for hooks, hook in zip(get_session().event_hooks.values(), (_limit, _refuse_long_pause), strict=True):
+        if hook not in hooks:
+            hooks.append(hook)
+    token = _until.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(token)
 
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
-    return results[0]
+def _limit(request: Any) -> None:
+    """Before each request of the client: how long it may be silent."""
+    check_time()
+    left = min(_until.get() - time.monotonic(), _LONGEST_SILENCE_S)
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        what: left if limits.get(what) is None else min(left, limits[what])
+        for what in ("connect", "read", "write", "pool")
+    }
+
+
+def _refuse_long_pause(response: Any) -> None:
+    """After each answer: where the client would sleep for long before it tries again, it is an error instead."""
+    if response.status_code >= 400 and (asked_pause(response) or 0) > LONGEST_PAUSE_S:
+        response.read()
+        hf_raise_for_status(response)
 
 
 def _pause(error: Exception, attempt: int) -> float | None:

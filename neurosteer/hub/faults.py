@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -61,13 +62,15 @@ def is_passing(error: BaseException) -> bool:
 def retry_after(error: BaseException) -> float | None:
     """How many seconds the Hub asks to wait, where it does."""
     root = root_of(error)
-    if not isinstance(root, HfHubHTTPError):
-        return None
-    headers = root.response.headers
-    limit = _RESET.search(headers.get("ratelimit", ""))
-    if root.response.status_code == 429 and limit is not None:
+    return asked_pause(root.response) if isinstance(root, HfHubHTTPError) else None
+
+
+def asked_pause(response: Any) -> float | None:
+    """How many seconds an answer of the Hub asks to wait, where it does."""
+    limit = _RESET.search(response.headers.get("ratelimit", ""))
+    if response.status_code == 429 and limit is not None:
         return float(limit[1])
-    text = headers.get("retry-after", "").strip()
+    text = response.headers.get("retry-after", "").strip()
     if text.isdecimal():
         return float(text[:9])
     try:
