@@ -135,7 +135,7 @@ class Fault:
 
     `what`: "status" answers with `status`, `headers` and `body`; "cut" closes the connection without an answer; "cut
     after" does so after the request was carried out; "half" closes it in the middle of the answer; "hang" answers
-    after `seconds`; "other bytes" changes a bit of the answer's; "other hash" makes `tree` and `paths-info` tell other
+    after `seconds`; "drip" lets the answer trickle for about that long; "other bytes" changes a bit of the answer's; "other hash" makes `tree` and `paths-info` tell other
     hashes; "not json" answers with a web page; "race" lets somebody else commit first.
     """
 
@@ -576,6 +576,9 @@ class Application:
                 entry["oid"] = "f" * 40
                 entry |= {"lfs": {**entry["lfs"], "oid": "f" * 64}} if "lfs" in entry else {}
             answer.body = json.dumps(data).encode()
+        if fault.what == "drip":
+            await _drip(send, answer, fault.seconds)
+            return
         await _write(send, request, answer, half=fault.what == "half")
 
 
@@ -608,6 +611,15 @@ async def _write(send: Callable[[Any], Any], request: Request, answer: Answer, *
         return
     body = b"" if request.method == "HEAD" else answer.body
     await send({"type": "http.response.body", "body": body})
+
+
+async def _drip(send: Callable[[Any], Any], answer: Answer, seconds: float) -> None:
+    headers = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in answer.headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    for place in range(int(seconds / 0.1)):
+        await send({"type": "http.response.body", "body": answer.body[place : place + 1], "more_body": True})
+        await asyncio.sleep(0.1)
+    _transport(send).abort()
 
 
 def _transport(send: Any) -> asyncio.Transport:

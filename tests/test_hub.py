@@ -244,6 +244,18 @@ def test_what_one_user_pulled_is_not_given_to_another_of_the_same_process(hub: F
     refused(lambda: pull("alice/mood", token="hf_bob"), HubUnreachable)
 
 
+def test_offline_what_is_in_the_cache_goes_to_nobody_who_comes_with_a_token_of_their_own(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = push(named("mood"), "alice/mood", private=True).commit
+    pull("alice/mood")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for reference in ("alice/mood", f"alice/mood@{commit}"):
+        for token in ("hf_bob", "hf_alice", False):
+            refused(lambda one=reference, by=token: pull(one, token=by), HubUnreachable, "nobody can say", "alice/mood")
+        assert pull(reference).name == "mood"
+
+
 def test_a_gated_repo_says_where_to_ask_for_access(hub: FakeHub) -> None:
     push(named("mood"), "alice/mood")
     hub.repos["alice/mood"].gated = "manual"

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable, UsageError
-from neurosteer.hub.client import Hub, Token, connect, is_offline
+from neurosteer.hub.client import Hub, Token, check_time, connect, is_offline
 from neurosteer.hub.repos import (
     MAIN,
     Reference,
@@ -99,23 +99,25 @@ def pull_folder(
 ) -> Path:
     """The folder in the cache that holds the artifact's files, not to be written to. As `pull`, without reading it."""
     wanted = parse_reference(reference)
-    kept = _kept_folder(wanted)
-    # One process may pull for several people, each with a token: what one of them may read is not the others'.
-    trusted = kept if token is None else None
-    if trusted is not None and is_commit(wanted.revision):
-        return trusted
-    if is_offline() if offline is None else offline:
-        if kept is None:
-            raise HubUnreachable(f"{wanted} was not pulled before, so it cannot be used offline; pull it once online.")
+    # One process may pull for several people, each with a token: what one of them may read is not the others', and only
+    # the Hub knows whose it is.
+    kept = _kept_folder(wanted) if token is None else None
+    if kept is not None and is_commit(wanted.revision):
         return kept
+    if is_offline() if offline is None else offline:
+        if kept is not None:
+            return kept
+        if token is not None:
+            raise HubUnreachable(f"Without the Hub nobody can say whether this token may read {wanted}; go online.")
+        raise HubUnreachable(f"{wanted} was not pulled before, so it cannot be used offline; pull it once online.")
     hub = connect(token)
     try:
         return fetch(hub, wanted, progress)
     except HubUnreachable as error:
-        if trusted is None:
+        if kept is None:
             raise
         logger.warning("%s Using %s as it was pulled before.", error, wanted)
-        return trusted
+        return kept
 
 
 def list_artifacts(repo_reference: str, *, token: Token = None) -> list[str]:
@@ -171,12 +173,13 @@ def fetch(hub: Hub, wanted: Reference, progress: Progress) -> Path:
     if paths[CONFIG_FILE] not in files or paths[WEIGHTS_FILE] not in files:
         raise _nothing_there(hub, wanted, commit, to)
     _check_sizes(wanted, files)
+    fetched: dict[str, Path] = {}
     for done, file in enumerate(files.values()):
         progress(f"Fetching {wanted}", done / len(files))
-        download(hub, wanted.repo, commit, file)
+        fetched[file.path] = download(hub, wanted.repo, commit, file)
     progress(f"Fetched {wanted}", 1.0)
     _remember(wanted, commit)
-    return _snapshot(wanted, commit)
+    return fetched[paths[CONFIG_FILE]].parent
 
 
 def _nothing_there(hub: Hub, wanted: Reference, commit: str, to: str) -> HubError:
@@ -216,7 +219,7 @@ def download(hub: Hub, repo: str, commit: str, file: RemoteFile) -> Path:
                     endpoint=hub.endpoint,
                     token=hub.token or False,
                     cache_dir=_cache(),
-                    tqdm_class=_NoBar,
+                    tqdm_class=_Bar,
                 ),
                 repo=repo,
                 seconds=_LEAST_S + file.size / _BYTES_PER_S,
@@ -229,13 +232,18 @@ def download(hub: Hub, repo: str, commit: str, file: RemoteFile) -> Path:
     raise HubError(f"{file.path} of {repo} arrived damaged twice (its hash is not the Hub's); try again later.")
 
 
-class _NoBar(tqdm):
-    """No progress bar of the client's: progress is reported by file."""
+class _Bar(tqdm):
+    """In place of the client's progress bar, which is told of every piece that arrives: progress is reported by file,
+    and here a download that takes too long ends."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.pop("name", None)
         kwargs["disable"] = True
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def update(self, n: float | None = 1) -> bool | None:
+        check_time()
+        return super().update(n)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -246,34 +254,22 @@ def _cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
-def _snapshot(wanted: Reference, commit: str) -> Path:
-    return _repo_folder(wanted) / "snapshots" / commit / (wanted.name or "")
-
-
-def _repo_folder(wanted: Reference) -> Path:
-    return _cache() / repo_folder_name(repo_id=wanted.repo, repo_type="model")
-
-
 def _kept_folder(wanted: Reference) -> Path | None:
     """Where the artifact lies in the cache, whole, if it was pulled before."""
-    commit = wanted.revision if is_commit(wanted.revision) else _remembered(wanted)
-    folder = _snapshot(wanted, commit) if commit else None
-    return folder if folder is not None and is_artifact(folder) else None
-
-
-def _remembered(wanted: Reference) -> str | None:
     try:
-        commit = (_repo_folder(wanted) / "refs" / (wanted.revision or MAIN)).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        config = try_to_load_from_cache(wanted.repo, wanted.path(CONFIG_FILE), _cache(), wanted.revision)
+    except (OSError, ValueError):
         return None
-    return commit if is_commit(commit) else None
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and is_artifact(folder) else None
 
 
 def _remember(wanted: Reference, commit: str) -> None:
     """Note which commit a branch or tag was, as the client does, so that it is found again offline."""
     if wanted.revision == commit:
         return
-    note = _repo_folder(wanted) / "refs" / (wanted.revision or MAIN)
+    folder = _cache() / repo_folder_name(repo_id=wanted.repo, repo_type="model")
+    note = folder / "refs" / (wanted.revision or MAIN)
     temporary = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
