@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import hermetic  # noqa: F401, I001  (first: it clears what the Hub's client reads when it is imported)
+import hermetic  # noqa: F401  (first: it clears what the Hub's client reads when it is imported)
 import pytest
 import tiny as tinies
 import torch

@@ -40,6 +40,9 @@ ROUTES: tuple[tuple[str, str, str], ...] = (
     ("tree", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
     ("auth-check", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/auth-check"),
     ("info", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?"),
+    ("collections", "POST", r"/api/collections"),
+    ("collection", "GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)"),
+    ("collection-item", "POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items"),
     ("lfs-batch", "POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     ("lfs-put", "PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})"),
     ("head", "HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
@@ -135,8 +138,9 @@ class Fault:
 
     `what`: "status" answers with `status`, `headers` and `body`; "cut" closes the connection without an answer; "cut
     after" does so after the request was carried out; "half" closes it in the middle of the answer; "hang" answers
-    after `seconds`; "drip" lets the answer trickle for about that long; "other bytes" changes a bit of the answer's; "other hash" makes `tree` and `paths-info` tell other
-    hashes; "not json" answers with a web page; "race" lets somebody else commit first.
+    after `seconds`; "drip" lets the answer trickle for about that long; "other bytes" changes a bit of the answer's;
+    "other hash" makes `tree` and `paths-info` tell other hashes; "not json" answers with a web page; "race" lets
+    somebody else commit first.
     """
 
     route: str
@@ -195,6 +199,7 @@ class FakeHub:
         self.url = ""
         self.accounts: dict[str, Account] = {}
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.large: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -207,7 +212,7 @@ class FakeHub:
             "hf_bob": Account("bob"),
             "hf_carol": Account("carol", role="read"),
         }
-        for container in (self.repos, self.large, self.faults, self.requests):
+        for container in (self.repos, self.collections, self.large, self.faults, self.requests):
             container.clear()
 
     def fail(self, route: str, what: str = "status", **options: Any) -> Fault:
@@ -265,6 +270,33 @@ class FakeHub:
         made.add({".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}, "initial commit", "")
         self.repos[repo] = made
         return as_json({"url": f"{self.url}/{repo}", "name": repo, "id": repo})
+
+    def _collections(self, request: Request) -> Answer:
+        account, asked = self._logged_in(request), request.json
+        self._check_writer(f"{asked['namespace']}/", account)
+        words = "-".join(re.findall(r"[a-z0-9]+", asked["title"].lower()))
+        slug = f"{asked['namespace']}/{words}-{hashlib.sha1(asked['title'].encode()).hexdigest()[:24]}"
+        if slug in self.collections:
+            return as_json({"error": "This collection already exists", "slug": slug}, 409)
+        self.collections[slug] = {
+            "slug": slug, "title": asked["title"], "owner": {"name": asked["namespace"]}, "items": [], "position": 0,
+            "lastUpdated": "2026-01-01T00:00:00.000Z", "private": asked["private"], "theme": "green", "upvotes": 0,
+        }  # fmt: skip
+        return as_json(self.collections[slug])
+
+    def _collection(self, request: Request) -> Answer:
+        return as_json(self.collections[request.matched["slug"]])
+
+    def _collection_item(self, request: Request) -> Answer:
+        slug, item = request.matched["slug"], request.json["item"]
+        self._check_writer(slug, self._logged_in(request))
+        items = self.collections[slug]["items"]
+        if item["id"] not in self.repos:
+            raise Refusal(404, "Item not found")
+        if any(one["id"] == item["id"] for one in items):
+            raise Refusal(409, "This item already exists in the collection")
+        items.append({"_id": f"{len(items):024x}", "id": item["id"], "type": item["type"], "position": len(items)})
+        return as_json(self.collections[slug])
 
     def _validate_yaml(self, request: Request) -> Answer:
         errors, warnings = check_metadata(request.json["content"])
@@ -376,6 +408,8 @@ class FakeHub:
             refusal = Refusal(404, "Entry not found", "EntryNotFound")
             refusal.answer.headers["X-Repo-Commit"] = commit.oid
             raise refusal
+        if request.method == "GET" and request.matched["path"] == "config.json":
+            repo.downloads += 1  # as the Hub counts them, by requests for this file at the top
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         size = len(file.data)
         headers |= {"Content-Length": str(size), "Content-Type": "application/octet-stream"}

@@ -314,6 +314,51 @@ def test_a_config_larger_than_any_artifacts_is_refused_unread(kind: str, tmp_pat
         load(tmp_path)
 
 
+@pytest.mark.parametrize("fill", ["[],", '{"a":0},', '[[["x"]]],', "0,"])
+def test_a_small_zip_of_a_config_of_very_many_values_costs_little_memory(fill: str) -> None:
+    """5 kB that became 120 MB once parsed."""
+    import tracemalloc
+
+    many = "[" + (fill * ((2 << 20) // len(fill)))[: (2 << 20) - 5000].rpartition(fill)[0] + "0]"
+    config = json.dumps({**CONFIGS["vector"], "parameters": {"x": "HERE"}}).replace('"HERE"', many)
+    data = zipped([*((n, d) for n, d in FILES["vector"].items() if n != CONFIG), (CONFIG, config.encode())],
+                  compression=zipfile.ZIP_DEFLATED)  # fmt: skip
+    assert len(data) < 20_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match="values"):
+            unpack(data)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path) -> None:
+    for parameters in ({"x": [0] * 60_000}, {"x": "long" * 600_000}):
+        with pytest.raises(ArtifactError, match="keep fewer"):
+            save(make_vector(parameters=parameters), tmp_path / "big")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ("provenance", "candidates", [{"label": "x"}] * 201),
+        ("provenance", "separation", {str(layer): 0.5 for layer in range(1001)}),
+        ("provenance", "parents", ["x"] * 1001),
+        ("provenance", "dropped", {str(number): 1 for number in range(1001)}),
+        ("", "receipts", [{}] * 101),
+    ],
+)
+def test_more_entries_than_anything_is_drawn_from_are_refused(where: str, key: str, value: Any, tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["vector"])
+    (config[where] if where else config)[key] = value
+    for name, data in with_config("vector", config).items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"{len(value):,} {key}; at most"):
+        load(tmp_path)
+
+
 @KINDS
 def test_configs_in_other_encodings_or_with_repeated_keys_never_surprise(kind: str) -> None:
     text = FILES[kind][CONFIG].decode()
@@ -532,6 +577,19 @@ def test_folders_named_like_our_files_are_refused(tmp_path: Path, monkeypatch: p
         archive.writestr("config.json/", b"")
         archive.writestr("weights.safetensors/", b"")
     assert unzip(buffer.getvalue(), tmp_path, monkeypatch) is None
+
+
+def test_a_zip_of_very_many_files_or_bytes_is_refused_before_they_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = zipped([(f"{number}", b"") for number in range(1001 - len(FILES["vector"]))] + list(FILES["vector"].items()))
+    entry = few[few.find(CENTRAL) : few.find(CENTRAL, few.find(CENTRAL) + 4)]
+    at = few.find(CENTRAL)
+    many = few[:at] + entry * 400_000 + few[at:]  # its directory is where the end says, counted from the end
+    read: list[int] = []
+    monkeypatch.setattr(zipfile.ZipFile, "_RealGetContents", lambda self: read.append(1))
+    for data, words in ((few, "more than 1000 files"), (many, "files"), (b"x" * (26 << 20), "larger than 25 MB")):
+        with pytest.raises(ArtifactError, match=words):
+            unpack(data)
+    assert read == []
 
 
 @pytest.mark.parametrize("limit", [CONFIG, WEIGHTS, CARD])

@@ -1,6 +1,7 @@
 """Cards: what they say, that what they tell people to run works, and that nobody's words become more than words."""
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -208,6 +209,7 @@ def test_the_metadata_is_what_the_hub_searches_by() -> None:
         "base_model": "tiny/any",
         "base_model_relation": "adapter",
         "library_name": "neurosteer",
+        "pipeline_tag": "text-generation",
         "tags": ["neurosteer", "steering-vector"],
         "neurosteer": {
             "artifacts": [
@@ -224,6 +226,15 @@ def test_the_metadata_is_what_the_hub_searches_by() -> None:
     }
     assert check_metadata(card) == ([], [])
     assert ModelCard(card).data.to_dict()["library_name"] == "neurosteer"
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_licence_of_ones_own_has_the_name_and_the_link_that_the_hub_wants(pack: bool) -> None:
+    vector = make_vector(name="mood")
+    card = render_pack_card([vector], repo="a/b", licence="other") if pack else render_card(vector, licence="other")
+    data = front(card)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "see-the-card", "README.md")
+    assert "license_name" not in front(render_card(vector, licence="mit"))
 
 
 def test_a_pack_names_all_its_models_and_kinds() -> None:
@@ -313,6 +324,36 @@ def test_receipts_become_a_table_and_results_in_the_hubs_terms() -> None:
     (result,) = ModelCard(card).data.eval_results  # type: ignore[attr-defined]
     assert (result.metric_value, result.metric_name, result.dataset_name) == (0.94, "Judged positive", "Reviews")
     assert check_metadata(card) == ([], [])
+
+
+def test_results_keep_their_datasets_apart_and_none_is_called_unnamed() -> None:
+    metrics = [{"type": "share", "name": "Share", "value": 0.5}]
+    data = [
+        {"metrics": metrics, "dataset": {"type": "prompts", "name": "16 prompts"}},
+        {"metrics": metrics, "dataset": {"type": "prompts", "name": "32 prompts"}},
+        {"metrics": metrics, "dataset": {"type": "prompts"}},
+        {"metrics": metrics},
+        {"metrics": metrics, "dataset": {"type": "", "name": None}},
+    ]
+    vector = make_vector(name="mood", receipts=tuple(map(Receipt, data)))
+    pack = [vector, make_circuit(name="few", receipts=(Receipt(data[0]),))]
+    for card, names in ((render_card(vector), ["mood"]), (render_pack_card(pack, repo="a/b"), ["mood", "few"])):
+        index = front(card)["model-index"]
+        assert [one["name"] for one in index] == names and "unnamed" not in card
+        datasets = [result["dataset"]["name"] for result in index[0]["results"]]
+        assert datasets == ["16 prompts", "32 prompts", "prompts"]
+        assert check_metadata(card) == ([], [])
+
+
+def test_cards_published_in_an_earlier_form_are_still_known_as_ours_until_somebody_edits_them() -> None:
+    for card in sorted((Path(__file__).parent.parent / "vectors").glob("*/README.md")):
+        text = card.read_text(encoding="utf-8")
+        assert is_generated(text), card
+        assert not is_generated(text.replace("## Limits", "## My limits")), card
+    body = "---\nlibrary_name: neurosteer\n---\n\n# old\n"  # whatever its form is
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    mark = f"<!-- Written by NeuroSteer; what you change above is kept. SHA-256: {digest} -->\n"
+    assert is_generated(body + mark) and not is_generated(body + "mine\n" + mark)
 
 
 @pytest.mark.parametrize(

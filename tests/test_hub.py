@@ -16,6 +16,7 @@ from checks import Run, assert_one_clear_line, refused
 from hub_server import FakeHub, File
 from safetensors.torch import save
 from tiny import REFERENCE, clamping, make_circuit, make_vector
+from transformers import AutoConfig
 
 import neurosteer
 from neurosteer.artifacts.artifact import Artifact
@@ -120,7 +121,13 @@ def test_a_pack_of_five_goes_up_in_one_commit_and_each_comes_back(hub: FakeHub, 
     names = sorted(one.name for one in pack)
     assert len(hub.repos["alice/pack"].commits) == 2
     assert pushed.files == tuple(
-        sorted(["README.md", *(f"{n}/{f}" for n in names for f in ("README.md", "config.json", "weights.safetensors"))])
+        sorted(
+            [
+                "README.md",
+                "config.json",
+                *(f"{n}/{f}" for n in names for f in ("README.md", "config.json", "weights.safetensors")),
+            ]
+        )
     )
     assert list_artifacts("alice/pack") == names
     for one in pack:
@@ -128,6 +135,60 @@ def test_a_pack_of_five_goes_up_in_one_commit_and_each_comes_back(hub: FakeHub, 
         assert written(back, tmp_path / "back" / one.name) == written(one, tmp_path / "here" / one.name)
     (found,) = search("pack")
     assert sorted(found.names) == names and found.kinds == ("steering-vector", "neuron-circuit")
+
+
+def test_a_pack_has_an_index_by_which_the_hub_counts_its_downloads(hub: FakeHub) -> None:
+    push([named("loud", seed=1), named("calm")], "alice/pack")
+    index = json.loads(remote(hub, "alice/pack")["config.json"])
+    assert (index["kind"], index["artifacts"]) == ("neurosteer-pack", ["calm", "loud"])
+    pull("alice/pack/calm")
+    pull("alice/pack/calm")  # from the cache
+    (found,) = search("pack")
+    assert found.downloads == 1
+    push(named("sad", seed=2), "alice/pack")
+    assert json.loads(remote(hub, "alice/pack")["config.json"])["artifacts"] == ["calm", "loud", "sad"]
+    hub.fail("resolve", status=403, skip=3, times=100)  # the index comes last, and nothing needs it
+    assert pull("alice/pack/loud").name == "loud"
+
+
+def test_a_pack_of_earlier_days_without_an_index_is_read_and_gets_one(hub: FakeHub) -> None:
+    push([named("calm"), named("loud", seed=1)], "alice/pack")
+    del hub.repos["alice/pack"].head.files["config.json"]
+    assert list_artifacts("alice/pack") == ["calm", "loud"] and pull("alice/pack/calm").name == "calm"
+    push(named("sad", seed=2), "alice/pack")
+    assert json.loads(remote(hub, "alice/pack")["config.json"])["artifacts"] == ["calm", "loud", "sad"]
+
+
+def test_transformers_takes_no_config_of_ours_for_a_models(hub: FakeHub, tmp_path: Path) -> None:
+    push([named("calm")], "alice/pack")
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "config.json").write_bytes(remote(hub, "alice/pack")["config.json"])
+    save_artifact(named("mood"), tmp_path / "mood")
+    for folder in ("pack", "mood"):
+        with pytest.raises(ValueError, match="model_type"):
+            AutoConfig.from_pretrained(tmp_path / folder)
+
+
+def test_several_repos_go_into_one_collection(hub: FakeHub) -> None:
+    for name in ("calm", "loud", "calm"):
+        pushed = push(named(name), f"alice/{name}", collection="Moods & more")
+        (slug,) = hub.collections
+        assert pushed.note == f"It is in the collection {hub.url}/collections/{slug}."
+    assert slug.startswith("alice/moods-more-") and not hub.collections[slug]["private"]
+    assert [one["id"] for one in hub.collections[slug]["items"]] == ["alice/calm", "alice/loud"]
+    push(named("team"), "lab/team", collection="Moods & more")
+    assert sorted(one.partition("/")[0] for one in hub.collections) == ["alice", "lab"]
+
+
+@pytest.mark.parametrize("route", ["collections", "collection-item"])
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_collection_that_fails_is_told_in_one_line_and_loses_nothing(
+    hub: FakeHub, quick: list[float], route: str, status: int
+) -> None:
+    hub.fail(route, status=status, times=10)
+    pushed = push(named("mood"), "alice/mood", collection="Moods")
+    assert pushed.note.startswith("It is published, but in no collection:") and len(pushed.note.splitlines()) == 1
+    assert pull("alice/mood").name == "mood"
 
 
 def test_a_pack_pulled_without_a_name_lists_its_names(hub: FakeHub) -> None:
@@ -359,7 +420,7 @@ def test_in_a_pack_each_card_is_kept_by_itself(hub: FakeHub) -> None:
     assert remote(hub, "alice/pack")["calm/README.md"] == b"# Calm, by hand"
     assert is_generated(remote(hub, "alice/pack")["loud/README.md"].decode())
     assert pushed.files == (
-        "README.md", "calm/config.json", "calm/weights.safetensors", "loud/README.md", "loud/config.json",
+        "README.md", "calm/config.json", "calm/weights.safetensors", "config.json", "loud/README.md", "loud/config.json",
         "loud/weights.safetensors",
     )  # fmt: skip
 

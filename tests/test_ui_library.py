@@ -1,6 +1,7 @@
 """The Library tab without a browser: the shelf, the Hub (the real client, a server of our own), and publishing."""
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from pages import HOSTILE, SKIP, Ready, mix_values, told
 from tiny import Tiny
 
 from neurosteer import hub as library
+from neurosteer.artifacts.cards import is_generated
 from neurosteer.artifacts.storage import unpack
+from neurosteer.hub.pushing import _note
 from neurosteer.steering.session import Session
 from neurosteer.ui.limits import visitors_token
 from neurosteer.ui.loading import Models
@@ -165,6 +168,42 @@ def test_a_strangers_card_is_text_and_nothing_else() -> None:
     assert re.findall(r"<a [^>]*>", html) == [
         f'<a href="https://{where}" {rest}' for where in ("evil.example/p.png", "ok.example/x")
     ]
+
+
+LONG = 4_000_000
+COSTLY = {
+    "newlines": "---" + "\n" * LONG,
+    "newlines before": "\n" * LONG + "x",
+    "openings of comments": "<!--" * (LONG // 4),
+    "comments": "<!---->" * (LONG // 7),
+    "fences": "---\n" * (LONG // 4),
+    "fences and blanks": "---\n" + "\n---\t\t\t\t" * (LONG // 8),
+    "blanks": "---" + " " * LONG + "x",
+    "marks": "---\nx\n---\n" + "<!-- Written by NeuroSteer; what you change above is kept. SHA-256: " * (LONG // 70),
+    "brackets": "[" * LONG,
+    "stars": "*a_b " * (LONG // 5),
+    "quotes": "> " * (LONG // 2),
+    "backquotes": "`" + "``a`b" * (LONG // 5),
+    "table": "|a" * 500 + "\n" + "|-" * 500 + "\n" + "|" * LONG,
+    "links": "[a](" * (LONG // 4),
+}
+
+
+@pytest.mark.parametrize("what", COSTLY)
+def test_a_card_of_four_megabytes_costs_no_more_than_a_second_whatever_it_holds(what: str) -> None:
+    began = time.thread_time()
+    shown.hub_card(COSTLY[what])
+    assert time.thread_time() - began < 1
+    began = time.thread_time()
+    assert not is_generated(COSTLY[what])
+    assert "was edited by hand" in _note({"README.md": COSTLY[what]}, {})
+    assert time.thread_time() - began < 1
+
+
+def test_comments_and_metadata_are_left_out_and_nothing_else() -> None:
+    html = shown.hub_card("\n---\r\na: 1\r\n---\r\nfirst <!-- a --> second\n\n<!--\nb\n--> third <!-- open")
+    assert "first  second" in html and "third" in html and "open" in html and "a: 1" not in html
+    assert "<hr" in shown.hub_card("text\n\n---\nmore\n\n---\n")
 
 
 def test_a_result_is_one_line() -> None:

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neurosteer.artifacts.artifact import Artifact
@@ -25,6 +26,7 @@ from neurosteer.models.reference import ModelReference
 LIBRARY = "neurosteer"
 """What cards name as their library and first tag; `search` finds repos by it."""
 
+CARD_FILE = "README.md"
 LISTED_FEATURES = 20
 SEPARATION_PLOT, EVALUATION_PLOT = "separation.png", "evaluation.png"
 PLOTS = (SEPARATION_PLOT, EVALUATION_PLOT)
@@ -191,15 +193,22 @@ def _templates() -> Environment:
 def _metadata(artifacts: Sequence[Artifact], licence: str | None) -> str:
     """The Hub's metadata as YAML. `neurosteer` holds what `search` shows of a repo without fetching its artifacts."""
     models = sorted({one.model.name for one in artifacts if _HUB_ID.fullmatch(one.model.name)})
-    data: dict[str, Any] = {"license": licence} if licence else {}
-    if models:
-        data |= {"base_model": models[0] if len(models) == 1 else models, "base_model_relation": "adapter"}
-    data |= {"library_name": LIBRARY, "tags": [LIBRARY, *sorted({one.kind for one in artifacts})]}
+    other = licence == "other"  # the Hub wants a name and a link for it
+    data = ModelCardData(
+        license=licence,
+        license_name="see-the-card" if other else None,
+        license_link=CARD_FILE if other else None,
+        base_model=(models[0] if len(models) == 1 else models) or None,
+        library_name=LIBRARY,
+        pipeline_tag="text-generation",
+        tags=[LIBRARY, *sorted({one.kind for one in artifacts})],
+        base_model_relation="adapter" if models else None,
+    ).to_dict()
     measured = [entry for one in artifacts if (entry := _model_index(one))]
     if measured:
         data["model-index"] = measured
     data[LIBRARY] = {"artifacts": [_summary(one) for one in artifacts]}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1 << 20).rstrip()
+    return yaml_dump(data, sort_keys=False, width=1 << 20).rstrip()
 
 
 def _summary(artifact: Artifact) -> dict[str, Any]:
@@ -221,19 +230,27 @@ def shape_text(model: ModelReference) -> str:
 
 def _model_index(artifact: Artifact) -> dict[str, Any] | None:
     """What receipts say in the Hub's terms, from those that hold `metrics`: a list of `{type, name, value}`, and the
-    `dataset` they were measured on: `{type, name}`."""
+    `dataset` they were measured on: `{type, name}`. Results of no dataset that has a name are left out."""
     results = []
     for receipt in artifact.receipts:
-        metrics = [
-            {"type": _one_line(one["type"]), "name": _one_line(one.get("name", one["type"])), "value": one["value"]}
+        found = receipt.data.get("dataset")
+        dataset = found if isinstance(found, Mapping) else {}
+        name = _one_line(dataset.get("name") or dataset.get("type") or "")
+        measured = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=_one_line(dataset.get("type") or name),
+                dataset_name=name,
+                metric_type=_one_line(one["type"]),
+                metric_name=_one_line(one.get("name", one["type"])),
+                metric_value=one["value"],
+            )
             for one in _dicts(receipt.data.get("metrics"))
             if isinstance(one.get("type"), str) and _is_number(one.get("value"))
         ]
-        found = receipt.data.get("dataset")
-        dataset = found if isinstance(found, Mapping) else {}
-        named = {key: _one_line(dataset.get(key) or "unnamed") for key in ("type", "name")}
-        if metrics:
-            results.append({"task": {"type": "text-generation"}, "dataset": named, "metrics": metrics})
+        if measured and name:  # by receipt: the client joins those of one type of dataset
+            data = ModelCardData(model_name=artifact.name, eval_results=measured).to_dict()
+            results += data["model-index"][0]["results"]
     return {"name": artifact.name, "results": results} if results else None
 
 

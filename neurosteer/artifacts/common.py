@@ -10,6 +10,7 @@ from neurosteer.errors import ArtifactError
 from neurosteer.models.reference import ModelReference
 from neurosteer.validation import check_json, check_text
 
+_MOST_RECEIPTS = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -33,6 +34,10 @@ def check_common(artifact: Any) -> None:
     check_text("method", artifact.method, 100)
     check_text("description", artifact.description, 10_000, empty=True)
     check_json(f"parameters of {artifact.name!r}", dict(artifact.parameters))
+    if len(artifact.receipts) > _MOST_RECEIPTS:
+        raise ArtifactError(
+            f"{artifact.name!r} has {len(artifact.receipts):,} receipts; at most {_MOST_RECEIPTS} are kept."
+        )
 
 
 def check_tensor(what: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

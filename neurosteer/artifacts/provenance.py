@@ -8,6 +8,9 @@ from neurosteer.errors import ArtifactError
 from neurosteer.text import shown
 from neurosteer.validation import check_json, check_text, is_finite, is_int
 
+_MOST = {"candidates": 200, "separation": 1000, "dropped": 1000, "parents": 1000}
+"""How many entries each may have: whoever wrote them, cards and plots are drawn from them."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -41,6 +44,9 @@ class Provenance:
                 raise ArtifactError(f"The provenance's {key} is {shown(getattr(self, key))}; it must be a count.")
         if not is_finite(self.hold_out) or not 0 <= self.hold_out < 1:
             raise ArtifactError(f"The provenance's hold_out is {shown(self.hold_out)}; it must be a share below 1.")
+        for key, most in _MOST.items():
+            if len(getattr(self, key)) > most:
+                raise ArtifactError(f"The provenance has {len(getattr(self, key)):,} {key}; at most {most:,} are kept.")
         check_json("provenance's counts and parents", [dict(self.dropped), list(self.parents)])
         check_json("provenance's candidates", [dict(one) for one in self.candidates])
         for layer, value in self.separation.items():

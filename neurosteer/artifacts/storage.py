@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.cards import EVALUATION_PLOT, is_generated, render_card
+from neurosteer.artifacts.cards import CARD_FILE, EVALUATION_PLOT, is_generated, render_card
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.features import Feature, FeatureContext, FeatureEncoder
 from neurosteer.artifacts.plots import receipt_plot
@@ -32,10 +32,12 @@ from neurosteer.models.reference import ModelReference
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
-CARD_FILE = "README.md"
 SCHEMA_VERSION = 1
 
-_MAX_CONFIG_BYTES = 4 << 20
+_MAX_CONFIG_BYTES = 2 << 20  # 1,000 SAE features with the places where they fire; others take 10 to 100 kB
+_MAX_CONFIG_VALUES = 50_000  # a value may take up to 200 bytes, however short its text is
+_MAX_ZIP_BYTES = 25 << 20
+_MAX_ZIP_FILES = 1000
 _MAX_WEIGHTS_BYTES = 64 << 20  # 80 layers of 8,192 dimensions need 3 MB
 _MAX_CARD_BYTES = 4 << 20
 FILE_LIMITS = {CONFIG_FILE: _MAX_CONFIG_BYTES, WEIGHTS_FILE: _MAX_WEIGHTS_BYTES, CARD_FILE: _MAX_CARD_BYTES}
@@ -125,10 +127,8 @@ def pack(artifact: Artifact) -> bytes:
 def unpack(data: bytes | Path) -> Artifact:
     """The artifact in a zip file, read without writing any path the zip names. Raises `ArtifactError`."""
     try:
-        with (
-            zipfile.ZipFile(io.BytesIO(data) if isinstance(data, bytes) else data) as archive,
-            tempfile.TemporaryDirectory() as temporary,
-        ):
+        data = _zip_bytes(data)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive, tempfile.TemporaryDirectory() as temporary:
             for name, member in _members(archive).items():
                 _extract(archive, member, Path(temporary) / name, FILE_LIMITS[name])
             return load(temporary)
@@ -136,6 +136,16 @@ def unpack(data: bytes | Path) -> Artifact:
         raise ArtifactError(
             f"The upload is not a zip file that can be read ({_one_line(error)}); zip an artifact's folder."
         ) from error
+
+
+def _zip_bytes(data: bytes | Path) -> bytes:
+    """The zip's bytes, unless listing what it holds would cost much already."""
+    if (len(data) if isinstance(data, bytes) else data.stat().st_size) > _MAX_ZIP_BYTES:
+        raise ArtifactError(f"The zip is larger than {_MAX_ZIP_BYTES >> 20} MB; zip the folder of one artifact.")
+    data = data if isinstance(data, bytes) else data.read_bytes()
+    if data.count(b"PK\x01\x02") > _MAX_ZIP_FILES:  # every file's entry begins with it
+        raise ArtifactError(f"The zip holds more than {_MAX_ZIP_FILES} files; zip the folder of one artifact.")
+    return data
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -212,8 +222,13 @@ def _keep_other_files(target: Path, new: Path) -> None:
 
 
 def _write(artifact: Artifact, card: bytes, folder: Path) -> None:
-    config = json.dumps(artifact_data(artifact), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    config = json.dumps(artifact_data(artifact), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if len(config.encode()) > _MAX_CONFIG_BYTES or _n_values(config) > _MAX_CONFIG_VALUES:
+        raise ArtifactError(
+            f"{artifact.name!r} holds {len(config) / 1e6:.1f} MB of parameters, features and receipts, more than "
+            f"{_MAX_CONFIG_BYTES >> 20} MB or {_MAX_CONFIG_VALUES:,} values, and could not be loaded again; keep fewer."
+        )
+    (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
     save_file(_tensors(artifact), folder / WEIGHTS_FILE)
     (folder / CARD_FILE).write_bytes(card)
     folder.chmod(0o755)
@@ -285,7 +300,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ArtifactError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MB; an artifact's is a few kB.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if _n_values(text) > _MAX_CONFIG_VALUES:
+            raise ArtifactError(
+                f"{path} holds more than {_MAX_CONFIG_VALUES:,} values; an artifact's are a few hundred."
+            )
+        config = json.loads(text)
     except (ValueError, RecursionError, OSError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({_one_line(error)}); fetch the artifact again.") from error
     if not isinstance(config, dict):
@@ -298,6 +318,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} is of kind {config.get('kind')!r:.40}; known are {SteeringVector.kind} and {NeuronCircuit.kind}."
         )
     return config
+
+
+def _n_values(text: str) -> int:
+    """At least as many as there are values in `text`, which is JSON: known before it is parsed."""
+    return sum(text.count(mark) for mark in "[{,")
 
 
 def _expected_shapes(config: Mapping[str, Any], path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:

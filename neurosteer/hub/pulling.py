@@ -13,11 +13,13 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.storage import CARD_FILE, CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
+from neurosteer.artifacts.cards import CARD_FILE
+from neurosteer.artifacts.storage import CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable, UsageError
 from neurosteer.hub.client import Hub, Token, check_time, connect, is_offline
 from neurosteer.hub.repos import (
     MAIN,
+    MAX_INDEX_BYTES,
     Reference,
     RemoteFile,
     files_at,
@@ -169,7 +171,8 @@ def fetch(hub: Hub, wanted: Reference, progress: Progress) -> Path:
     progress(f"Looking at {wanted}")
     commit = _commit(hub, wanted, to)
     paths = {file: wanted.path(file) for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
-    files = files_at(hub, wanted.repo, commit, list(paths.values()), to)
+    files = files_at(hub, wanted.repo, commit, [*paths.values(), *([CONFIG_FILE] if wanted.name else [])], to)
+    index = files.pop(CONFIG_FILE, None) if wanted.name else None
     if paths[CONFIG_FILE] not in files or paths[WEIGHTS_FILE] not in files:
         raise _nothing_there(hub, wanted, commit, to)
     _check_sizes(wanted, files)
@@ -177,9 +180,19 @@ def fetch(hub: Hub, wanted: Reference, progress: Progress) -> Path:
     for done, file in enumerate(files.values()):
         progress(f"Fetching {wanted}", done / len(files))
         fetched[file.path] = download(hub, wanted.repo, commit, file)
+    if index is not None and index.size <= MAX_INDEX_BYTES:
+        _count(hub, wanted, commit, index)
     progress(f"Fetched {wanted}", 1.0)
     _remember(wanted, commit)
     return fetched[paths[CONFIG_FILE]].parent
+
+
+def _count(hub: Hub, wanted: Reference, commit: str, index: RemoteFile) -> None:
+    """Fetch a pack's index, by which the Hub counts downloads; nothing else needs it."""
+    try:
+        download(hub, wanted.repo, commit, index)
+    except HubError as error:
+        logger.info("The download of %s was not counted: %s", wanted, error)
 
 
 def _nothing_there(hub: Hub, wanted: Reference, commit: str, to: str) -> HubError:

@@ -1,6 +1,7 @@
 """What a reference to the Hub names, and what lies in a repo: looked at, with nothing downloaded."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from itertools import islice
 
 from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
 
+from neurosteer.artifacts.cards import LIBRARY
 from neurosteer.artifacts.storage import CONFIG_FILE, WEIGHTS_FILE
 from neurosteer.errors import HubError, UsageError
 from neurosteer.hub.client import Hub
 
 MOST_ARTIFACTS = 100
+MAX_INDEX_BYTES = 1 << 16
 MAIN = "main"
 
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
@@ -20,6 +23,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REFERENCE = re.compile(
     rf"(?P<repo>{_WORD}/{_WORD})(?:/(?P<name>{_NAME}))?(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?"
 )
+_PACK = "neurosteer-pack"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_ENTRIES, _MOST_FOLDERS = 1000, 300
 _RUNS_CODE = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".py")
@@ -101,6 +105,22 @@ def pack_names(hub: Hub, repo: str, commit: str, folders: Iterable[str], to: str
     there = files_at(hub, repo, commit, wanted, to)
     whole = [one for one in named if f"{one}/{CONFIG_FILE}" in there and f"{one}/{WEIGHTS_FILE}" in there]
     return whole[:MOST_ARTIFACTS]
+
+
+def pack_index(names: Sequence[str]) -> bytes:
+    """The `config.json` at a pack's top. The Hub counts as downloads of a repo how often that file is asked for, so
+    `pull` asks for it too. It has no `model_type`: nobody takes it for a model of transformers."""
+    index = {"schema_version": 1, "kind": _PACK, "library_name": LIBRARY, "artifacts": sorted(names)}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def is_index(data: bytes) -> bool:
+    """Whether `data` is what `pack_index` writes."""
+    try:
+        index = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(index, dict) and index.get("kind") == _PACK
 
 
 def no_artifact(repo: str, files: Mapping[str, RemoteFile]) -> HubError:

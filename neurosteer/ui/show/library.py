@@ -1,6 +1,5 @@
 """What the Library tab shows, as pure functions. Cards, names and descriptions are data: all of it is escaped."""
 
-import re
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -65,7 +64,10 @@ def _is_web(url: str) -> bool:
 
 
 def _without_metadata(markdown: str) -> str:
-    return re.sub(r"\A---\s*\n.*?\n---\s*\n", "", markdown, count=1, flags=re.DOTALL)
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    found = REGEX_YAML_BLOCK.match(markdown)
+    return markdown[found.end() :] if found else markdown
 
 
 def _as_html(markdown: str) -> str:
@@ -82,4 +84,9 @@ def _as_html(markdown: str) -> str:
 
 
 def _without_comments(markdown: str) -> str:
-    return re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL)
+    """Without its HTML comments, found one after the other: in one pass, whatever stands there."""
+    kept, end = [], 0
+    while (begin := markdown.find("<!--", end)) >= 0 and (closed := markdown.find("-->", begin)) >= 0:
+        kept.append(markdown[end:begin])
+        end = closed + len("-->")
+    return "".join([*kept, markdown[end:]])
