@@ -420,8 +420,8 @@ def test_in_a_pack_each_card_is_kept_by_itself(hub: FakeHub) -> None:
     assert remote(hub, "alice/pack")["calm/README.md"] == b"# Calm, by hand"
     assert is_generated(remote(hub, "alice/pack")["loud/README.md"].decode())
     assert pushed.files == (
-        "README.md", "calm/config.json", "calm/weights.safetensors", "config.json", "loud/README.md", "loud/config.json",
-        "loud/weights.safetensors",
+        "README.md", "calm/config.json", "calm/weights.safetensors", "config.json", "loud/README.md",
+        "loud/config.json", "loud/weights.safetensors",
     )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.models.reference import ModelReference
+from neurosteer.text import one_line, printable, quoted
+from neurosteer.validation import is_finite
 
 LIBRARY = "neurosteer"
 """What cards name as their library and first tag; `search` finds repos by it."""
@@ -96,7 +98,7 @@ def parameter_rows(artifact: Artifact) -> list[tuple[str, str]]:
         verb = "counted too" if parameters.pop("keep_universal", False) else "left out"
         rows.append(("Universal neurons", f"{universal}, and {super_weights} super weights: {verb}"))
         parameters = {key: value for key, value in parameters.items() if key not in _OF_PROMPTS}
-    pairs = [f"{_plain(key)} {_value_text(value)}" for key, value in parameters.items() if value not in ("", None)]
+    pairs = [f"{printable(key)} {_value_text(value)}" for key, value in parameters.items() if value not in ("", None)]
     if pairs:
         rows.append(("Parameters", "; ".join(pairs)))
     return rows
@@ -176,7 +178,7 @@ def _templates() -> Environment:
         "cell": _cell,
         "code": _code,
         "python": _literal,
-        "shell": lambda text: shlex.quote(_plain(text)),
+        "shell": lambda text: shlex.quote(printable(text)),
         "what": _what,
         "layers": layers_text,
         "meaning": strength_meaning,
@@ -216,14 +218,14 @@ def _summary(artifact: Artifact) -> dict[str, Any]:
     return {
         "name": artifact.name,
         "kind": artifact.kind,
-        "method": _one_line(artifact.method),
-        "description": _one_line(artifact.description)[:200],
-        "base_model": _one_line(model.name),
-        "shape": shape_text(model),
+        "method": one_line(artifact.method),
+        "description": one_line(artifact.description)[:200],
+        "base_model": one_line(model.name),
+        "shape": shape_tag(model),
     }
 
 
-def shape_text(model: ModelReference) -> str:
+def shape_tag(model: ModelReference) -> str:
     """Layers, width and MLP width, as cards name a model's shape: '30x576x1536'."""
     return f"{model.n_layers}x{model.d_model}x{model.d_mlp}"
 
@@ -235,18 +237,18 @@ def _model_index(artifact: Artifact) -> dict[str, Any] | None:
     for receipt in artifact.receipts:
         found = receipt.data.get("dataset")
         dataset = found if isinstance(found, Mapping) else {}
-        name = _one_line(dataset.get("name") or dataset.get("type") or "")
+        name = one_line(dataset.get("name") or dataset.get("type") or "")
         measured = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=_one_line(dataset.get("type") or name),
+                dataset_type=one_line(dataset.get("type") or name),
                 dataset_name=name,
-                metric_type=_one_line(one["type"]),
-                metric_name=_one_line(one.get("name", one["type"])),
+                metric_type=one_line(one["type"]),
+                metric_name=one_line(one.get("name", one["type"])),
                 metric_value=one["value"],
             )
             for one in _dicts(receipt.data.get("metrics"))
-            if isinstance(one.get("type"), str) and _is_number(one.get("value"))
+            if isinstance(one.get("type"), str) and is_finite(one.get("value"))
         ]
         if measured and name:  # by receipt: the client joins those of one type of dataset
             data = ModelCardData(model_name=artifact.name, eval_results=measured).to_dict()
@@ -266,7 +268,7 @@ def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
     found = table.get("rows")
     rows = [row for row in found if isinstance(row, list)] if isinstance(found, list) else []
     padded = [[*row, *[""] * len(columns)][: len(columns)] for row in rows[:_MOST_ROWS]]
-    return {"title": _one_line(table.get("title") or ""), "columns": columns, "rows": padded}
+    return {"title": one_line(table.get("title") or ""), "columns": columns, "rows": padded}
 
 
 def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
@@ -303,12 +305,12 @@ def _answers(columns: Sequence[object]) -> list[str]:
         return []
     lines = []
     for prompt, target, other, metric in zip(*columns, strict=False):  # type: ignore[call-overload]
-        if not isinstance(target, Mapping) or not _is_number(metric):
+        if not isinstance(target, Mapping) or not is_finite(metric):
             return []
         text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
         shown = text if len(text) <= _LONGEST_PROMPT else "…" + text[-_LONGEST_PROMPT:]
-        against = f" rather than {_quoted(str(other.get('text')))}" if isinstance(other, Mapping) else ""
-        lines.append(f"{_quoted(shown)} → {_quoted(str(target.get('text')))}{against} ({metric:+.3g} logits)")
+        against = f" rather than {quoted(str(other.get('text')))}" if isinstance(other, Mapping) else ""
+        lines.append(f"{quoted(shown)} → {quoted(str(target.get('text')))}{against} ({metric:+.3g} logits)")
     return lines
 
 
@@ -343,18 +345,18 @@ def _feature_link(feature: Feature) -> str:
 
 def _text(value: object) -> str:
     """`value` as Markdown that shows it as it is, on one line."""
-    escaped = _SPECIAL.sub(r"\\\g<0>", _one_line(value))
+    escaped = _SPECIAL.sub(r"\\\g<0>", one_line(value))
     return _NUMBERED.sub(r"\1\\\2", escaped)
 
 
 def _cell(value: object) -> str:
     """`value` as Markdown inside a table."""
-    return f"{value:.4g}" if _is_number(value) else _text(_one_line(value)[:_LONGEST_CELL])
+    return f"{value:.4g}" if is_finite(value) else _text(one_line(value)[:_LONGEST_CELL])
 
 
 def _code(token: str) -> str:
     """A token as a Markdown code span, also inside a table."""
-    shown = _plain(token).replace("`", "ˋ").replace("|", "¦").strip()
+    shown = printable(token).replace("`", "ˋ").replace("|", "¦").strip()
     return f"`{shown[:_LONGEST_CELL] or '␣'}`"
 
 
@@ -363,21 +365,8 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
-def _one_line(value: object) -> str:
-    return " ".join(_plain(str(value)).split())
-
-
-def _plain(text: str) -> str:
-    """On one line, without what a terminal would act on."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 def _dicts(value: object) -> list[Mapping[str, Any]]:
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # --- features --------------------------------------------------------------------------------------------------------
@@ -398,15 +387,11 @@ def feature_lines(features: Sequence[Feature]) -> list[str]:
         lines.append(f"  {feature.layer}#{feature.index}: weight {feature.weight:+.3g}, fires {fires}{scored}")
         for what, tokens in (("promotes", feature.promoted), ("suppresses", feature.suppressed)):
             if tokens:
-                lines.append(f"    {what} {' '.join(map(_quoted, tokens))}")
+                lines.append(f"    {what} {' '.join(map(quoted, tokens))}")
         lines += [
-            f"    {place.activation:.1f}: {_plain(place.before)}>>{_plain(place.token)}<<{_plain(place.after)}"
+            f"    {place.activation:.1f}: {printable(place.before)}>>{printable(place.token)}<<{printable(place.after)}"
             for place in feature.contexts
         ]
         if feature.link:
             lines.append(f"    {feature.link}")
     return lines
-
-
-def _quoted(token: str) -> str:
-    return repr(token) if token.isprintable() else ascii(token)

@@ -29,6 +29,7 @@ from neurosteer.artifacts.strength import Calibration
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError
 from neurosteer.models.reference import ModelReference
+from neurosteer.text import error_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -134,7 +135,7 @@ def unpack(data: bytes | Path) -> Artifact:
             return load(temporary)
     except _ZIP_ERRORS as error:
         raise ArtifactError(
-            f"The upload is not a zip file that can be read ({_one_line(error)}); zip an artifact's folder."
+            f"The upload is not a zip file that can be read ({error_line(error)}); zip an artifact's folder."
         ) from error
 
 
@@ -183,7 +184,7 @@ def _path(folder: str | Path) -> Path:
         path = Path(folder).expanduser().resolve()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, NUL in it, an unknown ~user
-        raise ArtifactError(f"{str(folder)[:100]!r} is no folder's name ({_one_line(error)}).") from error
+        raise ArtifactError(f"{str(folder)[:100]!r} is no folder's name ({error_line(error)}).") from error
     if not path.name:
         raise ArtifactError(f"{str(folder)!r} cannot hold an artifact; name a folder of its own.")
     return path
@@ -307,7 +308,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
         config = json.loads(text)
     except (ValueError, RecursionError, OSError) as error:
-        raise ArtifactError(f"{path} is not valid JSON ({_one_line(error)}); fetch the artifact again.") from error
+        raise ArtifactError(f"{path} is not valid JSON ({error_line(error)}); fetch the artifact again.") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} holds a {type(config).__name__}; an artifact's is an object.")
     version = config.get("schema_version")
@@ -360,7 +361,7 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[torch.dtype, list[int
                     raise ArtifactError(f"{path}: {name} has shape {found}; {CONFIG_FILE} says {shape}.")
             return {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged ({_one_line(error)}); fetch the artifact again.") from error
+        raise ArtifactError(f"{path} is damaged ({error_line(error)}); fetch the artifact again.") from error
 
 
 def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Artifact:
@@ -394,7 +395,7 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else _one_line(error)
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error_line(error)
         raise ArtifactError(f"{path} is not a valid artifact ({what}); fetch it again.") from error
 
 
@@ -431,7 +432,3 @@ def _provenance(data: Mapping[str, Any]) -> Provenance:
     known["candidates"] = tuple(dict(one) for one in known.get("candidates", ()))
     known["parents"] = tuple(str(parent)[:200] for parent in known.get("parents", ()))
     return Provenance(**known)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from neurosteer.errors import HubError, HubUnreachable
+from neurosteer.text import one_line
 
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
 
@@ -174,7 +175,7 @@ def _said(error: HfHubHTTPError, asked: Asked) -> str:
 
 def _shown(text: str, asked: Asked) -> str:
     """What a server said, as a sentence on one line, not too long, and without the token whatever happens."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    line = one_line(text)
     return (line.replace(asked.token, "(token)") if asked.token else line)[:200].rstrip(".") + "."
 
 

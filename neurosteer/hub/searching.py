@@ -9,12 +9,13 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 
-from neurosteer.artifacts.cards import LIBRARY, shape_text
+from neurosteer.artifacts.cards import LIBRARY, shape_tag
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.hub.client import Token, connect
 from neurosteer.models.reference import ModelReference
+from neurosteer.text import one_line
 
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100
@@ -127,7 +128,7 @@ def _fits(artifacts: Iterable[Mapping[str, Any]], bases: list[str], model: Model
         return None
     shapes = [one["shape"] for one in artifacts if isinstance(one.get("shape"), str)]
     if shapes:
-        return shape_text(model) in shapes
+        return shape_tag(model) in shapes
     return True if model.name in bases else None
 
 
@@ -141,6 +142,4 @@ def _artifacts(info: ModelInfo) -> list[Mapping[str, Any]]:
 
 
 def _shown(value: object) -> str:
-    """On one line, not too long, without what a terminal would act on."""
-    text = value if isinstance(value, str) else ""
-    return " ".join("".join(char if char.isprintable() else " " for char in text[:1000]).split())[:200]
+    return one_line(value, 200) if isinstance(value, str) else ""
