@@ -10,7 +10,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,14 @@ from torch import Tensor
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.cards import CARD_FILE, EVALUATION_PLOT, is_generated, render_card
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.features import Feature, FeatureContext, FeatureEncoder
+from neurosteer.artifacts.config import SCHEMA_VERSION, artifact_data, artifact_of, expected_shapes, tensors_of
 from neurosteer.artifacts.plots import receipt_plot
-from neurosteer.artifacts.provenance import Provenance, Receipt, provenance_data
-from neurosteer.artifacts.strength import Calibration
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError
-from neurosteer.models.reference import ModelReference
 from neurosteer.text import error_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
-SCHEMA_VERSION = 1
 
 _MAX_CONFIG_BYTES = 2 << 20  # 1,000 SAE features with the places where they fire; others take 10 to 100 kB
 _MAX_CONFIG_VALUES = 50_000  # a value may take up to 200 bytes, however short its text is
@@ -57,8 +52,6 @@ _ZIP_ERRORS = (
     IndexError,
     struct.error,
 )
-_CIRCUIT_TENSORS = ("layers", "neurons", "scores", "differences")
-_DIRECTION, _ENCODER = "layer.", "encoder."
 
 
 def save(artifact: Artifact, folder: str | Path) -> Path:
@@ -99,8 +92,8 @@ def load(folder: str | Path) -> Artifact:
     if not path.is_dir():
         raise ArtifactError(f"There is no artifact folder {str(folder)[:300]!r}; check the path.")
     config = _read_config(path / CONFIG_FILE)
-    tensors = _read_tensors(path / WEIGHTS_FILE, _expected_shapes(config, path / CONFIG_FILE))
-    return _build(config, tensors, path / CONFIG_FILE)
+    tensors = _read_tensors(path / WEIGHTS_FILE, expected_shapes(config, path / CONFIG_FILE))
+    return artifact_of(config, tensors, path / CONFIG_FILE)
 
 
 def _evaluation_plot(artifact: Artifact) -> bytes | None:
@@ -230,7 +223,7 @@ def _write(artifact: Artifact, card: bytes, folder: Path) -> None:
             f"{_MAX_CONFIG_BYTES >> 20} MB or {_MAX_CONFIG_VALUES:,} values, and could not be loaded again; keep fewer."
         )
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
-    save_file(_tensors(artifact), folder / WEIGHTS_FILE)
+    save_file(tensors_of(artifact), folder / WEIGHTS_FILE)
     (folder / CARD_FILE).write_bytes(card)
     folder.chmod(0o755)
     for name in FILE_LIMITS:
@@ -250,46 +243,6 @@ def _replace(new: Path, target: Path) -> None:
 
 def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name[:200]}.previous")
-
-
-def artifact_data(artifact: Artifact) -> dict[str, Any]:
-    """What `config.json` holds: everything about an artifact but its tensors."""
-    config: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": artifact.kind,
-        "name": artifact.name,
-        "description": artifact.description,
-        "model": asdict(artifact.model),
-        "method": artifact.method,
-        "parameters": dict(artifact.parameters),
-        "site": artifact.site,
-        "operation": artifact.operation,
-        "layers": artifact.layers,
-        "calibration": asdict(artifact.calibration),
-        "provenance": provenance_data(artifact.provenance),
-        "receipts": [dict(receipt.data) for receipt in artifact.receipts],
-    }
-    if isinstance(artifact, SteeringVector):
-        config["norms"] = {str(layer): artifact.norms[layer] for layer in artifact.layers}
-        if artifact.features:
-            config["features"] = [asdict(feature) for feature in artifact.features]
-        if artifact.encoders:
-            config["encoders"] = {
-                str(layer): {"bias": found.bias, "threshold": found.threshold, "centred": found.centred}
-                for layer, found in sorted(artifact.encoders.items())
-            }
-    else:
-        config["n_neurons"] = artifact.size
-    return config
-
-
-def _tensors(artifact: Artifact) -> dict[str, Tensor]:
-    if isinstance(artifact, SteeringVector):
-        directions = {f"{_DIRECTION}{layer}": artifact.directions[layer] for layer in artifact.layers}
-        encoders = {f"{_ENCODER}{layer}": encoder.weights for layer, encoder in artifact.encoders.items()}
-        return {name: tensor.contiguous().clone() for name, tensor in (directions | encoders).items()}
-    values = (artifact.neuron_layers, artifact.neurons, artifact.scores, artifact.differences)
-    return {name: value.contiguous().clone() for name, value in zip(_CIRCUIT_TENSORS, values, strict=True)}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -326,21 +279,6 @@ def _n_values(text: str) -> int:
     return sum(text.count(mark) for mark in "[{,")
 
 
-def _expected_shapes(config: Mapping[str, Any], path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
-    layers, model = config.get("layers"), config.get("model")
-    d_model = model.get("d_model") if isinstance(model, dict) else None
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers) or type(d_model) is not int:
-        raise ArtifactError(f"{path} names no layers or no model; fetch the artifact again.")
-    if config["kind"] == SteeringVector.kind:
-        kinds = (_DIRECTION, _ENCODER) if config.get("operation") == "clamp" else (_DIRECTION,)
-        return {f"{kind}{layer}": (torch.float32, [d_model]) for kind in kinds for layer in layers}
-    count = config.get("n_neurons")
-    if type(count) is not int:
-        raise ArtifactError(f"{path} has n_neurons {count!r:.40}; it must be a count.")
-    kinds = (torch.int32, torch.int32, torch.float32, torch.float32)
-    return {name: (kind, [count]) for name, kind in zip(_CIRCUIT_TENSORS, kinds, strict=True)}
-
-
 def _read_tensors(path: Path, expected: Mapping[str, tuple[torch.dtype, list[int]]]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, its header held against `expected` before any of them is read."""
     if not path.is_file():
@@ -362,73 +300,3 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[torch.dtype, list[int
             return {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged ({error_line(error)}); fetch the artifact again.") from error
-
-
-def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Artifact:
-    try:
-        common = {
-            "name": config["name"],
-            "description": config.get("description", ""),
-            "model": ModelReference(**_known(ModelReference, config["model"])),
-            "method": config["method"],
-            "parameters": dict(config.get("parameters", {})),
-            "operation": config["operation"],
-            "calibration": Calibration(**_known(Calibration, config["calibration"])),
-            "provenance": _provenance(config.get("provenance", {})),
-            "receipts": tuple(Receipt(dict(data)) for data in config.get("receipts", [])),
-        }
-        if config["kind"] == SteeringVector.kind:
-            return SteeringVector(
-                **common,
-                directions={
-                    int(name.removeprefix(_DIRECTION)): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(_DIRECTION)
-                },
-                norms={int(layer): value for layer, value in config["norms"].items()},
-                features=tuple(map(_feature, config.get("features", []))),
-                encoders=_encoders(config, tensors) if config["operation"] == "clamp" else {},
-            )
-        values = (tensors[name] for name in _CIRCUIT_TENSORS)
-        names = ("neuron_layers", "neurons", "scores", "differences")
-        return NeuronCircuit(**common, **dict(zip(names, values, strict=True)))
-    except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error_line(error)
-        raise ArtifactError(f"{path} is not a valid artifact ({what}); fetch it again.") from error
-
-
-def _encoders(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[int, FeatureEncoder]:
-    return {
-        int(layer): FeatureEncoder(
-            weights=tensors[f"{_ENCODER}{int(layer)}"],
-            bias=data["bias"],
-            threshold=data["threshold"],
-            centred=data["centred"],
-        )
-        for layer, data in config["encoders"].items()
-    }
-
-
-def _feature(data: Mapping[str, Any]) -> Feature:
-    known = _known(Feature, data)
-    known["contexts"] = tuple(FeatureContext(**_known(FeatureContext, one)) for one in known.get("contexts", ()))
-    for key in ("rates", "means_active", "promoted", "suppressed"):
-        known[key] = tuple(known.get(key, ()))
-    return Feature(**known)
-
-
-def _known(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the keys this version knows: a later one may write more."""
-    names = {entry.name for entry in fields(kind)}
-    return {key: value for key, value in data.items() if key in names}
-
-
-def _provenance(data: Mapping[str, Any]) -> Provenance:
-    known = _known(Provenance, data)
-    known["separation"] = {int(layer): value for layer, value in known.get("separation", {}).items()}
-    known["dropped"] = {str(key)[:100]: int(value) for key, value in known.get("dropped", {}).items()}
-    known["candidates"] = tuple(dict(one) for one in known.get("candidates", ()))
-    known["parents"] = tuple(str(parent)[:200] for parent in known.get("parents", ()))
-    return Provenance(**known)
