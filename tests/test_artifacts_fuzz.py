@@ -355,7 +355,7 @@ def test_more_entries_than_anything_is_drawn_from_are_refused(where: str, key: s
     (config[where] if where else config)[key] = value
     for name, data in with_config("vector", config).items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(ArtifactError, match=rf"{len(value):,} {key}; at most"):
+    with pytest.raises(ArtifactError, match=rf"{key}.*at most"):
         load(tmp_path)
 
 

@@ -70,7 +70,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def impatient(quick: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries are short, and none waits for the next."""
     monkeypatch.setattr("neurosteer.hub.client.QUICK_S", 1.5)
-    for module in ("pushing", "pulling"):
+    for module in ("commits", "pulling"):
         monkeypatch.setattr(f"neurosteer.hub.{module}._LEAST_S", 1.5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.5)

@@ -15,7 +15,7 @@ from tiny import Tiny
 from neurosteer import hub as library
 from neurosteer.artifacts.cards import is_generated
 from neurosteer.artifacts.storage import unpack
-from neurosteer.hub.pushing import _note
+from neurosteer.hub.commits import _note
 from neurosteer.steering.session import Session
 from neurosteer.ui.limits import visitors_token
 from neurosteer.ui.loading import Models

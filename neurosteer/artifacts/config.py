@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.features import Feature, FeatureContext, FeatureEncoder
+from neurosteer.artifacts.features import Feature, FeatureEncoder
 from neurosteer.artifacts.provenance import Provenance, Receipt, provenance_data
 from neurosteer.artifacts.strength import Calibration
 from neurosteer.artifacts.vector import SteeringVector
@@ -91,8 +91,8 @@ def artifact_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
             "method": config["method"],
             "parameters": dict(config.get("parameters", {})),
             "operation": config["operation"],
-            "calibration": Calibration(**_known(Calibration, config["calibration"])),
-            "provenance": _provenance(config.get("provenance", {})),
+            "calibration": Calibration(**config["calibration"]),
+            "provenance": Provenance(**config.get("provenance", {})),
             "receipts": tuple(Receipt(dict(data)) for data in config.get("receipts", [])),
         }
         if config["kind"] == SteeringVector.kind:
@@ -104,7 +104,7 @@ def artifact_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
                     if name.startswith(_DIRECTION)
                 },
                 norms={int(layer): value for layer, value in config["norms"].items()},
-                features=tuple(map(_feature, config.get("features", []))),
+                features=tuple(Feature(**one) for one in config.get("features", [])),
                 encoders=_encoders(config, tensors) if config["operation"] == "clamp" else {},
             )
         values = (tensors[name] for name in _CIRCUIT_TENSORS)
@@ -129,24 +129,7 @@ def _encoders(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     }
 
 
-def _feature(data: Mapping[str, Any]) -> Feature:
-    known = _known(Feature, data)
-    known["contexts"] = tuple(FeatureContext(**_known(FeatureContext, one)) for one in known.get("contexts", ()))
-    for key in ("rates", "means_active", "promoted", "suppressed"):
-        known[key] = tuple(known.get(key, ()))
-    return Feature(**known)
-
-
 def _known(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
     """Only the keys this version knows: a later one may write more."""
     names = {entry.name for entry in fields(kind)}
     return {key: value for key, value in data.items() if key in names}
-
-
-def _provenance(data: Mapping[str, Any]) -> Provenance:
-    known = _known(Provenance, data)
-    known["separation"] = {int(layer): value for layer, value in known.get("separation", {}).items()}
-    known["dropped"] = {str(key)[:100]: int(value) for key, value in known.get("dropped", {}).items()}
-    known["candidates"] = tuple(dict(one) for one in known.get("candidates", ()))
-    known["parents"] = tuple(str(parent)[:200] for parent in known.get("parents", ()))
-    return Provenance(**known)

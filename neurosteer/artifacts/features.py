@@ -1,37 +1,35 @@
 """SAE features as artifacts keep them: in words and figures, and with what tells how active they are."""
 
-import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from neurosteer.artifacts.common import check_tensor
+from neurosteer.artifacts.records import Count, Finite, record
 from neurosteer.errors import ArtifactError
 from neurosteer.text import shown
-from neurosteer.validation import check_text, is_finite, is_int
+from neurosteer.validation import is_finite
 
-_NEURONPEDIA = re.compile(r"https://(?:www\.)?neuronpedia\.org/[\w./-]{1,300}")
+_Around = Annotated[str, Field(strict=True, max_length=2000)]
+_Token = Annotated[str, Field(strict=True, max_length=500)]
+_Link = Annotated[str, Field(strict=True, pattern=r"^https://(www\.)?neuronpedia\.org/[\w./-]{1,300}$")]
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
+@record("feature context")
 class FeatureContext:
     """A place where a feature fires: the token with what stands before and after it, and the activation there."""
 
-    before: str
-    token: str
-    after: str
-    activation: float
-
-    def __post_init__(self) -> None:
-        for key in ("before", "token", "after"):
-            check_text(f"feature context's {key}", getattr(self, key), 2000, empty=True)
-        if not is_finite(self.activation):
-            raise ArtifactError(f"A feature context's activation is {shown(self.activation)}; it must be a number.")
+    before: _Around
+    token: _Around
+    after: _Around
+    activation: Finite
 
 
-@dataclass(frozen=True)
+@record("feature")
 class Feature:
     """One SAE feature that a vector is made of.
 
@@ -40,30 +38,17 @@ class Feature:
     `suppressed` are the tokens its decoder row raises and lowers most through the unembedding.
     """
 
-    layer: int
-    index: int
-    weight: float
-    score: float
-    rates: tuple[float, float]
-    means_active: tuple[float, float]
-    output_score: float | None = None
-    promoted: tuple[str, ...] = ()
-    suppressed: tuple[str, ...] = ()
+    layer: Count
+    index: Count
+    weight: Finite
+    score: Finite
+    rates: tuple[Finite, Finite]
+    means_active: tuple[Finite, Finite]
+    output_score: Finite | None = None
+    promoted: tuple[_Token, ...] = ()
+    suppressed: tuple[_Token, ...] = ()
     contexts: tuple[FeatureContext, ...] = ()
-    link: str | None = None
-
-    def __post_init__(self) -> None:
-        if not is_int(self.layer) or not is_int(self.index) or self.layer < 0 or self.index < 0:
-            raise ArtifactError(f"A feature is {shown(self.index)} of layer {shown(self.layer)}; both are counts.")
-        numbers = (self.weight, self.score, *self.rates, *self.means_active)
-        if len(self.rates) != 2 or len(self.means_active) != 2 or not all(map(is_finite, numbers)):
-            raise ArtifactError(f"Feature {self.index} of layer {self.layer} has figures that are no numbers.")
-        if self.output_score is not None and not is_finite(self.output_score):
-            raise ArtifactError(f"Feature {self.index} of layer {self.layer} has an output score that is no number.")
-        for token in (*self.promoted, *self.suppressed):
-            check_text("feature's token", token, 500, empty=True)
-        if self.link is not None and not _NEURONPEDIA.fullmatch(self.link):
-            raise ArtifactError(f"The link of a feature is {shown(self.link)}; it must lead to Neuronpedia.")
+    link: _Link | None = None
 
 
 @dataclass(frozen=True, eq=False)

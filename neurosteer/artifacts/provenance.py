@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from neurosteer.errors import ArtifactError
-from neurosteer.text import shown
-from neurosteer.validation import check_json, check_text, is_finite, is_int
+from pydantic import Field
 
-_MOST = {"candidates": 200, "separation": 1000, "dropped": 1000, "parents": 1000}
-"""How many entries each may have: whoever wrote them, cards and plots are drawn from them."""
+from neurosteer.artifacts.records import Count, Finite, Line, record
+from neurosteer.validation import check_json
+
+_FEW, _MANY = Field(max_length=200), Field(max_length=1000)
+"""How many entries there may be: whoever wrote them, cards and plots are drawn from them."""
 
 
-@dataclass(frozen=True)
+@record("provenance")
 class Provenance:
     """Where an artifact comes from: the data, how it was read, and why these layers.
 
@@ -20,40 +21,24 @@ class Provenance:
     share of each class that took no part in building (`building.held_out_half` tells which).
     """
 
-    created: str = ""
-    version: str = ""
-    examples: str = ""
-    examples_sha256: str = ""
-    n_positive: int = 0
-    n_negative: int = 0
-    n_cut: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    framing: str = ""
-    tokens: str = ""
-    layer_choice: str = ""
-    separation: Mapping[int, float] = field(default_factory=dict)
-    candidates: Sequence[Mapping[str, Any]] = ()
-    hold_out: float = 0.0
-    parents: Sequence[str] = ()
+    created: Line = ""
+    version: Line = ""
+    examples: Line = ""
+    examples_sha256: Line = ""
+    n_positive: Count = 0
+    n_negative: Count = 0
+    n_cut: Count = 0
+    dropped: Annotated[Mapping[Line, Count], _MANY] = field(default_factory=dict)
+    framing: Line = ""
+    tokens: Line = ""
+    layer_choice: Line = ""
+    separation: Annotated[Mapping[int, Finite], _MANY] = field(default_factory=dict)
+    candidates: Annotated[Sequence[Mapping[str, Any]], _FEW] = ()
+    hold_out: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    parents: Annotated[Sequence[Line], _MANY] = ()
 
     def __post_init__(self) -> None:
-        for key in ("created", "version", "examples", "examples_sha256", "framing", "tokens", "layer_choice"):
-            check_text(f"provenance {key}", getattr(self, key), 1000, empty=True)
-        for key in ("n_positive", "n_negative", "n_cut"):
-            if not is_int(getattr(self, key)) or getattr(self, key) < 0:
-                raise ArtifactError(f"The provenance's {key} is {shown(getattr(self, key))}; it must be a count.")
-        if not is_finite(self.hold_out) or not 0 <= self.hold_out < 1:
-            raise ArtifactError(f"The provenance's hold_out is {shown(self.hold_out)}; it must be a share below 1.")
-        for key, most in _MOST.items():
-            if len(getattr(self, key)) > most:
-                raise ArtifactError(f"The provenance has {len(getattr(self, key)):,} {key}; at most {most:,} are kept.")
-        check_json("provenance's counts and parents", [dict(self.dropped), list(self.parents)])
         check_json("provenance's candidates", [dict(one) for one in self.candidates])
-        for layer, value in self.separation.items():
-            if not is_int(layer) or not is_finite(value):
-                raise ArtifactError(
-                    f"The provenance's separation of layer {shown(layer)} is {shown(value)}; it must be a number."
-                )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What strength 1 of an artifact means."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Annotated
 
-from neurosteer.errors import ArtifactError
-from neurosteer.text import shown
-from neurosteer.validation import check_text, is_finite, is_int
+from pydantic import Field
+
+from neurosteer.artifacts.records import Count, Finite, Flag, Line, record
 
 DEFAULT_DOSE = 0.3
 DEFAULT_MULTIPLIER = 2.0
@@ -18,7 +19,7 @@ _DEFAULT_AMOUNTS = {
 }
 
 
-@dataclass(frozen=True)
+@record("calibration")
 class Calibration:
     """What strength 1 means. `amount` is a dose (add), a share (ablate), the activation a feature is held at (clamp), a
     multiplier (scale) or a number of class differences (shift); `amount_down`, of the same kind, is what strength −1
@@ -30,33 +31,17 @@ class Calibration:
     reached.
     """
 
-    amount: float
-    measured: bool = False
-    amount_down: float | None = None
-    target_kl: float | None = None
-    percentile: float | None = None
-    n_tokens: int | None = None
-    n_prompts: int | None = None
-    prompts_sha256: str = ""
-    kl: float | None = None
-    kl_down: float | None = None
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if not is_finite(self.amount):
-            raise ArtifactError(f"The calibrated amount is {shown(self.amount)}; it must be a finite number.")
-        if not isinstance(self.measured, bool):
-            raise ArtifactError(f"The calibration's 'measured' is {shown(self.measured)}; it must be true or false.")
-        for key in ("amount_down", "target_kl", "percentile", "kl", "kl_down"):
-            value = getattr(self, key)
-            if value is not None and not is_finite(value):
-                raise ArtifactError(f"The calibration's {key} is {shown(value)}; it must be a finite number.")
-        for key in ("n_tokens", "n_prompts"):
-            value = getattr(self, key)
-            if value is not None and not is_int(value):
-                raise ArtifactError(f"The calibration's {key} is {shown(value)}; it must be a count.")
-        check_text("calibration's note", self.note, 1000, empty=True)
-        check_text("calibration's prompts_sha256", self.prompts_sha256, 64, empty=True)
+    amount: Finite
+    measured: Flag = False
+    amount_down: Finite | None = None
+    target_kl: Finite | None = None
+    percentile: Finite | None = None
+    n_tokens: Count | None = None
+    n_prompts: Count | None = None
+    prompts_sha256: Annotated[str, Field(strict=True, max_length=64)] = ""
+    kl: Finite | None = None
+    kl_down: Finite | None = None
+    note: Line = ""
 
     def unmeasured(self) -> "Calibration":
         """The same amounts for an artifact that was changed, on which nothing was measured."""
