@@ -625,11 +625,12 @@ def test_an_edited_card_outlives_a_save_that_was_cut_between_its_two_renames(
     assert (folder / "README.md").read_text(encoding="utf-8") == "by hand"
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_over_and_over_leaves_an_artifact_that_loads(tmp_path: Path) -> None:
     save(make_vector(name="start"), tmp_path / "a")
     script = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from tiny import make_vector\nfrom neurosteer.storage import save\n"
+        "from tiny import make_vector\nfrom neurosteer.artifacts.storage import save\n"
         "print('ready', flush=True)\n"
         "for seed in range(10**6): save(make_vector(name=f'v{seed}', seed=seed), sys.argv[1])\n"
     )

@@ -112,6 +112,7 @@ def written(session: Session, *uses: tuple[Artifact, float]) -> str:
     return session.generate(PROMPT, Recipe.of(*uses), sampling=Sampling(greedy=True), max_new_tokens=60)[0].text
 
 
+@pytest.mark.slow
 def test_the_plain_transformers_snippet_steers_as_we_do_without_neurosteer(
     hub: FakeHub, tmp_path: Path, model_folder: Path
 ) -> None:

@@ -781,6 +781,7 @@ def test_pulling_into_a_folder_that_cannot_be_written_leaves_nothing(hub: FakeHu
     assert (tmp_path / "file").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_hub_by_its_address_alone(tmp_path: Path) -> None:
     """The server started as a program, the command line in a process of its own."""
     save_artifact(named("mood"), tmp_path / "mood")
@@ -811,6 +812,29 @@ def test_another_process_finds_the_hub_by_its_address_alone(tmp_path: Path) -> N
     assert [one.returncode for one in ran] == [0, 0], [one.stderr for one in ran]
     assert ran[0].stderr == "" and f"Published at {url}/alice/mood" in ran[0].stdout
     assert load(tmp_path / "back").name == "mood"
+
+
+def test_nothing_that_the_environment_says_of_the_hub_reaches_the_tests() -> None:
+    said = {
+        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_TOKEN": "hf_mine", "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HUGGING_FACE_HUB_TOKEN": "hf_mine", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    look = (
+        "import hermetic; from huggingface_hub import constants, get_token\n"
+        "print(constants.HF_HUB_OFFLINE, get_token(), constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", look],
+        env={**os.environ, **said},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split() == ["False", "None", "https://huggingface.co", "10"]
+    conftest = (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")
+    imported = [line.split()[1] for line in conftest.splitlines() if line.startswith(("import ", "from "))]
+    ours_or_others = [name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names]
+    assert ours_or_others[0] == "hermetic"
 
 
 # --- the server itself -----------------------------------------------------------------------------------------------
