@@ -12,23 +12,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.features import Feature
+from neurosteer.artifacts.metadata import HUB_ID, metadata
 from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.models.reference import ModelReference
 from neurosteer.text import one_line, printable, quoted
 from neurosteer.validation import is_finite
 
-LIBRARY = "neurosteer"
-"""What cards name as their library and first tag; `search` finds repos by it."""
-
-CARD_FILE = "README.md"
 LISTED_FEATURES = 20
 SEPARATION_PLOT, EVALUATION_PLOT = "separation.png", "evaluation.png"
 PLOTS = (SEPARATION_PLOT, EVALUATION_PLOT)
@@ -45,7 +39,6 @@ _MEANING = {
     "scale": "strength 1 multiplies the neurons by {amount:.3g}; strength −1 by {opposite:.3g}",
     "shift": "strength 1 adds {amount:.3g} class differences to each neuron",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _MARK = "<!-- Written by NeuroSteer; what you change above is kept. SHA-256: {digest} -->\n"
 _MARKED = re.compile(re.escape(_MARK.strip()).replace(re.escape("{digest}"), "([0-9a-f]{64})") + r"\s*\Z")
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&!@$]|(?<=www)\.|:(?=//)|^[-+=]", re.IGNORECASE)
@@ -118,10 +111,10 @@ def render_card(
     parts = (repo or "").split("/")
     return _rendered(
         "card.md.jinja",
-        metadata=_metadata([artifact], licence),
+        metadata=metadata([artifact], licence),
         artifact=artifact,
         remote=repo is not None,
-        on_hub=_HUB_ID.fullmatch(artifact.model.name) is not None,
+        on_hub=HUB_ID.fullmatch(artifact.model.name) is not None,
         reference=repo or f"./{artifact.name}",
         repo="/".join(parts[:2]),
         folder="".join(f"{part}/" for part in parts[2:]),
@@ -137,7 +130,7 @@ def render_pack_card(artifacts: Sequence[Artifact], *, repo: str, licence: str |
     """The card of a repo that holds `artifacts`, one at least, in folders of their names."""
     return _rendered(
         "pack.md.jinja",
-        metadata=_metadata(artifacts, licence),
+        metadata=metadata(artifacts, licence),
         title=repo.rpartition("/")[2],
         artifacts=artifacts,
         reference=f"{repo}/{artifacts[0].name}",
@@ -187,73 +180,6 @@ def _templates() -> Environment:
         "fires": lambda rates: " / ".join(f"{rate:.2%}" for rate in rates),
     }
     return environment
-
-
-# --- metadata --------------------------------------------------------------------------------------------------------
-
-
-def _metadata(artifacts: Sequence[Artifact], licence: str | None) -> str:
-    """The Hub's metadata as YAML. `neurosteer` holds what `search` shows of a repo without fetching its artifacts."""
-    models = sorted({one.model.name for one in artifacts if _HUB_ID.fullmatch(one.model.name)})
-    other = licence == "other"  # the Hub wants a name and a link for it
-    data = ModelCardData(
-        license=licence,
-        license_name="see-the-card" if other else None,
-        license_link=CARD_FILE if other else None,
-        base_model=(models[0] if len(models) == 1 else models) or None,
-        library_name=LIBRARY,
-        pipeline_tag="text-generation",
-        tags=[LIBRARY, *sorted({one.kind for one in artifacts})],
-        base_model_relation="adapter" if models else None,
-    ).to_dict()
-    measured = [entry for one in artifacts if (entry := _model_index(one))]
-    if measured:
-        data["model-index"] = measured
-    data[LIBRARY] = {"artifacts": [_summary(one) for one in artifacts]}
-    return yaml_dump(data, sort_keys=False, width=1 << 20).rstrip()
-
-
-def _summary(artifact: Artifact) -> dict[str, Any]:
-    model = artifact.model
-    return {
-        "name": artifact.name,
-        "kind": artifact.kind,
-        "method": one_line(artifact.method),
-        "description": one_line(artifact.description)[:200],
-        "base_model": one_line(model.name),
-        "shape": shape_tag(model),
-    }
-
-
-def shape_tag(model: ModelReference) -> str:
-    """Layers, width and MLP width, as cards name a model's shape: '30x576x1536'."""
-    return f"{model.n_layers}x{model.d_model}x{model.d_mlp}"
-
-
-def _model_index(artifact: Artifact) -> dict[str, Any] | None:
-    """What receipts say in the Hub's terms, from those that hold `metrics`: a list of `{type, name, value}`, and the
-    `dataset` they were measured on: `{type, name}`. Results of no dataset that has a name are left out."""
-    results = []
-    for receipt in artifact.receipts:
-        found = receipt.data.get("dataset")
-        dataset = found if isinstance(found, Mapping) else {}
-        name = one_line(dataset.get("name") or dataset.get("type") or "")
-        measured = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=one_line(dataset.get("type") or name),
-                dataset_name=name,
-                metric_type=one_line(one["type"]),
-                metric_name=one_line(one.get("name", one["type"])),
-                metric_value=one["value"],
-            )
-            for one in _dicts(receipt.data.get("metrics"))
-            if isinstance(one.get("type"), str) and is_finite(one.get("value"))
-        ]
-        if measured and name:  # by receipt: the client joins those of one type of dataset
-            data = ModelCardData(model_name=artifact.name, eval_results=measured).to_dict()
-            results += data["model-index"][0]["results"]
-    return {"name": artifact.name, "results": results} if results else None
 
 
 # --- the parts of a card ---------------------------------------------------------------------------------------------
@@ -333,7 +259,7 @@ def _what(artifact: Artifact) -> str:
 
 def _model_link(name: str) -> str:
     """A model's name as Markdown, with a link where it is a Hub id."""
-    return f"[{_code(name)}](https://huggingface.co/{name})" if _HUB_ID.fullmatch(name) else _code(name)
+    return f"[{_code(name)}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else _code(name)
 
 
 def _feature_link(feature: Feature) -> str:
@@ -363,10 +289,6 @@ def _code(token: str) -> str:
 def _literal(text: str) -> str:
     """`text` as Python source."""
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
-
-
-def _dicts(value: object) -> list[Mapping[str, Any]]:
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
 # --- features --------------------------------------------------------------------------------------------------------

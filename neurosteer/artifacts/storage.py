@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.cards import CARD_FILE, EVALUATION_PLOT, is_generated, render_card
+from neurosteer.artifacts.cards import EVALUATION_PLOT, is_generated, render_card
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.config import SCHEMA_VERSION, artifact_data, artifact_of, expected_shapes, tensors_of
+from neurosteer.artifacts.metadata import CARD_FILE
 from neurosteer.artifacts.plots import receipt_plot
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError

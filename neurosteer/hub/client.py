@@ -126,9 +126,10 @@ def _within(seconds: float) -> Iterator[None]:
     The client itself waits without limit for a server that says nothing, and for an hour when it is asked to. So its
     requests get limits of their own, in the thread that makes them: none is left behind.
     """
-    for hooks, hook in zip(get_session().event_hooks.values(), (_limit, _refuse_long_pause), strict=True):
-        if hook not in hooks:
-            hooks.append(hook)
+    hooks: dict[str, list[Callable[[Any], Any]]] = get_session().event_hooks
+    for when, hook in (("request", _limit), ("response", _refuse_long_pause)):
+        if hook not in hooks[when]:
+            hooks[when].append(hook)
     token = _until.set(time.monotonic() + seconds)
     try:
         yield

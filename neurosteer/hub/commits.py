@@ -11,7 +11,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.cards import CARD_FILE, LIBRARY, PLOTS, is_generated, render_card, render_pack_card
+from neurosteer.artifacts.cards import PLOTS, is_generated, render_card, render_pack_card
+from neurosteer.artifacts.metadata import CARD_FILE, LIBRARY
 from neurosteer.artifacts.storage import CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, load
 from neurosteer.errors import ArtifactError, HubError
 from neurosteer.hub.client import Hub

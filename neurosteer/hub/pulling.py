@@ -13,7 +13,7 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.cards import CARD_FILE
+from neurosteer.artifacts.metadata import CARD_FILE
 from neurosteer.artifacts.storage import CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable, UsageError
 from neurosteer.hub.client import Hub, Token, check_time, connect, is_offline

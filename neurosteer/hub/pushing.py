@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.cards import CARD_FILE, EVALUATION_PLOT, SEPARATION_PLOT, is_generated
+from neurosteer.artifacts.cards import EVALUATION_PLOT, SEPARATION_PLOT, is_generated
 from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.metadata import CARD_FILE
 from neurosteer.artifacts.plots import separation_plot
 from neurosteer.artifacts.storage import CONFIG_FILE, WEIGHTS_FILE, load, save
 from neurosteer.artifacts.vector import SteeringVector

@@ -9,7 +9,7 @@ from itertools import islice
 
 from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
 
-from neurosteer.artifacts.cards import LIBRARY
+from neurosteer.artifacts.metadata import LIBRARY
 from neurosteer.artifacts.storage import CONFIG_FILE, WEIGHTS_FILE
 from neurosteer.errors import HubError, UsageError
 from neurosteer.hub.client import Hub

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 
-from neurosteer.artifacts.cards import LIBRARY, shape_tag
 from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.metadata import LIBRARY, shape_tag
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.hub.client import Token, connect
