@@ -15,7 +15,9 @@ from neurosteer.validation import is_finite
 
 _Around = Annotated[str, Field(strict=True, max_length=2000)]
 _Token = Annotated[str, Field(strict=True, max_length=500)]
-_Link = Annotated[str, Field(strict=True, pattern=r"^https://(www\.)?neuronpedia\.org/[\w./-]{1,300}$")]
+_Link = Annotated[
+    str, Field(strict=True, max_length=350, pattern=r"^https://(www\.)?neuronpedia\.org/[A-Za-z0-9_./-]+$")
+]
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
