@@ -20,7 +20,7 @@ from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.metadata import HUB_ID, metadata
 from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.text import one_line, printable, quoted
+from neurosteer.text import flat, printable, quoted
 from neurosteer.validation import is_finite
 
 LISTED_FEATURES = 20
@@ -194,7 +194,7 @@ def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
     found = table.get("rows")
     rows = [row for row in found if isinstance(row, list)] if isinstance(found, list) else []
     padded = [[*row, *[""] * len(columns)][: len(columns)] for row in rows[:_MOST_ROWS]]
-    return {"title": one_line(table.get("title") or ""), "columns": columns, "rows": padded}
+    return {"title": flat(table.get("title") or ""), "columns": columns, "rows": padded}
 
 
 def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
@@ -271,13 +271,13 @@ def _feature_link(feature: Feature) -> str:
 
 def _text(value: object) -> str:
     """`value` as Markdown that shows it as it is, on one line."""
-    escaped = _SPECIAL.sub(r"\\\g<0>", one_line(value))
+    escaped = _SPECIAL.sub(r"\\\g<0>", flat(value))
     return _NUMBERED.sub(r"\1\\\2", escaped)
 
 
 def _cell(value: object) -> str:
     """`value` as Markdown inside a table."""
-    return f"{value:.4g}" if is_finite(value) else _text(one_line(value)[:_LONGEST_CELL])
+    return f"{value:.4g}" if is_finite(value) else _text(flat(value)[:_LONGEST_CELL])
 
 
 def _code(token: str) -> str:

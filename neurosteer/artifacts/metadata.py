@@ -9,7 +9,7 @@ from huggingface_hub.utils import yaml_dump
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.models.reference import ModelReference
-from neurosteer.text import one_line
+from neurosteer.text import flat
 from neurosteer.validation import is_finite
 
 CARD_FILE = "README.md"
@@ -45,9 +45,9 @@ def _summary(artifact: Artifact) -> dict[str, Any]:
     return {
         "name": artifact.name,
         "kind": artifact.kind,
-        "method": one_line(artifact.method),
-        "description": one_line(artifact.description)[:200],
-        "base_model": one_line(model.name),
+        "method": flat(artifact.method),
+        "description": flat(artifact.description)[:200],
+        "base_model": flat(model.name),
         "shape": shape_tag(model),
     }
 
@@ -64,14 +64,14 @@ def _model_index(artifact: Artifact) -> dict[str, Any] | None:
     for receipt in artifact.receipts:
         found = receipt.data.get("dataset")
         dataset = found if isinstance(found, Mapping) else {}
-        name = one_line(dataset.get("name") or dataset.get("type") or "")
+        name = flat(dataset.get("name") or dataset.get("type") or "")
         measured = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=one_line(dataset.get("type") or name),
+                dataset_type=flat(dataset.get("type") or name),
                 dataset_name=name,
-                metric_type=one_line(one["type"]),
-                metric_name=one_line(one.get("name", one["type"])),
+                metric_type=flat(one["type"]),
+                metric_name=flat(one.get("name", one["type"])),
                 metric_value=one["value"],
             )
             for one in _dicts(receipt.data.get("metrics"))

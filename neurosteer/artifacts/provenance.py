@@ -34,7 +34,7 @@ class Provenance:
     layer_choice: Line = ""
     separation: Annotated[Mapping[int, Finite], _MANY] = field(default_factory=dict)
     candidates: Annotated[Sequence[Mapping[str, Any]], _FEW] = ()
-    hold_out: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    hold_out: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
     parents: Annotated[Sequence[Line], _MANY] = ()
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from neurosteer.errors import HubError, HubUnreachable
-from neurosteer.text import one_line
+from neurosteer.text import flat
 
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
 
@@ -175,7 +175,7 @@ def _said(error: HfHubHTTPError, asked: Asked) -> str:
 
 def _shown(text: str, asked: Asked) -> str:
     """What a server said, as a sentence on one line, not too long, and without the token whatever happens."""
-    line = one_line(text)
+    line = flat(text)
     return (line.replace(asked.token, "(token)") if asked.token else line)[:200].rstrip(".") + "."
 
 
