@@ -20,6 +20,7 @@ from neurosteer.circuits import (
     attribute,
     everyday_prompts,
     find_universal,
+    find_unspecific,
     next_tokens,
 )
 from neurosteer.errors import Cancelled, MismatchError, UsageError
@@ -294,6 +295,16 @@ def test_universal_neurons_are_excluded_by_default_and_found_once() -> None:
     assert (0, 17) in {(row.layer, row.neuron) for row in replace(found, keep_universal=True).rows()}
 
 
+def test_a_specific_attribution_leaves_out_what_everyday_answers_are_owed_to_as_well(llama: Tiny) -> None:
+    found = attribute(llama.lm, PROMPTS[0], TARGETS[0], raw=True, specific=True)
+    assert found.universal is not None
+    assert set(found.left_out) == set(find_unspecific(llama.lm).all) > set(find_universal(llama.lm).all)
+    refused(
+        lambda: attribute(llama.lm, PROMPTS[0], TARGETS[0], specific=True, keep_universal=True),
+        UsageError, "specific", "keep_universal",
+    )  # fmt: skip
+
+
 def test_there_are_twenty_different_everyday_prompts() -> None:
     assert len(set(everyday_prompts())) == 20
     assert all(prompt == prompt.strip() for prompt in everyday_prompts())
@@ -309,6 +320,8 @@ def test_of_a_target_of_several_tokens_the_first_one_is_meant_and_it_says_so(lla
     assert choice.target.is_part and choice.target.given == " over the river"
     (whole,) = next_tokens(llama.lm, "we sing", llama.lm.tokenizer.decode([tokens[0]]), raw=True)
     assert whole.target.id == tokens[0] and not whole.target.is_part
+    found = attribute(llama.lm, ["we sing", "we run"], " over the river", raw=True, keep_universal=True)
+    assert found.notes == (f"' over the river' is {len(tokens)} tokens; its first, {choice.target.text!r}, is taken.",)
 
 
 def test_the_chat_template_and_the_beginning_of_the_answer_stand_before_the_target(llama: Tiny) -> None:
