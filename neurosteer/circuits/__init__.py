@@ -15,7 +15,7 @@ from neurosteer.circuits.graph.pictures import dot, figure, figure_html, text_di
 from neurosteer.circuits.parts import at_multiplier, part, random_like
 from neurosteer.circuits.relp.attribution import AGGREGATES, Attribution, attribute
 from neurosteer.circuits.relp.choices import Choice, NextToken, next_tokens
-from neurosteer.circuits.relp.linearised import ATTENTIONS, LinearPass, linear_logits, linear_pass, linearised
+from neurosteer.circuits.relp.linearised import ATTENTIONS, LinearPass, linear_pass, linearised
 from neurosteer.circuits.relp.scores import METRICS, NeuronScore, PromptAttribution
 from neurosteer.circuits.relp.selection import RULES, Selection
 from neurosteer.circuits.relp.specific import find_unspecific
@@ -60,7 +60,6 @@ __all__ = [
     "find_edges",
     "find_universal",
     "find_unspecific",
-    "linear_logits",
     "linear_pass",
     "linearised",
     "measure_faithfulness",

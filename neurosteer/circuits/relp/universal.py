@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from neurosteer.circuits.relp.choices import Choice, likely_choices
-from neurosteer.circuits.relp.linearised import batch_tokens_for, padded
+from neurosteer.circuits.relp.linearised import batch_tokens_for
 from neurosteer.circuits.relp.scores import score_prompts
 from neurosteer.circuits.relp.weights import Neuron, edge_weights, super_weights
 from neurosteer.errors import UsageError
 from neurosteer.examples.files import assets_folder
-from neurosteer.models.batching import length_batches
+from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
@@ -116,7 +116,7 @@ def _among_strongest(lm: LanguageModel, batch: Sequence[Choice], count: int) -> 
         for layer, down in enumerate(lm.down_projections)
     ]
     with torch.inference_mode(), hooked(hooks):
-        lm.decoder(input_ids=padded(lm, [choice.ids for choice in batch]), use_cache=False)
+        lm.decoder(input_ids=padded([choice.ids for choice in batch], lm.pad_id).to(lm.device), use_cache=False)
     return counts
 
 
