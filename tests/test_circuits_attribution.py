@@ -16,7 +16,7 @@ from neurosteer.circuits import (
     RULES,
     Attribution,
     Selection,
-    UniversalNeurons,
+    CommonNeurons,
     attribute,
     everyday_prompts,
     find_universal,
@@ -221,7 +221,7 @@ def test_the_union_keeps_what_any_prompt_selects_by_its_own_metric(llama: Tiny) 
 
 
 def test_a_circuit_records_how_it_was_found_and_can_be_kept(llama: Tiny, tmp_path: object) -> None:
-    universal = UniversalNeurons(((0, 1), (2, 3)), ((1, 5),))
+    universal = CommonNeurons(((0, 1), (2, 3)), ((1, 5),))
     found = attributed(llama, keep_universal=False, universal=universal, attention="frozen")
     circuit = found.circuit("kept", select=Selection("per_layer", 2), aggregate="union")
     save(circuit, f"{tmp_path}/kept")
@@ -248,7 +248,7 @@ def test_a_circuit_records_how_it_was_found_and_can_be_kept(llama: Tiny, tmp_pat
 def test_universal_neurons_are_left_out_unless_kept(llama: Tiny) -> None:
     everything = attributed(llama)
     gone = [(row.layer, row.neuron) for row in everything.rows(Selection("top_k", 3))]
-    universal = UniversalNeurons(tuple(gone[:2]), tuple(gone[2:]))
+    universal = CommonNeurons(tuple(gone[:2]), tuple(gone[2:]))
     found = attributed(llama, keep_universal=False, universal=universal)
     assert not {(row.layer, row.neuron) for row in found.rows()} & set(gone)
     assert not members(found.circuit()).keys() & set(gone)

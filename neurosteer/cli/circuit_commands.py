@@ -362,6 +362,8 @@ def print_faithfulness(result: "Faithfulness") -> None:
         f"Metric: {result.full:+.4f} with all neurons, {result.empty:+.4f} with all ablated. "
         f"Area under faithfulness {result.area:.3f}{chance}."
     )
+    if result.same_prompts:
+        out.print("The neurons were ranked on the prompts they are measured on; on others they keep less.")
 
 
 def _faithfulness_data(result: "Faithfulness") -> dict[str, Any]:

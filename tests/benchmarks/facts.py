@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.circuits import (
     Selection,
-    UniversalNeurons,
+    CommonNeurons,
     at_multiplier,
     attribute,
     find_universal,
@@ -94,7 +94,7 @@ def measure(
     size: int,
     draws: int,
     named: bool,
-    left_out: UniversalNeurons,
+    left_out: CommonNeurons,
 ) -> None:
     """A table of the facts, each with its circuit of `size` neurons ablated."""
     plain = best_tokens(lm, unrelated)

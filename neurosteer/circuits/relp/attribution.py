@@ -19,7 +19,7 @@ from neurosteer.circuits.relp.linearised import Attention
 from neurosteer.circuits.relp.scores import METRICS, PER_POSITION, Metric, NeuronScore, PromptAttribution, score_prompts
 from neurosteer.circuits.relp.selection import Selection
 from neurosteer.circuits.relp.specific import find_unspecific
-from neurosteer.circuits.relp.universal import UniversalNeurons, find_universal
+from neurosteer.circuits.relp.universal import CommonNeurons, find_universal
 from neurosteer.errors import MismatchError, UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.reference import ModelReference
@@ -39,7 +39,7 @@ class Attribution:
     model: ModelReference
     prompts: tuple[PromptAttribution, ...]
     tokens: tuple[tuple[str, ...], ...]
-    universal: UniversalNeurons | None = None
+    universal: CommonNeurons | None = None
     keep_universal: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -187,7 +187,7 @@ def attribute(
     seed_response: str = "",
     keep_universal: bool = False,
     specific: bool = False,
-    universal: UniversalNeurons | None = None,
+    universal: CommonNeurons | None = None,
     within: NeuronCircuit | None = None,
     per_position: int = PER_POSITION,
     batch_tokens: int | None = None,

@@ -30,11 +30,12 @@ _EDGE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class UniversalNeurons:
-    """Neurons as (layer, neuron) that everyday prompts have in common.
+class CommonNeurons:
+    """Neurons as (layer, neuron) that everyday prompts have in common, so that they explain no single answer.
 
     `neurons` are among their layer's `top_per_layer` by |activation| at the last token of at least `share` of the
-    `n_prompts`. `super_weights` have edges that are outliers in at least half of those prompts that were looked at.
+    `n_prompts`; `find_unspecific` adds those that everyday answers are owed to. `super_weights` have edges that are
+    outliers in at least half of those prompts that were looked at.
     """
 
     neurons: tuple[tuple[int, int], ...]
@@ -56,7 +57,7 @@ def everyday_prompts() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
-_FOUND: "weakref.WeakKeyDictionary[LanguageModel, UniversalNeurons]" = weakref.WeakKeyDictionary()
+_FOUND: "weakref.WeakKeyDictionary[LanguageModel, CommonNeurons]" = weakref.WeakKeyDictionary()
 
 
 def find_universal(
@@ -67,7 +68,7 @@ def find_universal(
     share: float = SHARE_OF_PROMPTS,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
-) -> UniversalNeurons:
+) -> CommonNeurons:
     """Find universal neurons and super weights over `prompts`, read without a chat template.
 
     With everything left at its default the answer is kept for as long as the model is. Raises `UsageError` for an empty
@@ -88,7 +89,7 @@ def find_universal(
         check_cancelled(cancel, "Finding universal neurons")
         counts += _among_strongest(lm, [choices[index] for index in indices], top_per_layer)
     found = (counts >= int(share * len(choices))).nonzero().tolist()
-    universal = UniversalNeurons(
+    universal = CommonNeurons(
         neurons=tuple((layer, neuron) for layer, neuron in found),
         super_weights=_super_weights(lm, choices, progress, cancel),
         n_prompts=len(choices),
