@@ -15,8 +15,8 @@ from neurosteer.artifacts.storage import load, save
 from neurosteer.circuits import (
     RULES,
     Attribution,
-    Selection,
     CommonNeurons,
+    Selection,
     attribute,
     everyday_prompts,
     find_universal,

@@ -10,7 +10,7 @@ from checks import refused
 from tiny import D_MLP, N_LAYERS, Tiny, make_circuit, make_tiny, naive_states, own_hooks, texts
 from torch import Tensor
 
-from neurosteer.circuits import Attribution, Faithfulness, CommonNeurons, attribute, measure_faithfulness
+from neurosteer.circuits import Attribution, CommonNeurons, Faithfulness, attribute, measure_faithfulness
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 
 PROMPTS = ["the cat runs over the river", "we sing", "they never thank the happy dog again."]

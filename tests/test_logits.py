@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import D_MLP, D_MODEL, N_LAYERS, Tiny, byte_tokenizer, first, make_vector, own_hooks, random_model, tiny_config
+from tiny import (
+    D_MLP,
+    D_MODEL,
+    N_LAYERS,
+    Tiny,
+    byte_tokenizer,
+    first,
+    make_vector,
+    own_hooks,
+    random_model,
+    tiny_config,
+)
 from torch import Tensor
 from transformers import (
     Cohere2Config,
@@ -132,9 +143,7 @@ def test_divergences_are_those_of_the_distributions_that_the_model_draws_from(na
     this = model_of(name)
     recipe, push = steering(this)
     before, after = this.lm.token_ids(PROMPT), this.lm.token_ids(TEXT)
-    plain, steered = (
-        true_logits(this, [*before, *after], *how)[len(before) - 1 : -1] for how in ((), (1, push))
-    )
+    plain, steered = (true_logits(this, [*before, *after], *how)[len(before) - 1 : -1] for how in ((), (1, push)))
     found = token_divergences(this.lm, recipe, PROMPT, TEXT, raw=True)
     assert sum(one.score for one in found) == pytest.approx(float(naive_kl(steered, plain).sum()), rel=1e-3)
     texts = unsteered_texts(this.lm, [PROMPT], 4, raw=True)

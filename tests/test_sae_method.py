@@ -41,12 +41,12 @@ from neurosteer.building.build import build_each
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import neutral_prompts
+from neurosteer.methods.sae import _held_out_fifth
 from neurosteer.models.loading import describe_model
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import FeatureStatistics
 from neurosteer.saes.loading import load_sae
-from neurosteer.methods.sae import _held_out_fifth
 from neurosteer.saes.words import DESCRIBED, output_scores, promoted_tokens
 
 LAYERS = (1, 2)

@@ -29,6 +29,8 @@ def surprises(
     ]
     there = [place for place, text in enumerate(texts) if text.count]
     found = torch.zeros(len(texts), dtype=torch.float64)
-    read = log_likelihoods(lm, [texts[place] for place in there], [UNSTEERED], what="Measuring perplexity", cancel=cancel)
+    read = log_likelihoods(
+        lm, [texts[place] for place in there], [UNSTEERED], what="Measuring perplexity", cancel=cancel
+    )
     found[there] = -read[0]
     return found

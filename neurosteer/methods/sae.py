@@ -122,9 +122,7 @@ def _probe_weights(statistics: FeatureStatistics, n_positive: int, paired: bool)
     spread = np.sqrt(np.maximum(mean_square - mean**2, 0.0))
     scaled = matrix.multiply(1 / np.maximum(spread, spread.mean() * 1e-3 + 1e-12)).tocsr()
     others, held_out = _held_out_fifth(labels, paired)
-    probes = [
-        LogisticRegression(l1_ratio=1.0, solver="liblinear", C=penalty, random_state=0) for penalty in _PENALTIES
-    ]
+    probes = [LogisticRegression(l1_ratio=1.0, solver="liblinear", C=penalty, random_state=0) for penalty in _PENALTIES]
     right = [probe.fit(scaled[others], labels[others]).score(scaled[held_out], labels[held_out]) for probe in probes]
     for place in sorted(range(len(probes)), key=lambda place: -right[place]):
         found = probes[place].fit(scaled, labels).coef_[0]

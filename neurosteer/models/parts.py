@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.circuits import (
-    Selection,
     CommonNeurons,
+    Selection,
     at_multiplier,
     attribute,
     find_universal,
