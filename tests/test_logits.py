@@ -1,4 +1,4 @@
-"""What depends on how an architecture makes logits of hidden states and normalises: held against the models themselves."""
+"""How architectures make logits of hidden states, and normalise: the library held against the models themselves."""
 
 from functools import cache
 from typing import Any

@@ -29,8 +29,6 @@ def surprises(
     ]
     there = [place for place, text in enumerate(texts) if text.count]
     found = torch.zeros(len(texts), dtype=torch.float64)
-    read = log_likelihoods(
-        lm, [texts[place] for place in there], [UNSTEERED], what="Measuring perplexity", cancel=cancel
-    )
-    found[there] = -read[0]
+    read = [texts[place] for place in there]
+    found[there] = -log_likelihoods(lm, read, [UNSTEERED], what="Measuring perplexity", cancel=cancel)[0]
     return found

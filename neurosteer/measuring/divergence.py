@@ -26,8 +26,8 @@ _POSITIONS_AT_ONCE = 256
 
 @dataclass(frozen=True, eq=False)
 class UnsteeredTexts:
-    """Texts of each of which `n_tokens` tokens count, such as prompts with their unsteered greedy continuations, and the
-    unsteered log-probabilities of every next token along those, float32 `[n_texts, n_tokens, vocab]`."""
+    """Texts in each of which `n_tokens` tokens count (such as prompts with their unsteered greedy continuations), and
+    the unsteered log-probabilities of every next token along those, float32 `[n_texts, n_tokens, vocab]`."""
 
     texts: tuple[ForcedText, ...]
     n_tokens: int

@@ -40,8 +40,8 @@ class Replacement:
 class Bench:
     """The prompts of an attribution, padded on the right, ready to be run with any neurons ablated.
 
-    `ids` and `lasts` (true at each prompt's end) are `[prompts, seq]`, `targets` and `others` `[prompts, 1]`; `others` is
-    None where the metric is the target's logit alone. All stay on the CPU, since a model's layers and its LM head may
+    `ids` and `lasts` (true at each prompt's end) are `[prompts, seq]`, `targets` and `others` `[prompts, 1]`; `others`
+    is None where the metric is the target's logit alone. All stay on the CPU, since a model's layers and its LM head may
     lie on several devices: what a batch needs goes where it is needed.
     """
 
