@@ -41,8 +41,8 @@ class Bench:
     """The prompts of an attribution, padded on the right, ready to be run with any neurons ablated.
 
     `ids` and `lasts` (true at each prompt's end) are `[prompts, seq]`, `targets` and `others` `[prompts, 1]`; `others`
-    is None where the metric is the target's logit alone. All stay on the CPU, since a model's layers and its LM head may
-    lie on several devices: what a batch needs goes where it is needed.
+    is None where the metric is the target's logit alone. All stay on the CPU, since a model's layers and its LM head
+    may lie on several devices: what a batch needs goes where it is needed.
     """
 
     lm: LanguageModel
