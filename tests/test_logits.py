@@ -1,6 +1,8 @@
 """How architectures make logits of hidden states, and normalise: the library held against the models themselves."""
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,8 +35,9 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+import neurosteer
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.circuits import attribute, measure_faithfulness, next_token_probs, top_predictions
+from neurosteer.circuits import attribute, linear_pass, measure_faithfulness, next_token_probs, top_predictions
 from neurosteer.circuits.relp.choices import likely_choices
 from neurosteer.evaluation.damage import surprises
 from neurosteer.measuring.divergence import divergences, kl_percentile, unsteered_texts
@@ -195,6 +198,26 @@ def test_scores_are_shares_of_the_scaled_logit(name: str) -> None:
     torch.testing.assert_close(ours, theirs * scale, rtol=1e-3, atol=1e-4 * scale * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["granite", "gemma2", "gemma4", "olmo"])
+def test_shares_of_the_last_neurons_and_of_what_passes_them_by_add_up_to_the_logit(name: str) -> None:
+    """Also where a norm has no weight of its own, as OLMo's and some of Gemma 4's."""
+    this, streams = model_of(name), []
+    block = this.blocks[-1]
+    before_mlp = block.pre_feedforward_layernorm if name.startswith("gemma") else block.post_attention_layernorm
+    with (
+        own_hooks([(before_mlp, lambda _module, inputs: streams.append(inputs[0]))], before=True),
+        own_hooks([(block, lambda _module, _inputs, output: streams.append(first(output)))]),
+    ):
+        linear = linear_pass(this.lm, [this.lm.token_ids(PROMPT)], "frozen")
+    middle, end = streams
+    logit = linear.logits[0, 9]
+    to_neurons, to_stream = torch.autograd.grad(logit, (linear.neurons[-1], end))
+    by_neurons = float((to_neurons * linear.neurons[-1].detach()).sum())
+    assert by_neurons + float((to_stream * middle.detach()).sum()) == pytest.approx(float(logit), rel=1e-3, abs=1e-4)
+    assert float(logit) == pytest.approx(float(true_logits(this, this.lm.token_ids(PROMPT))[-1, 9]), rel=1e-3, abs=1e-5)
+    assert abs(by_neurons) > 1e-3
+
+
 @pytest.mark.parametrize("name", SCALED)
 def test_how_surprising_a_text_is_is_what_the_model_says(name: str) -> None:
     this = model_of(name)
@@ -202,6 +225,14 @@ def test_how_surprising_a_text_is_is_what_the_model_says(name: str) -> None:
     logprobs = true_logits(this, [*before, *after])[len(before) - 1 : -1].log_softmax(-1)
     wanted = -float(logprobs.gather(1, torch.tensor(after)[:, None]).sum())
     assert surprises(this.lm, [PROMPT, PROMPT], [after, []]).tolist() == pytest.approx([wanted, 0.0], rel=1e-4)
+
+
+def test_nobody_calls_the_head_alone_or_knows_what_becomes_of_its_output() -> None:
+    for path in Path(neurosteer.__file__).parent.rglob("*.py"):
+        found = re.search(
+            r"get_output_embeddings\(\)\(|softcapping|logit_scale|logits_scaling", path.read_text("utf-8")
+        )
+        assert not found, f"{path}: {found}; ask neurosteer.models.logits"
 
 
 def test_a_percentile_lies_between_its_neighbours_and_is_infinite_where_one_is() -> None:

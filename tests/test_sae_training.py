@@ -88,7 +88,7 @@ class CutAt:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sae_training, "_TEXTS_AT_ONCE", 10)
+        patch.setattr(sae_corpus, "_TEXTS_AT_ONCE", 10)
         return train_saes(tiny("llama").lm, TEXTS, [1, 2], tmp_path_factory.mktemp("saes") / "whole", OPTIONS)
 
 
