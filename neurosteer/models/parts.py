@@ -107,11 +107,13 @@ def probe_norm(norm: Module, shape: Sequence[int]) -> NormParts:
     3, Qwen3-Next, Nemotron) or nothing at all (OLMo 1). Hooks on the norm don't see the question.
     """
     weight = next(norm.parameters(), None)
-    ones = torch.ones(*shape, device=None if weight is None else weight.device)
+    ones = torch.ones(*shape, device=None if weight is None or weight.is_meta else weight.device)
     ones[..., 1::2] = -1.0
     up, down, shifted = norm_of(norm, torch.stack([ones, -ones, ones + 1.0]))
     near = 0.02 * float(up.abs().max())
-    return NormParts((up - down) / 2 * ones, (up + down) / 2, torch.allclose(up, shifted, rtol=0.0, atol=near))
+    return NormParts(
+        (up - down) / 2 * ones.to(up.device), (up + down) / 2, torch.allclose(up, shifted, rtol=0.0, atol=near)
+    )
 
 
 def norm_of(norm: Module, x: Tensor) -> Tensor:
