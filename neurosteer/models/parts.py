@@ -110,10 +110,8 @@ def probe_norm(norm: Module, shape: Sequence[int]) -> NormParts:
     ones = torch.ones(*shape, device=None if weight is None or weight.is_meta else weight.device)
     ones[..., 1::2] = -1.0
     up, down, shifted = norm_of(norm, torch.stack([ones, -ones, ones + 1.0]))
-    near = 0.02 * float(up.abs().max())
-    return NormParts(
-        (up - down) / 2 * ones.to(up.device), (up + down) / 2, torch.allclose(up, shifted, rtol=0.0, atol=near)
-    )
+    centres = torch.allclose(up, shifted, rtol=0.0, atol=0.02 * float(up.abs().max()))
+    return NormParts((up - down) / 2 * ones.to(up.device), (up + down) / 2, centres)
 
 
 def norm_of(norm: Module, x: Tensor) -> Tensor:
