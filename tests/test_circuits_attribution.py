@@ -15,11 +15,12 @@ from neurosteer.artifacts.storage import load, save
 from neurosteer.circuits import (
     RULES,
     Attribution,
+    CommonNeurons,
     Selection,
-    UniversalNeurons,
     attribute,
     everyday_prompts,
     find_universal,
+    find_unspecific,
     next_tokens,
 )
 from neurosteer.errors import Cancelled, MismatchError, UsageError
@@ -220,7 +221,7 @@ def test_the_union_keeps_what_any_prompt_selects_by_its_own_metric(llama: Tiny) 
 
 
 def test_a_circuit_records_how_it_was_found_and_can_be_kept(llama: Tiny, tmp_path: object) -> None:
-    universal = UniversalNeurons(((0, 1), (2, 3)), ((1, 5),))
+    universal = CommonNeurons(((0, 1), (2, 3)), ((1, 5),))
     found = attributed(llama, keep_universal=False, universal=universal, attention="frozen")
     circuit = found.circuit("kept", select=Selection("per_layer", 2), aggregate="union")
     save(circuit, f"{tmp_path}/kept")
@@ -247,7 +248,7 @@ def test_a_circuit_records_how_it_was_found_and_can_be_kept(llama: Tiny, tmp_pat
 def test_universal_neurons_are_left_out_unless_kept(llama: Tiny) -> None:
     everything = attributed(llama)
     gone = [(row.layer, row.neuron) for row in everything.rows(Selection("top_k", 3))]
-    universal = UniversalNeurons(tuple(gone[:2]), tuple(gone[2:]))
+    universal = CommonNeurons(tuple(gone[:2]), tuple(gone[2:]))
     found = attributed(llama, keep_universal=False, universal=universal)
     assert not {(row.layer, row.neuron) for row in found.rows()} & set(gone)
     assert not members(found.circuit()).keys() & set(gone)
@@ -294,6 +295,16 @@ def test_universal_neurons_are_excluded_by_default_and_found_once() -> None:
     assert (0, 17) in {(row.layer, row.neuron) for row in replace(found, keep_universal=True).rows()}
 
 
+def test_a_specific_attribution_leaves_out_what_everyday_answers_are_owed_to_as_well(llama: Tiny) -> None:
+    found = attribute(llama.lm, PROMPTS[0], TARGETS[0], raw=True, specific=True)
+    assert found.universal is not None
+    assert set(found.left_out) == set(find_unspecific(llama.lm).all) > set(find_universal(llama.lm).all)
+    refused(
+        lambda: attribute(llama.lm, PROMPTS[0], TARGETS[0], specific=True, keep_universal=True),
+        UsageError, "specific", "keep_universal",
+    )  # fmt: skip
+
+
 def test_there_are_twenty_different_everyday_prompts() -> None:
     assert len(set(everyday_prompts())) == 20
     assert all(prompt == prompt.strip() for prompt in everyday_prompts())
@@ -309,6 +320,8 @@ def test_of_a_target_of_several_tokens_the_first_one_is_meant_and_it_says_so(lla
     assert choice.target.is_part and choice.target.given == " over the river"
     (whole,) = next_tokens(llama.lm, "we sing", llama.lm.tokenizer.decode([tokens[0]]), raw=True)
     assert whole.target.id == tokens[0] and not whole.target.is_part
+    found = attribute(llama.lm, ["we sing", "we run"], " over the river", raw=True, keep_universal=True)
+    assert found.notes == (f"' over the river' is {len(tokens)} tokens; its first, {choice.target.text!r}, is taken.",)
 
 
 def test_the_chat_template_and_the_beginning_of_the_answer_stand_before_the_target(llama: Tiny) -> None:

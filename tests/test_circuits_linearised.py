@@ -9,7 +9,7 @@ from naive_circuits import naive_pass
 from tiny import ARCHITECTURES, VOCABULARY, Tiny, first, hook_count, make_tiny, own_hooks, tiny_next
 from torch import Tensor
 
-from neurosteer.circuits import linear_logits, linear_pass, linearised
+from neurosteer.circuits import linear_pass, linearised
 from neurosteer.circuits.relp.linearised import ATTENTIONS, Attention
 from neurosteer.errors import ModelError, UsageError
 
@@ -23,7 +23,7 @@ def some_ids(seed: int = 0, length: int = LENGTH) -> list[int]:
 def both(this: Tiny, ids: list[int], attention: Attention) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of two logits' difference with respect to the neurons, by the library and by hand."""
     linear = linear_pass(this.lm, [ids], attention)
-    logits = linear_logits(this.lm, linear.hidden[0, -1])
+    logits = linear.logits[0]
     ours = torch.autograd.grad(logits[7] - logits[11], linear.neurons)
     naive = naive_pass(this, ids, frozen=attention == "frozen")
     theirs = torch.autograd.grad(naive.logits[-1, 7] - naive.logits[-1, 11], naive.neurons)
@@ -51,8 +51,8 @@ def test_values_are_those_of_the_plain_model(each: Tiny, attention: Attention) -
     with linearised(each.lm, attention):
         inside = each.model(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(inside, plain, rtol=1e-6, atol=1e-6)
-    linear = linear_pass(each.lm, [ids], attention)
-    torch.testing.assert_close(linear_logits(each.lm, linear.hidden[0]).detach(), plain, rtol=1e-5, atol=1e-5)
+    linear = linear_pass(each.lm, [ids], attention, torch.ones(1, LENGTH, dtype=torch.bool))
+    torch.testing.assert_close(linear.logits.detach(), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -100,7 +100,7 @@ def test_with_frozen_attention_and_no_biases_neurons_and_residual_add_up_to_the_
     with own_hooks(keep):
         linear = linear_pass(this.lm, [ids], "frozen")
     middles = naive_pass(this, ids).middles
-    logit = linear_logits(this.lm, linear.hidden[0, -1])[9]
+    logit = linear.logits[0, 9]
     for layer, neurons in enumerate(linear.neurons):
         to_neurons, to_stream = torch.autograd.grad(logit, (neurons, streams[layer]), retain_graph=True)
         by_neurons = float((to_neurons * neurons.detach()).sum())
@@ -112,12 +112,11 @@ def test_with_frozen_attention_and_no_biases_neurons_and_residual_add_up_to_the_
 def test_rows_of_a_batch_give_what_they_give_alone(each: Tiny) -> None:
     rows = [some_ids(5, 4), some_ids(6, LENGTH), some_ids(7, 9)]
     together = linear_pass(each.lm, rows)
-    lasts = [len(row) - 1 for row in rows]
-    logits = linear_logits(each.lm, together.hidden[torch.arange(3), lasts])
+    logits = together.logits
     gradients = torch.autograd.grad(logits[:, 7].sum(), together.neurons)
     for place, row in enumerate(rows):
         alone = linear_pass(each.lm, [row])
-        logit = linear_logits(each.lm, alone.hidden[0, -1])[7]
+        logit = alone.logits[0, 7]
         assert float(logits[place, 7].detach()) == pytest.approx(float(logit.detach()), rel=1e-4, abs=1e-5)
         for ours, theirs in zip(gradients, torch.autograd.grad(logit, alone.neurons), strict=True):
             assert_close(ours[place, : len(row)], theirs[0])
@@ -126,7 +125,7 @@ def test_rows_of_a_batch_give_what_they_give_alone(each: Tiny) -> None:
 
 def test_no_weight_gets_a_gradient(llama: Tiny) -> None:
     linear = linear_pass(llama.lm, [some_ids()])
-    linear_logits(llama.lm, linear.hidden[0, -1])[0].backward()
+    linear.logits[0, 0].backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in llama.model.parameters())
 
 
@@ -134,7 +133,7 @@ def test_it_works_where_gradients_are_switched_off(llama: Tiny) -> None:
     for off in (torch.no_grad, torch.inference_mode):
         with off():
             linear = linear_pass(llama.lm, [some_ids()])
-        assert torch.autograd.grad(linear.hidden.sum(), linear.neurons)[0].any()
+        assert torch.autograd.grad(linear.logits.sum(), linear.neurons)[0].any()
 
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------
@@ -185,18 +184,37 @@ def test_another_kind_of_attention_is_refused(llama: Tiny) -> None:
     refused(lambda: linear_pass(llama.lm, [[1, 2]], "half"), UsageError, "'half'", "full, frozen")  # type: ignore[arg-type]
 
 
+class HalvedRMSNorm(torch.nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class SquashedRMSNorm(HalvedRMSNorm):
+    """No multiple of what goes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (1.0 + x.abs())
+
+
+def test_a_norm_is_asked_for_its_gain_and_not_its_name() -> None:
+    halved, plain = make_tiny("llama"), make_tiny("llama")
+    for layer in range(halved.lm.n_layers):
+        weight = halved.model.model.layers[layer].input_layernorm.weight.detach()
+        halved.model.model.layers[layer].input_layernorm = HalvedRMSNorm(weight)
+        plain.model.model.layers[layer].input_layernorm.weight.data.mul_(0.5)
+    ours, theirs = (linear_pass(this.lm, [some_ids()]) for this in (halved, plain))
+    for one, other in zip(*(torch.autograd.grad(x.logits[0, 7], x.neurons) for x in (ours, theirs)), strict=True):
+        assert_close(one, other)
+
+
 def test_a_norm_of_an_unknown_kind_is_refused() -> None:
-    class HalvedRMSNorm(torch.nn.Module):
-        def __init__(self, size: int) -> None:
-            super().__init__()
-            self.weight, self.eps = torch.nn.Parameter(torch.ones(size)), 1e-6
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 0.5 * self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-
     this = make_tiny("llama")
-    this.model.model.layers[1].input_layernorm = HalvedRMSNorm(this.lm.shape.d_model)
-    refused(lambda: linear_pass(this.lm, [[1, 2]]), ModelError, "HalvedRMSNorm", "tiny/llama")
+    this.model.model.layers[1].input_layernorm = SquashedRMSNorm(torch.ones(this.lm.shape.d_model))
+    refused(lambda: linear_pass(this.lm, [[1, 2]]), ModelError, "SquashedRMSNorm", "tiny/llama")
     assert hook_count(this.model) == 0
 
 
@@ -217,4 +235,4 @@ def test_attention_that_has_no_queries_cannot_be_frozen_but_differentiated() -> 
     del attention.q_proj
     refused(lambda: linear_pass(this.lm, [[1, 2]], "frozen"), ModelError, "block 0", "full")
     attention.q_proj = query
-    assert linear_pass(this.lm, [[1, 2]]).hidden.requires_grad
+    assert linear_pass(this.lm, [[1, 2]]).logits.requires_grad

@@ -10,7 +10,7 @@ from checks import refused
 from tiny import D_MLP, N_LAYERS, Tiny, make_circuit, make_tiny, naive_states, own_hooks, texts
 from torch import Tensor
 
-from neurosteer.circuits import Attribution, Faithfulness, UniversalNeurons, attribute, measure_faithfulness
+from neurosteer.circuits import Attribution, CommonNeurons, Faithfulness, attribute, measure_faithfulness
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 
 PROMPTS = ["the cat runs over the river", "we sing", "they never thank the happy dog again."]
@@ -157,7 +157,7 @@ def test_random_neurons_are_drawn_by_the_seed(llama: Tiny) -> None:
 
 
 def test_universal_neurons_left_out_keep_running(llama: Tiny) -> None:
-    universal = UniversalNeurons(((0, 3), (2, 11), (3, 40)))
+    universal = CommonNeurons(((0, 3), (2, 11), (3, 40)))
     found = attributed(llama, keep_universal=False, universal=universal)
     always = mask(universal.neurons)
     result = measure_faithfulness(llama.lm, found, percents=[10], draws=0)

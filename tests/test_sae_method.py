@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
 from tiny import (
     D_MODEL,
     N_LAYERS,
@@ -40,6 +41,7 @@ from neurosteer.building.build import build_each
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import neutral_prompts
+from neurosteer.methods.sae import _held_out_fifth
 from neurosteer.models.loading import describe_model
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
@@ -169,20 +171,34 @@ class Naive:
 
 
 def probe_weights(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """L1 logistic regression on features of variance 1, its penalty the strongest that predicts every fifth text best
-    from the others (among those that leave a feature at all)."""
+    """L1 logistic regression on features of variance 1, its penalty the strongest that predicts a shuffled fifth of the
+    texts best from the others (among those that leave a feature at all)."""
     spread = rows.std(0)
     scaled = rows / np.maximum(spread, spread.mean() * 1e-3)
-    held = np.arange(len(rows)) % 5 == 0
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    held = np.isin(np.arange(len(rows)), next(folds.split(rows, labels, range(len(rows))))[1])
     found = []
-    for power in range(-6, 9):
-        c = 2.0**power / 100
+    for power in range(-3, 5):
+        c = 4.0**power / 100
         probe = LogisticRegression(l1_ratio=1.0, solver="liblinear", C=c, random_state=0, tol=1e-4)
         accuracy = probe.fit(scaled[~held], labels[~held]).score(scaled[held], labels[held])
         weights = probe.fit(scaled, labels).coef_[0]
         if weights.any():
             found.append((accuracy, -c, weights))
     return max(found, key=lambda item: item[:2])[2]
+
+
+@pytest.mark.parametrize("n_positive", [2, 7, 40])
+def test_the_fifth_held_out_is_shuffled_and_parts_no_pair(n_positive: int) -> None:
+    labels = np.arange(2 * n_positive) < n_positive
+    others, held = _held_out_fifth(labels, paired=True)
+    assert sorted([*others, *held]) == list(range(2 * n_positive))
+    assert {place % n_positive for place in held}.isdisjoint(place % n_positive for place in others)
+    assert len(held) == 2 * (n_positive // min(5, n_positive)) or abs(len(held) - 2 * n_positive / 5) < 2
+    if n_positive == 40:
+        assert len(set(np.diff(held[held < n_positive]).tolist())) > 1  # no fixed stride
+    single, _ = _held_out_fifth(np.arange(30) < 11, paired=False)
+    assert 0 < (single < 11).sum() < 11
 
 
 def check(built: SteeringVector, this: Tiny, layer: int, framing: str, tokens: str, parameters: dict[str, Any]) -> None:

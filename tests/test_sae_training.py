@@ -32,18 +32,14 @@ from torch import Tensor
 
 from neurosteer.errors import Cancelled, UsageError
 from neurosteer.models.language_model import FramedText, LanguageModel
+from neurosteer.saes import corpus as sae_corpus
+from neurosteer.saes import measuring as sae_measuring
 from neurosteer.saes import training as sae_training
 from neurosteer.saes.autoencoder import SparseAutoencoder
+from neurosteer.saes.corpus import TrainingOptions, TrainingText, read_training_texts
 from neurosteer.saes.loading import load_sae
-from neurosteer.saes.training import (
-    SaeMeasures,
-    TrainingOptions,
-    TrainingText,
-    measure_sae,
-    measures_of,
-    read_training_texts,
-    train_saes,
-)
+from neurosteer.saes.measuring import SaeMeasures, measure_saes
+from neurosteer.saes.training import measures_of, train_saes
 
 TEXTS = [TrainingText(text) for text in texts(300, seed=41)]
 OPTIONS = TrainingOptions(
@@ -54,7 +50,7 @@ OPTIONS = TrainingOptions(
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few texts make a chunk."""
-    monkeypatch.setattr(sae_training, "_TEXTS_AT_ONCE", 10)
+    monkeypatch.setattr(sae_corpus, "_TEXTS_AT_ONCE", 10)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -92,7 +88,7 @@ class CutAt:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sae_training, "_TEXTS_AT_ONCE", 10)
+        patch.setattr(sae_corpus, "_TEXTS_AT_ONCE", 10)
         return train_saes(tiny("llama").lm, TEXTS, [1, 2], tmp_path_factory.mktemp("saes") / "whole", OPTIONS)
 
 
@@ -133,10 +129,11 @@ def test_training_that_is_cut_at_every_chunk_ends_in_the_same_weights(
     assert same_saes(train_saes(llama.lm, TEXTS, [1, 2], tmp_path, OPTIONS), uninterrupted)
 
 
-def test_a_crash_between_two_chunks_loses_one_chunk_at_most(
+def test_a_crash_loses_what_came_after_the_last_state(
     llama: Tiny, tmp_path: Path, uninterrupted: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one in the middle of writing the state."""
+    """Also one in the middle of writing the state. With a state after every chunk that is one chunk at most."""
+    monkeypatch.setattr(sae_training, "_SAVE_SECONDS", -1.0)  # after every chunk
     saved, real = [0], Path.rename
 
     def fail(path: Path, target: Path) -> Path:
@@ -150,6 +147,20 @@ def test_a_crash_between_two_chunks_loses_one_chunk_at_most(
         with pytest.raises(OSError, match="no space left"):
             train_saes(llama.lm, TEXTS, [1, 2], tmp_path, OPTIONS)
     assert same_saes(train_saes(llama.lm, TEXTS, [1, 2], tmp_path, OPTIONS), uninterrupted)
+
+
+def test_the_state_is_written_by_the_clock_and_at_the_end(
+    llama: Tiny, tmp_path: Path, uninterrupted: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four chunks."""
+    renamed: list[Path] = []
+    real = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: renamed.append(path) or real(path, target))
+    for seconds, times in ((1e6, 1), (-1.0, 4)):
+        renamed.clear()
+        monkeypatch.setattr(sae_training, "_SAVE_SECONDS", seconds)
+        found = train_saes(llama.lm, TEXTS, [1, 2], tmp_path / str(seconds), OPTIONS)
+        assert len(renamed) == times and same_saes(found, uninterrupted)
 
 
 def test_each_depth_trains_as_if_alone(llama: Tiny, tmp_path: Path, uninterrupted: dict[int, Path]) -> None:
@@ -321,7 +332,7 @@ def test_the_figures_are_those_of_a_loop(tmp_path: Path, architecture: str, laye
         *this.lm.frame(some[6:], "answer", max_tokens=30),
     ]
     framed = [item for item in framed if len(item.ids) > item.start + 1]
-    found = measure_sae(this.lm, sae, framed, cross_entropy_tokens=at_most)
+    found = measure_saes(this.lm, [sae], framed, cross_entropy_tokens=at_most)[0]
     wanted = naive_measures(this, SAE.load_from_disk(folder, device="cpu"), layer, framed, at_most, centred)
     assert dataclasses.astuple(found) == pytest.approx(wanted, rel=2e-3, abs=2e-3)
     assert (found.n_tokens, found.n_tokens_cross_entropy) == wanted[4:]
@@ -339,7 +350,7 @@ def test_an_sae_that_rebuilds_the_stream_exactly_recovers_everything(llama: Tiny
         encode_rows=lambda rows: (rows @ both.T).clamp(min=0),
         decode_rows=lambda features: features @ both,
     )
-    found = measure_sae(llama.lm, sae, llama.lm.frame(texts(10, seed=44), "raw", max_tokens=30))
+    found = measure_saes(llama.lm, [sae], llama.lm.frame(texts(10, seed=44), "raw", max_tokens=30))[0]
     assert found.explained_variance == pytest.approx(1.0) and found.cross_entropy_recovered == pytest.approx(1.0)
     assert found.l0 == pytest.approx(D_MODEL, abs=0.1)
 
@@ -356,7 +367,7 @@ def test_an_sae_that_gives_the_mean_explains_and_recovers_nothing(llama: Tiny) -
         encode_rows=lambda rows: torch.zeros(len(rows), 5),
         decode_rows=lambda features: mean.expand(len(features), -1),
     )
-    found = measure_sae(llama.lm, sae, framed)
+    found = measure_saes(llama.lm, [sae], framed)[0]
     assert found.explained_variance == pytest.approx(0.0, abs=1e-5)
     assert found.cross_entropy_recovered == pytest.approx(0.0, abs=1e-4)
     assert (found.l0, found.dead) == (0.0, 1.0)
@@ -366,7 +377,7 @@ def test_texts_too_short_to_predict_anything_still_measure(llama: Tiny, tmp_path
     """Two tokens of which the first is never read: nothing follows the one that is."""
     sae = load_sae(llama.lm, random_sae(1, scale=25.0).write(tmp_path / "sae"))
     framed = [FramedText([5, 6], 0, False), FramedText([7, 8], 0, False)]
-    found = measure_sae(llama.lm, sae, framed)
+    found = measure_saes(llama.lm, [sae], framed)[0]
     assert (found.n_tokens, found.n_tokens_cross_entropy, found.cross_entropy_recovered) == (2, 0, 0.0)
 
 
@@ -420,13 +431,13 @@ def test_training_finds_a_planted_dictionary(tmp_path: Path) -> None:
 def read_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[int], int]]]:
     """The token ids of every text that is read, and where the text begins in them."""
     seen: list[tuple[list[int], int]] = []
-    real = sae_training.read_tokens
+    real = sae_measuring.read_tokens
 
     def read(lm: LanguageModel, framed: Sequence[FramedText], *arguments: Any, **named: Any) -> dict[int, Tensor]:
         seen.extend((item.ids, item.start) for item in framed)
         return real(lm, framed, *arguments, **named)
 
-    monkeypatch.setattr(sae_training, "read_tokens", read)
+    monkeypatch.setattr(sae_measuring, "read_tokens", read)
     yield seen
 
 
@@ -616,7 +627,7 @@ def test_too_few_texts_are_refused(llama: Tiny, tmp_path: Path) -> None:
 def test_texts_of_one_token_beyond_the_held_out_ones_are_refused_rather_than_sought_for_ever(
     llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sae_training.random.Random, "shuffle", lambda *_: None)
+    monkeypatch.setattr(sae_corpus.random.Random, "shuffle", lambda *_: None)
     some = [*TEXTS[:10], *(TrainingText(letter) for letter in "abcdefghijklmnopqrstuvwxyz")]
     options = dataclasses.replace(OPTIONS, held_out_tokens=20)
     refused(lambda: train_saes(llama.lm, some, [1], tmp_path, options), UsageError, "texts", "more texts")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import shutil
 import subprocess
@@ -134,6 +135,20 @@ def test_features_have_the_shape_of_what_they_are_of(llama: Tiny, tmp_path: Path
     exact = sae.encode(half.float())
     assert sae.encode(half).dtype == torch.float32
     assert float((sae.encode(half) - exact).norm() / exact.norm()) < 0.03
+
+
+def test_an_encoder_is_held_in_the_precision_that_is_asked_for_and_no_other(llama: Tiny, tmp_path: Path) -> None:
+    def halves() -> int:
+        found = (one for one in gc.get_objects() if type(one) is torch.Tensor)
+        return sum(one.dtype == torch.bfloat16 and one.shape == (D_MODEL, N_FEATURES) for one in found)
+
+    before = halves()
+    sae = load_sae(llama.lm, write_with_sae_lens(tmp_path / "sae", "standard"))
+    sae.encode(some_rows())
+    assert halves() == before
+    for _ in range(2):
+        sae.encode(some_rows().to(torch.bfloat16))
+        assert halves() == before + 1
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "norm" not in kind and "average" not in kind])

@@ -5,7 +5,7 @@ import torch
 from tiny import Tiny, make_circuit, make_vector, naive_logits, naive_states, writes_of
 
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
-from neurosteer.measuring.token_scores import divergences, projections
+from neurosteer.measuring.token_scores import projections, token_divergences
 
 PROMPT, TEXT = "the cat sings over", " bread and cheese, naïve 日本 😀 again."
 
@@ -59,10 +59,10 @@ def test_the_divergence_is_that_of_naive_distributions(each: Tiny) -> None:
     )
     wanted = (steered.exp() * (steered - plain)).sum(-1)
     assert float(wanted.max()) > 0.01
-    check(divergences(each.lm, recipe, PROMPT, TEXT), mean_over_pieces(each, TEXT, wanted))
+    check(token_divergences(each.lm, recipe, PROMPT, TEXT), mean_over_pieces(each, TEXT, wanted))
 
 
 def test_unsteered_nothing_diverges_and_an_empty_text_has_no_tokens(llama: Tiny) -> None:
-    assert max(score.score for score in divergences(llama.lm, UNSTEERED, PROMPT, TEXT)) < 1e-5
-    assert divergences(llama.lm, UNSTEERED, PROMPT, "") == []
+    assert max(score.score for score in token_divergences(llama.lm, UNSTEERED, PROMPT, TEXT)) < 1e-5
+    assert token_divergences(llama.lm, UNSTEERED, PROMPT, "") == []
     assert projections(llama.lm, make_vector((1,), model=llama.lm.reference), PROMPT, "") == []

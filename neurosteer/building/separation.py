@@ -16,10 +16,11 @@ def separations(activations: Activations) -> dict[int, float]:
 def separation_of(held_out: HeldOut) -> float:
     """How well a layer's class difference orders held-out texts: the share of (positive, negative) pairs in the right
     order along it (ROC AUC; 0.5 is chance)."""
+    from sklearn.metrics import roc_auc_score
+
     positive, negative = (rows @ held_out.difference for rows in (held_out.rows.positive, held_out.rows.negative))
-    above = (positive[:, None] > negative).float().mean()
-    ties = (positive[:, None] == negative).float().mean()
-    return float(above + ties / 2)
+    labels = [True] * len(positive) + [False] * len(negative)
+    return float(roc_auc_score(labels, torch.cat([positive, negative]).numpy()))
 
 
 # --- what was chosen -------------------------------------------------------------------------------------------------

@@ -1,53 +1,40 @@
 """Circuits: which neurons an answer is owed to, and how they feed one another."""
 
-from neurosteer.circuits.checks.ablation import ABLATIONS
-from neurosteer.circuits.checks.faithfulness import PERCENTS, Faithfulness, FaithfulnessRow, measure_faithfulness
+from neurosteer.circuits.checks.faithfulness import PERCENTS, Faithfulness, measure_faithfulness
 from neurosteer.circuits.checks.probing import (
     Prediction,
-    SweepPoint,
     next_token_probs,
     sweep_multipliers,
     top_predictions,
 )
-from neurosteer.circuits.decomposition import CircuitComparison, Decomposition, compare_with_circuit, decompose
-from neurosteer.circuits.graph.edges import CircuitGraph, Edge, Hub, find_edges
+from neurosteer.circuits.decomposition import compare_with_circuit, decompose
+from neurosteer.circuits.graph.edges import CircuitGraph, Edge, find_edges
 from neurosteer.circuits.graph.pictures import dot, figure, figure_html, text_diagram
 from neurosteer.circuits.parts import at_multiplier, part, random_like
-from neurosteer.circuits.relp.attribution import AGGREGATES, Attribution, attribute
+from neurosteer.circuits.relp.attribution import Attribution, attribute
 from neurosteer.circuits.relp.choices import Choice, NextToken, next_tokens
-from neurosteer.circuits.relp.linearised import ATTENTIONS, LinearPass, linear_logits, linear_pass, linearised
-from neurosteer.circuits.relp.scores import METRICS, NeuronScore, PromptAttribution
+from neurosteer.circuits.relp.linearised import ATTENTIONS, linear_pass, linearised
+from neurosteer.circuits.relp.scores import NeuronScore
 from neurosteer.circuits.relp.selection import RULES, Selection
 from neurosteer.circuits.relp.specific import find_unspecific
-from neurosteer.circuits.relp.universal import UniversalNeurons, everyday_prompts, find_universal
-from neurosteer.circuits.relp.weights import Neuron, SuperWeight, edge_weights
+from neurosteer.circuits.relp.universal import CommonNeurons, everyday_prompts, find_universal
+from neurosteer.circuits.relp.weights import Neuron, edge_weights
 
 __all__ = [
-    "ABLATIONS",
-    "AGGREGATES",
     "ATTENTIONS",
-    "METRICS",
     "PERCENTS",
     "RULES",
     "Attribution",
     "Choice",
-    "CircuitComparison",
     "CircuitGraph",
-    "Decomposition",
+    "CommonNeurons",
     "Edge",
     "Faithfulness",
-    "FaithfulnessRow",
-    "Hub",
-    "LinearPass",
     "Neuron",
     "NeuronScore",
     "NextToken",
     "Prediction",
-    "PromptAttribution",
     "Selection",
-    "SuperWeight",
-    "SweepPoint",
-    "UniversalNeurons",
     "at_multiplier",
     "attribute",
     "compare_with_circuit",
@@ -60,7 +47,6 @@ __all__ = [
     "find_edges",
     "find_universal",
     "find_unspecific",
-    "linear_logits",
     "linear_pass",
     "linearised",
     "measure_faithfulness",

@@ -172,15 +172,8 @@ def _share_within(columns: Tensor, direction: Tensor) -> float:
 
 
 def _rank_correlation(one: Tensor, other: Tensor) -> float | None:
-    """Spearman's, `[n]` with `[n]`."""
-    ranks = torch.stack([_ranks(one), _ranks(other)])
-    centred = ranks - ranks.mean(1, keepdim=True)
-    lengths = centred.norm(dim=1)
-    return float((centred[0] @ centred[1]) / lengths.prod()) if bool((lengths > 0).all()) else None
+    """Spearman's, `[n]` with `[n]`; None where all values of one are equal."""
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Tensor) -> Tensor:
-    """Places in order, float64; equal values share the mean of theirs."""
-    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
+    defined = all(len(values.unique()) > 1 for values in (one, other))
+    return float(spearmanr(one.numpy(), other.numpy()).statistic) if defined else None

@@ -298,17 +298,12 @@ def attributed(
     options: dict[str, Any],
     progress: Progress,
 ) -> "Attribution":
-    """As `attribute` with `options`; their `specific` leaves out, too, what everyday answers are owed to."""
     from neurosteer.circuits import attribute as find
-    from neurosteer.circuits import find_unspecific
 
-    given = dict(options)
-    if given.pop("specific"):
-        if given["keep_universal"]:
-            raise UsageError("--specific leaves out neurons that --keep-universal keeps; give one of them.")
-        given["universal"] = find_unspecific(lm, progress=progress)
+    if options["specific"] and options["keep_universal"]:
+        raise UsageError("--specific leaves out neurons that --keep-universal keeps; give one of them.")
     others = _one_or_each(counterfactuals) if counterfactuals else None
-    return find(lm, prompts, _one_or_each(targets), others, raw=raw, progress=progress, **given)
+    return find(lm, prompts, _one_or_each(targets), others, raw=raw, progress=progress, **options)
 
 
 def _one_or_each(texts: Sequence[str]) -> str | Sequence[str]:
@@ -367,6 +362,8 @@ def print_faithfulness(result: "Faithfulness") -> None:
         f"Metric: {result.full:+.4f} with all neurons, {result.empty:+.4f} with all ablated. "
         f"Area under faithfulness {result.area:.3f}{chance}."
     )
+    if result.same_prompts:
+        out.print("The neurons were ranked on the prompts they are measured on; on others they keep less.")
 
 
 def _faithfulness_data(result: "Faithfulness") -> dict[str, Any]:
@@ -381,11 +378,8 @@ def _faithfulness_data(result: "Faithfulness") -> dict[str, Any]:
 
 def _note_parts(found: "Attribution") -> None:
     """A line on stderr for every target of which only the first token counts."""
-    tokens = [one.target for one in found.prompts] + [
-        one.counterfactual for one in found.prompts if one.counterfactual is not None
-    ]
-    for token in dict.fromkeys(token for token in tokens if token.is_part):
-        err.print(f"Note: {token.given!r} is {token.n_tokens} tokens; its first, {token.text!r}, is taken.")
+    for note in found.notes:
+        err.print(f"Note: {note}")
 
 
 def _print_attribution(found: "Attribution", select: "Selection | None", prompt: int) -> None:

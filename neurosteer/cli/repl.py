@@ -188,10 +188,8 @@ class Shell(cmd.Cmd):
         self.circuit, self.attribution, self.select = found.circuit(select=select), found, select
         self.graphs = {}
         one = found.prompts[0]
-        if one.target.is_part:
-            out.print(
-                f"{one.target.given!r} is {one.target.n_tokens} tokens; its first, {one.target.text!r}, is taken."
-            )
+        for note in found.notes:
+            out.print(note)
         against = f" against {one.counterfactual.text!r}" if one.counterfactual else ""
         out.print(f"{one.target.text!r}{against}: metric {one.metric:+.4f}, circuit of {self.circuit.size} neurons.")
         print_neurons(self.circuit, count=10)

@@ -53,7 +53,8 @@ def train(
 ) -> None:
     """Train sparse autoencoders on a model's activations, several depths at once; a run that was cut goes on."""
     from neurosteer.building.layers import parse_layers
-    from neurosteer.saes.training import TrainingOptions, measures_of, read_training_texts, train_saes
+    from neurosteer.saes.corpus import TrainingOptions, read_training_texts
+    from neurosteer.saes.training import measures_of, train_saes
 
     found = read_training_texts(texts)
     with progress_line(logged=True) as progress:

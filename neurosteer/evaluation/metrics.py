@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from neurosteer.measuring.divergence import kl_percentile
+
 N_RESAMPLES = 2000
 KL_PERCENTILE = 95
 LEVEL = 0.95
@@ -89,8 +91,7 @@ def figures(group: Sampled, plain: Sampled, sign: float, seed: int) -> Figures:
 def _kl_p95(nats: np.ndarray | None) -> float | None:
     if nats is None:
         return None
-    with np.errstate(invalid="ignore"):  # between two infinite values lies none
-        value = float(np.quantile(nats, KL_PERCENTILE / 100))
+    value = kl_percentile(nats.flatten().tolist(), KL_PERCENTILE)
     return value if math.isfinite(value) else None
 
 

@@ -15,7 +15,7 @@ from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.strength import Calibration
 from neurosteer.errors import UsageError
 from neurosteer.examples.files import calibration_prompts
-from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
+from neurosteer.measuring.divergence import UnsteeredTexts, divergences, kl_percentile, unsteered_texts
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
 
@@ -187,14 +187,6 @@ def calibrate_each(
         prompts_sha256=_sha256(texts),
     )
     return [replace(one, calibration=_result(one, base, *pair)) for one, pair in zip(artifacts, sides, strict=True)]
-
-
-def kl_percentile(values: Sequence[float], percentile: float) -> float:
-    """The percentile (0 to 100) by linear interpolation; infinite where it touches an infinite value."""
-    ordered = sorted(values)
-    place = percentile / 100.0 * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return low if low == high else low + (high - low) * (place - math.floor(place))
 
 
 def _check(target_kl: float, percentile: float, n_tokens: int) -> None:

@@ -1,5 +1,9 @@
-"""How far a recipe moves the model: KL(steered ‖ unsteered) of the next token along unsteered texts, in nats."""
+"""How far a recipe moves the model: KL(steered ‖ unsteered) of the next token along texts, in nats.
 
+The one place where KL is computed, and where a percentile of it is taken.
+"""
+
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +26,8 @@ _POSITIONS_AT_ONCE = 256
 
 @dataclass(frozen=True, eq=False)
 class UnsteeredTexts:
-    """Prompts with their unsteered greedy continuations of `n_tokens` tokens, and the log-probabilities of every next
-    token along those, float32 `[n_prompts, n_tokens, vocab]`."""
+    """Texts in each of which `n_tokens` tokens count (such as prompts with their unsteered greedy continuations), and
+    the unsteered log-probabilities of every next token along those, float32 `[n_texts, n_tokens, vocab]`."""
 
     texts: tuple[ForcedText, ...]
     n_tokens: int
@@ -53,6 +57,14 @@ def unsteered_texts(
     texts: list[ForcedText] = []
     for first in range(0, len(encoded), _PROMPTS_AT_ONCE):
         texts += _continued(lm, encoded[first : first + _PROMPTS_AT_ONCE], n_tokens, cancel)
+    return read_unsteered(lm, texts, cancel=cancel)
+
+
+def read_unsteered(
+    lm: LanguageModel, texts: Sequence[ForcedText], *, cancel: threading.Event | None = None
+) -> UnsteeredTexts:
+    """Read texts, all with as many tokens that count, without steering."""
+    n_tokens = texts[0].count
     vocabulary = lm.model.config.get_text_config().vocab_size
     logprobs = torch.empty(len(texts), n_tokens, vocabulary, device=lm.device)
     for found in forced_logits(lm, texts, [UNSTEERED] * len(texts), what=_WHAT, cancel=cancel):
@@ -95,21 +107,26 @@ def divergences(
         for read in forced_logits(lm, rows, chosen, what=_WHAT, cancel=cancel):
             prompts = (read.rows % n_prompts).to(lm.device)
             steps = read.steps.to(lm.device)
-            parts = range(0, len(read.rows), _POSITIONS_AT_ONCE)
             values = [
-                _kl(
-                    read.logits[first : first + _POSITIONS_AT_ONCE],
-                    texts.logprobs[
-                        prompts[first : first + _POSITIONS_AT_ONCE], steps[first : first + _POSITIONS_AT_ONCE]
-                    ],
+                kl(logits, texts.logprobs[at, step])
+                for logits, at, step in zip(
+                    *(one.split(_POSITIONS_AT_ONCE) for one in (read.logits, prompts, steps)), strict=True
                 )
-                for first in parts
             ]
             found[read.rows, read.steps] = torch.cat(values).cpu()
     return found.nan_to_num(nan=torch.inf, posinf=torch.inf).reshape(len(recipes), n_prompts, texts.n_tokens)
 
 
-def _kl(logits: Tensor, plain: Tensor) -> Tensor:
-    """`[n]` from steered logits and unsteered log-probabilities, both `[n, vocab]`."""
+def kl(logits: Tensor, plain: Tensor) -> Tensor:
+    """KL(steered ‖ unsteered) in nats, float32 `[n]`, from steered logits and unsteered log-probabilities, both float32
+    `[n, vocab]`; never below 0, where rounding might bring it."""
     steered = logits.log_softmax(-1)
     return (steered.exp() * (steered - plain.to(steered.device))).sum(-1).clamp(min=0.0)
+
+
+def kl_percentile(values: Sequence[float], percentile: float) -> float:
+    """The percentile (0 to 100) by linear interpolation; infinite where it touches an infinite value."""
+    ordered = sorted(values)
+    place = percentile / 100.0 * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low if low == high else low + (high - low) * (place - math.floor(place))

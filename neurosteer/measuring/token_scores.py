@@ -12,13 +12,14 @@ from torch import Tensor
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.vector import SteeringVector, unit
+from neurosteer.measuring.divergence import divergences, read_unsteered
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel, Prompt
-from neurosteer.steering.plans import applied, compile_plan
+from neurosteer.steering.forcing import ForcedText
 
-_HEAD_ROWS = 64  # positions whose logits are held at once
+_TOKENS_AT_ONCE = 128  # whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -48,34 +49,21 @@ def projections(
     return _scored(lm, text, total.tolist())
 
 
-def divergences(lm: LanguageModel, recipe: Recipe, prompt: Prompt, text: str, *, raw: bool = False) -> list[TokenScore]:
+def token_divergences(
+    lm: LanguageModel, recipe: Recipe, prompt: Prompt, text: str, *, raw: bool = False
+) -> list[TokenScore]:
     """How much `recipe` changes the choice of each token of `text`: KL(steered ‖ unsteered) of the distributions that
     the token is drawn from, in nats. Raises `UsageError` as `prompt_ids` does, `MismatchError` as steering does.
     """
     ids, n_prompt = _ids(lm, prompt, text, raw)
     if len(ids) == n_prompt:
         return []
-    plan = compile_plan(lm, [UNSTEERED, recipe], "all")
-    batch = torch.tensor([ids, ids], device=lm.device)
-    with torch.inference_mode(), applied(lm, plan, prompt_width=n_prompt):
-        hidden = lm.decoder(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)[0]
-    return _scored(lm, text, _kl(lm, hidden[:, n_prompt - 1 : -1]).tolist())
-
-
-def _kl(lm: LanguageModel, hidden: Tensor) -> Tensor:
-    """KL(row 1 ‖ row 0) per position from hidden states `[2, n, d_model]`; `[n]`, in nats."""
-    found = []
-    with torch.inference_mode():
-        for part in hidden.split(_HEAD_ROWS, dim=1):
-            plain, steered = _logits(lm, part.contiguous()).log_softmax(-1)
-            found.append((steered.exp() * (steered - plain)).sum(-1).clamp(min=0.0))
-    return torch.cat(found).cpu()
-
-
-def _logits(lm: LanguageModel, hidden: Tensor) -> Tensor:
-    logits = lm.model.get_output_embeddings()(hidden).float()
-    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    return cap * (logits / cap).tanh() if cap else logits
+    found: list[float] = []
+    for first in range(n_prompt, len(ids), _TOKENS_AT_ONCE):  # a long text's beginning is read again for each part
+        end = min(first + _TOKENS_AT_ONCE, len(ids))
+        unsteered = read_unsteered(lm, [ForcedText(ids[:end], first, end)])
+        found += divergences(lm, unsteered, [recipe]).flatten().tolist()
+    return _scored(lm, text, found)
 
 
 @contextmanager

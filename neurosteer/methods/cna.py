@@ -62,8 +62,9 @@ def _scores(activations: Activations, layer: int, reference: int, columns: Colum
     if rank == "dprime":
         spread = ((moments.positive_variance + moments.negative_variance) / 2).sqrt()
         return moments.difference / spread.clamp(min=float(spread.mean()) * 1e-3 + 1e-30)
-    target = activations.residual[reference].difference
-    return moments.difference * (columns(layer).cpu() @ (target / target.norm()))
+    target, written = activations.residual[reference].difference, columns(layer)
+    along = written @ (target / target.norm()).to(written.device)  # there: the columns are hundreds of megabytes
+    return moments.difference * along.cpu()
 
 
 def _strongest(scores: Tensor, count: int, *, positive_only: bool) -> Tensor:

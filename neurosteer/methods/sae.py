@@ -19,7 +19,8 @@ RANKS = ("rate", "dprime", "probe")
 WEIGHTS = ("difference", "target")
 SIDES = ("positive", "both")
 CANDIDATES_PER_FEATURE = 4  # of which the output score keeps those that move the output
-_PROBE_SHARES = tuple(2.0**power for power in range(-6, 9))
+_PENALTIES = tuple(4.0**power / 100 for power in range(-3, 5))  # sklearn's C
+_FOLDS = 5
 
 
 def feature_direction(
@@ -62,7 +63,7 @@ def _features_of(
     activations: Activations, layer: int, tensors: Tensors, parameters: Mapping[str, Any]
 ) -> list[Feature]:
     statistics = activations.features[layer]
-    scores = _scores(statistics, parameters["rank"], activations.n_positive)
+    scores = _scores(statistics, parameters["rank"], activations.n_positive, activations.paired)
     chosen = _strongest(scores, parameters)
     output: list[float | None] = [None] * len(chosen)
     least = parameters["min_output_score"]
@@ -93,7 +94,7 @@ def _features_of(
     ]
 
 
-def _scores(statistics: FeatureStatistics, rank: str, n_positive: int) -> Tensor:
+def _scores(statistics: FeatureStatistics, rank: str, n_positive: int, paired: bool) -> Tensor:
     """One number per feature, positive where it belongs to the positives, float64 `[n_features]`."""
     if rank == "rate":
         return statistics.rates[0] - statistics.rates[1]
@@ -101,12 +102,12 @@ def _scores(statistics: FeatureStatistics, rank: str, n_positive: int) -> Tensor
         spread = (statistics.variances.sum(0) / 2).sqrt()
         difference = statistics.means[0] - statistics.means[1]
         return difference / spread.clamp(min=float(spread.mean()) * 1e-3 + 1e-30)
-    return _probe_weights(statistics, n_positive)
+    return _probe_weights(statistics, n_positive, paired)
 
 
-def _probe_weights(statistics: FeatureStatistics, n_positive: int) -> Tensor:
+def _probe_weights(statistics: FeatureStatistics, n_positive: int, paired: bool) -> Tensor:
     """Weights of the L1 logistic regression on texts' mean features, each scaled by its standard deviation (so that a
-    weight is an effect), under the penalty that tells a held-out fifth of the texts apart best."""
+    weight is an effect), under the strongest penalty that tells a held-out fifth of the texts apart best."""
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
 
@@ -120,16 +121,25 @@ def _probe_weights(statistics: FeatureStatistics, n_positive: int) -> Tensor:
     mean, mean_square = (np.asarray(m.mean(0)).ravel() for m in (matrix, matrix.multiply(matrix)))
     spread = np.sqrt(np.maximum(mean_square - mean**2, 0.0))
     scaled = matrix.multiply(1 / np.maximum(spread, spread.mean() * 1e-3 + 1e-12)).tocsr()
-    held_out = np.arange(len(labels)) % 5 == 0
-    best, weights = -math.inf, np.zeros(width)
-    for share in _PROBE_SHARES:
-        probe = LogisticRegression(l1_ratio=1.0, solver="liblinear", C=share / 100, random_state=0)
-        right = probe.fit(scaled[~held_out], labels[~held_out]).score(scaled[held_out], labels[held_out])
-        if right > best:
-            found = probe.fit(scaled, labels).coef_[0]
-            if found.any():  # a penalty that leaves no feature can be right by chance
-                best, weights = right, found
-    return torch.from_numpy(weights.astype(np.float64))
+    others, held_out = _held_out_fifth(labels, paired)
+    probes = [LogisticRegression(l1_ratio=1.0, solver="liblinear", C=penalty, random_state=0) for penalty in _PENALTIES]
+    right = [probe.fit(scaled[others], labels[others]).score(scaled[held_out], labels[held_out]) for probe in probes]
+    for place in sorted(range(len(probes)), key=lambda place: -right[place]):
+        found = probes[place].fit(scaled, labels).coef_[0]
+        if found.any():  # a penalty that leaves no feature can be right by chance
+            return torch.from_numpy(found.astype(np.float64))
+    return torch.zeros(width, dtype=torch.float64)
+
+
+def _held_out_fifth(labels: np.ndarray, paired: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the other texts and of the fifth held out: drawn by chance, alike from both classes (positives first),
+    both texts of a pair or none."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    places, n_positive = np.arange(len(labels)), int(labels.sum())
+    n_folds = max(2, min(_FOLDS, n_positive, len(labels) - n_positive))
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    return next(folds.split(places, labels, places % n_positive if paired else places))
 
 
 def _strongest(scores: Tensor, parameters: Mapping[str, Any]) -> Tensor:

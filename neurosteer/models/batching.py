@@ -1,7 +1,10 @@
-"""Texts of similar length in batches of bounded size."""
+"""Texts of similar length in batches of bounded size, and token ids as one tensor."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 
 class TokenText(Protocol):
@@ -9,6 +12,12 @@ class TokenText(Protocol):
 
     @property
     def ids(self) -> Sequence[int]: ...
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Token ids as one batch filled up on the right, `[batch, seq]`: a causal model never looks there."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
 
 
 def length_batches(framed: Sequence[TokenText], budget: int) -> Iterator[list[int]]:

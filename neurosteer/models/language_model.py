@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from neurosteer.errors import ModelError, UsageError
-from neurosteer.models.parts import is_conv1d
+from neurosteer.models.parts import written_columns
 from neurosteer.models.reference import ModelReference
 
 Framing = Literal["raw", "prompt", "answer"]
@@ -109,17 +109,9 @@ class LanguageModel:
     def write_columns(self, layer: int) -> Tensor:
         """What each neuron of `layer` writes to the residual stream per unit of activation, float32 `[d_mlp, d_model]`.
 
-        Where the MLP's output is normalised before it is added (Gemma 2 and 3), the norm's gain is folded in; its
-        scale, which depends on the token, is not.
+        Where the MLP's output is normalised before it is added, the norm's gain is folded in (`written_columns`).
         """
-        module = self.down_projections[layer]
-        weight = module.weight.detach()  # type: ignore[union-attr]
-        columns = (weight if is_conv1d(module) else weight.T).float()
-        norm = getattr(self.blocks[layer], "post_feedforward_layernorm", None)
-        if norm is None:
-            return columns
-        gain = norm.weight.detach().float()
-        return columns * (1.0 + gain if type(norm).__name__.startswith("Gemma") else gain)
+        return written_columns(self.blocks[layer], self.down_projections[layer])
 
     # --- formatting ---------------------------------------------------------------------------------------------
 

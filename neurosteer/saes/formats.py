@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +84,32 @@ def plain_rows(config: Mapping[str, Any], weights: Mapping[str, Tensor], device:
     missing = [key for key in needed if key not in weights]
     if missing:
         raise ModelError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing)}; it is no {config['architecture']} SAE.")
-    w_enc, w_dec, b_enc, b_dec = (weights[key].to(device, torch.float32) for key in needed[:4])
-    threshold = weights["threshold"].to(device, torch.float32) if "threshold" in needed else torch.zeros_like(b_enc)
+    w_enc, w_dec, b_enc, b_dec = (weights[key].float() for key in needed[:4])
+    threshold = weights["threshold"].float() if "threshold" in needed else torch.zeros_like(b_enc)
     widths = (b_enc.shape, threshold.shape) != (w_enc.shape[1:], w_enc.shape[1:]) or b_dec.shape != w_dec.shape[1:]
     if w_enc.shape != w_dec.T.shape or widths:
         raise ModelError(f"{folder / WEIGHTS_FILE}: the shapes of its tensors do not belong together.")
     # The decoder's bias is taken off the input before encoding, here folded into the encoder's bias.
     shift = b_dec if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec)
-    bias, half = b_enc - shift @ w_enc, w_enc.to(torch.bfloat16)
+    columns = EncoderColumns(w_enc, b_enc - shift @ w_enc, threshold)  # stays on the CPU: read a feature at a time
+    w_dec, b_enc, b_dec, shift, bias, least = (
+        tensor.to(device) for tensor in (w_dec, b_enc, b_dec, shift, columns.biases, threshold.clamp(min=0))
+    )
+
+    @cache
+    def encoder(dtype: torch.dtype) -> Tensor:
+        """The encoder on the device in what is asked for and no more: it may have a gigabyte."""
+        return w_enc.to(device, dtype)
 
     def encode(rows: Tensor) -> Tensor:
         rows = rows.to(device)
         if rows.dtype == torch.bfloat16:
             # Taken off first: the product with the mean, which is most of a row, would drown the rest in its rounding.
-            before = ((rows.float() - shift).to(torch.bfloat16) @ half).float().add_(b_enc)
+            before = ((rows.float() - shift).to(torch.bfloat16) @ encoder(torch.bfloat16)).float().add_(b_enc)
         else:
-            before = torch.addmm(bias, rows.float(), w_enc)
-        return before.masked_fill_(before <= threshold.clamp(min=0), 0.0)
+            before = torch.addmm(bias, rows.float(), encoder(torch.float32))
+        return before.masked_fill_(before <= least, 0.0)
 
-    columns = EncoderColumns(w_enc, bias, threshold)
     return SaeRows(
         encode, lambda features: torch.addmm(b_dec, features.to(device), w_dec), w_dec, config["architecture"], columns
     )

@@ -10,6 +10,7 @@ from typing import Any
 from neurosteer.errors import MismatchError, ModelError, UsageError
 from neurosteer.models.catalog import find_model
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.parts import probe_norm
 from neurosteer.progress import Progress, silent
 from neurosteer.saes.autoencoder import SparseAutoencoder
 from neurosteer.saes.formats import (
@@ -144,7 +145,8 @@ def _described(lm: LanguageModel, name: str, metadata: Mapping[str, Any], rows: 
         decoder=rows.decoder,
         encode_rows=rows.encode,
         decode_rows=rows.decode,
-        centred=bool(options.get("center_writing_weights")) and has_layer_norm(lm),
+        # TransformerLens centres only where what reads the stream does not see its mean over `d_model`.
+        centred=bool(options.get("center_writing_weights")) and probe_norm(lm.final_norm, [width]).centres,
         prepend_bos=bool(metadata.get("prepend_bos", False)),
         neuronpedia=metadata.get("neuronpedia_id") or None,
         kind=rows.kind,
@@ -173,9 +175,3 @@ def _plain_name(name: str) -> str:
 def _fitting(lm: LanguageModel) -> str:
     fitting = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *released_for(lm)]
     return f"For {lm.name} there are {', '.join(fitting)}." if fitting else f"The catalog names none for {lm.name}."
-
-
-def has_layer_norm(lm: LanguageModel) -> bool:
-    """Whether what reads the residual stream is a LayerNorm, which does not see its mean over `d_model`: only there
-    does TransformerLens centre."""
-    return "LayerNorm" in type(lm.final_norm).__name__

@@ -11,11 +11,12 @@ from neurosteer.artifacts.vector import unit
 from neurosteer.examples.files import neutral_prompts
 from neurosteer.models.hooks import OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.logits import last_logits
+from neurosteer.models.parts import probe_norm
 from neurosteer.reading.loop import frame_texts
 from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import Activations
 from neurosteer.saes.autoencoder import SparseAutoencoder
-from neurosteer.saes.loading import has_layer_norm
 
 DESCRIBED = 32
 """How many of an artifact's features, by |weight|, keep their words; the others keep their figures."""
@@ -73,10 +74,11 @@ def output_scores(lm: LanguageModel, layer: int, directions: Tensor, norm: float
     total = torch.zeros(len(directions))
     prompts = neutral_prompts()[:OUTPUT_SCORE_PROMPTS]
     for prompt in prompts:
-        ids = torch.tensor([lm.prompt_ids(prompt)], device=lm.device)
-        plain = _weighted_best(_last_logits(lm, ids, layer, None).expand(len(directions), -1), standing_for)
+        ids = lm.prompt_ids(prompt)
+        nothing = torch.zeros_like(pushes[:1])
+        plain = _weighted_best(_pushed_logits(lm, ids, layer, nothing).expand(len(directions), -1), standing_for)
         for rows in torch.arange(len(directions)).split(_ROWS_AT_ONCE):
-            logits = _last_logits(lm, ids.expand(len(rows), -1), layer, pushes[rows])
+            logits = _pushed_logits(lm, ids, layer, pushes[rows])
             total[rows] += (_weighted_best(logits, standing_for[rows]) - plain[rows]).cpu()
     return total / len(prompts)
 
@@ -89,29 +91,26 @@ def _weighted_best(logits: Tensor, tokens: Tensor) -> Tensor:
     return (1 - ranks / logits.shape[1]) * probabilities
 
 
-def _last_logits(lm: LanguageModel, ids: Tensor, layer: int, pushes: Tensor | None) -> Tensor:
-    """Logits `[n, vocab]` after the last token, `pushes` `[n, d_model]` being added to its residual stream."""
+def _pushed_logits(lm: LanguageModel, ids: list[int], layer: int, pushes: Tensor) -> Tensor:
+    """Logits `[n, vocab]` after the last token, each of `pushes` `[n, d_model]` being added to its residual stream."""
 
-    def push(hidden: Tensor) -> Tensor | None:
-        if pushes is None:
-            return None
+    def push(hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
         hidden[:, -1] += pushes.to(hidden.device, hidden.dtype)
         return hidden
 
     with torch.inference_mode(), hooked([OutputHook(lm.blocks[layer], push)]):
-        return lm.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        return last_logits(lm, [ids] * len(pushes))
 
 
 def _through_unembedding(lm: LanguageModel, directions: Tensor) -> Tensor:
-    """Float32 `[n, vocab]`."""
-    weight = lm.final_norm.weight.detach().float()  # type: ignore[union-attr,operator]
-    gain = 1 + weight if type(lm.final_norm).__name__.startswith("Gemma") else weight
+    """What directions `[n, d_model]` add to the logits, up to a scale; float32 `[n, vocab]`.
+
+    Models that scale or cap their logits leave their order as it is.
+    """
     head = lm.model.get_output_embeddings().weight.detach()
-    directions = directions.to(head.device).float()
-    if has_layer_norm(lm):
-        directions = directions - directions.mean(-1, keepdim=True)
-    return (directions * gain.to(head.device)).to(head.dtype).matmul(head.T).float()
+    weighed = probe_norm(lm.final_norm, [lm.shape.d_model]).weigh(directions.to(head.device).float())
+    return weighed.to(head.dtype).matmul(head.T).float()
 
 
 def _contexts(

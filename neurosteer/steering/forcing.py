@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.models.batching import length_batches
-from neurosteer.models.hooks import InputHook, hooked
+from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.logits import logits_at
 from neurosteer.progress import check_cancelled
 from neurosteer.steering.plans import applied, compile_plan
 
@@ -63,20 +63,15 @@ def forced_logits(
 
 
 def _read(lm: LanguageModel, texts: Sequence[ForcedText], recipes: Sequence[Recipe]) -> ForcedLogits:
-    width = max(len(text.ids) for text in texts)
-    ids = torch.full((len(texts), width), lm.pad_id)
-    mask = torch.zeros((len(texts), width), dtype=torch.long)
-    foretell = torch.zeros((len(texts), width), dtype=torch.bool)  # the positions before a token that is counted
+    ids = padded([text.ids for text in texts], lm.pad_id)
+    mask = torch.zeros_like(ids)
+    foretell = torch.zeros_like(ids, dtype=torch.bool)  # the positions before a token that is counted
     for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
         mask[row, : len(text.ids)] = 1
         foretell[row, text.first - 1 : text.end - 1] = True
-    # The head sees those positions alone, [n, d_model]: over the whole vocabulary, logits are what costs most memory.
-    head = InputHook(lm.model.get_output_embeddings(), lambda hidden: hidden[foretell.to(hidden.device)])
     plan = compile_plan(lm, recipes, "all")
-    with torch.inference_mode(), applied(lm, plan, prompt_width=width), hooked([head]):
-        inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
-        logits = lm.model(**inputs, use_cache=False).logits.float()
+    with torch.inference_mode(), applied(lm, plan, prompt_width=ids.shape[1]):
+        logits = logits_at(lm, ids, foretell, mask)
     rows, columns = foretell.nonzero(as_tuple=True)
     firsts = torch.tensor([text.first for text in texts])
     targets = ids.roll(-1, dims=1)[foretell].to(logits.device)

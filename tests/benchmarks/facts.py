@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.circuits import (
+    CommonNeurons,
     Selection,
-    UniversalNeurons,
     at_multiplier,
     attribute,
     find_universal,
@@ -94,7 +94,7 @@ def measure(
     size: int,
     draws: int,
     named: bool,
-    left_out: UniversalNeurons,
+    left_out: CommonNeurons,
 ) -> None:
     """A table of the facts, each with its circuit of `size` neurons ablated."""
     plain = best_tokens(lm, unrelated)

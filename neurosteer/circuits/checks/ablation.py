@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from neurosteer.circuits.relp.attribution import Attribution
-from neurosteer.circuits.relp.linearised import linear_logits, padded
 from neurosteer.errors import UsageError
+from neurosteer.models.batching import padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.models.logits import logits_at, where_last
 from neurosteer.progress import Progress, check_cancelled
 
 Ablation = Literal["zero", "mean", "paired"]
@@ -30,17 +31,18 @@ class Replacement:
     places: Tensor
 
     def __call__(self, layer: int, prompts: Tensor) -> Tensor:
-        """`[rows, seq, d_mlp]`, or what broadcasts to it, for rows of these `prompts` `[rows]`."""
+        """`[rows, seq, d_mlp]`, or what broadcasts to it, for rows of these `prompts` `[rows]`; where the layer is."""
         values = self.values[layer]
-        return values[self.places[prompts]] if len(values) > 1 else values
+        return values[self.places[prompts].to(values.device)] if len(values) > 1 else values
 
 
 @dataclass(frozen=True)
 class Bench:
     """The prompts of an attribution, padded on the right, ready to be run with any neurons ablated.
 
-    `ids` is `[prompts, seq]`; `lasts`, `targets` and `others` are `[prompts]`, `others` None where the metric is the
-    target's logit alone.
+    `ids` and `lasts` (true at each prompt's end) are `[prompts, seq]`, `targets` and `others` `[prompts, 1]`; `others`
+    is None where the metric is the target's logit alone. All stay on the CPU, since a model's layers and its LM head
+    may lie on several devices: what a batch needs goes where it is needed.
     """
 
     lm: LanguageModel
@@ -64,14 +66,14 @@ class Bench:
         attribution.check_model(lm)
         rows = [one.choice.ids for one in attribution.prompts]
         others = [one.counterfactual.id for one in attribution.prompts if one.counterfactual is not None]
-        ids = padded(lm, rows)  # a causal model never looks at what stands to the right
+        ids = padded(rows, lm.pad_id)
         counterfactuals = _counterfactuals(lm, attribution, counterfactual_prompts)
         return cls(
             lm=lm,
             ids=ids,
-            lasts=torch.tensor([len(row) - 1 for row in rows], device=lm.device),
-            targets=torch.tensor([one.target.id for one in attribution.prompts], device=lm.device),
-            others=torch.tensor(others, device=lm.device) if others else None,
+            lasts=where_last(rows, ids.shape[1]),
+            targets=torch.tensor([[one.target.id] for one in attribution.prompts]),
+            others=torch.tensor(others)[:, None] if others else None,
             replacement=_replacement(lm, rows, ids.shape[1], ablation, counterfactuals),
             rows_at_once=max(1, (batch_tokens or _batch_tokens(lm)) // ids.shape[1]),
         )
@@ -89,7 +91,7 @@ class Bench:
             batch = pairs[first : first + self.rows_at_once]
             values = self._metrics(
                 torch.stack([running[place] for place, _ in batch]),
-                torch.tensor([prompt for _, prompt in batch], device=self.ids.device),
+                torch.tensor([prompt for _, prompt in batch]),
             )
             sums.index_add_(0, torch.tensor([place for place, _ in batch]), values)
         return (sums / len(self.ids)).tolist()
@@ -102,13 +104,11 @@ class Bench:
             for layer, down in enumerate(self.lm.down_projections)
         ]
         with hooked(hooks):
-            hidden = self.lm.decoder(input_ids=self.ids[prompts], use_cache=False)[0]
-        rows = torch.arange(len(prompts), device=hidden.device)
-        logits = linear_logits(self.lm, hidden[rows, self.lasts[prompts]])
-        values = logits[rows, self.targets[prompts]]
+            logits = logits_at(self.lm, self.ids[prompts], self.lasts[prompts])
+        values = logits.gather(1, self.targets[prompts].to(logits.device))
         if self.others is not None:
-            values = values - logits[rows, self.others[prompts]]
-        return values.double().cpu()
+            values = values - logits.gather(1, self.others[prompts].to(logits.device))
+        return values[:, 0].double().cpu()
 
     def _ablated(self, hidden: Tensor, layer: int, running: Tensor, prompts: Tensor) -> Tensor:
         replacement = self.replacement(layer, prompts).to(hidden.device, hidden.dtype)
@@ -137,20 +137,20 @@ def _replacement(
     ablation: Ablation,
     counterfactuals: Sequence[Sequence[int]] | None,
 ) -> Replacement:
-    places = torch.zeros(len(rows), width, dtype=torch.long, device=lm.device)
+    places = torch.zeros(len(rows), width, dtype=torch.long)
     if ablation == "zero":
         return Replacement(tuple(torch.zeros(1, 1, lm.shape.d_mlp) for _ in range(lm.n_layers)), places)
     if ablation == "mean":
         found = _neurons(lm, counterfactuals or rows)
         longest = len(max(counterfactuals or rows, key=len))
         for row, ids in enumerate(rows):  # further from the end than all that was read: what is furthest
-            places[row, : len(ids)] = (longest - torch.arange(len(ids), 0, -1)).clamp(min=0).to(places.device)
+            places[row, : len(ids)] = (longest - torch.arange(len(ids), 0, -1)).clamp(min=0)
         return Replacement(tuple(_means_by_distance(states, longest) for states in found), places)
     assert counterfactuals is not None
     _check_pairs(rows, counterfactuals)
     start = 0
     for row, ids in enumerate(rows):
-        places[row, : len(ids)] = start + torch.arange(len(ids), device=places.device)
+        places[row, : len(ids)] = start + torch.arange(len(ids))
         start += len(ids)
     return Replacement(tuple(torch.cat(states) for states in _neurons(lm, counterfactuals)), places)
 

@@ -4,6 +4,9 @@ The sweep takes the strongest neurons, more and more of them. *Faithfulness* is 
 all other neurons are ablated, *completeness* how much is left when they are: both as shares of the way from `empty`
 (all neurons ablated) to `full` (none). A good circuit is faithful early, and little is left without it. Neurons that
 an attribution leaves out as universal stay running throughout; with `keep_universal` they are neurons like all others.
+
+Unless a circuit from elsewhere is given, neurons are ranked by the attribution of the very prompts that they are
+measured on. That flatters them: on other prompts of the kind, the same neurons keep less.
 """
 
 import math
@@ -52,23 +55,21 @@ class FaithfulnessRow:
 @dataclass(frozen=True)
 class Faithfulness:
     """A sweep over sizes. `full` and `empty` are the metric with no and with all neurons ablated, means over prompts;
-    `ranked` counts the neurons that the percentages are of."""
+    `ranked` counts the neurons that the percentages are of. `same_prompts` says that they were ranked on the prompts
+    that they are measured on."""
 
     full: float
     empty: float
     ranked: int
     ablation: Ablation
     draws: int
+    same_prompts: bool
     rows: tuple[FaithfulnessRow, ...]
 
     @property
     def area(self) -> float:
         """The mean of faithfulness over the range of percentages (the area under its curve, by trapezoids)."""
         return self._area("faithfulness")
-
-    @property
-    def completeness_area(self) -> float:
-        return self._area("completeness")
 
     @property
     def random_area(self) -> float | None:
@@ -103,7 +104,8 @@ def measure_faithfulness(
 ) -> Faithfulness:
     """Faithfulness and completeness of an attribution's strongest neurons on its own prompts, batched.
 
-    Neurons are ranked by their strongest score over positions, counted from the end, of the mean over prompts.
+    Neurons are ranked by their strongest score over positions, counted from the end, of the mean over prompts. For an
+    honest figure, rank on other prompts: give the `circuit` of an attribution of those.
 
     Args:
         circuit: rank the neurons of this circuit instead, by |score|.
@@ -140,6 +142,7 @@ def measure_faithfulness(
         ranked=len(ranked),
         ablation=ablation,
         draws=draws,
+        same_prompts=circuit is None,
         rows=tuple(_rows(percents, counts, measured, full, empty, draws)),
     )
 

@@ -12,9 +12,9 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.circuits.parts import at_multiplier
 from neurosteer.circuits.relp.choices import NextToken, next_tokens
-from neurosteer.circuits.relp.linearised import linear_logits
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.models.logits import last_logits
 from neurosteer.steering.plans import applied, compile_plan
 from neurosteer.validation import check_count
 
@@ -139,10 +139,8 @@ def _probabilities(lm: LanguageModel, ids: Sequence[int], recipes: Sequence[Reci
     found = []
     for first in range(0, len(recipes), _ROWS):
         part = recipes[first : first + _ROWS]
-        batch = torch.tensor([list(ids)] * len(part), device=lm.device)
         with torch.inference_mode(), applied(lm, compile_plan(lm, part), prompt_width=len(ids)):
-            hidden = lm.decoder(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)[0]
-            found.append(linear_logits(lm, hidden[:, -1]).softmax(-1).cpu())
+            found.append(last_logits(lm, [ids] * len(part)).softmax(-1).cpu())
     return torch.cat(found)
 
 

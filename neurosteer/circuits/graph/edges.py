@@ -33,7 +33,7 @@ class Edge(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hub:
+class HubNeuron:
     """A neuron, over all positions, with the number of its edges in the graph and the sums of their |weight|."""
 
     layer: int
@@ -71,7 +71,7 @@ class CircuitGraph:
         return tuple(edge for edge in self.edges if (edge.target.layer, edge.target.neuron) == (layer, neuron))
 
     @cached_property
-    def hubs(self) -> tuple[Hub, ...]:
+    def hubs(self) -> tuple[HubNeuron, ...]:
         """Every neuron that has edges, the one with the largest sum of |weight| first."""
         found: dict[tuple[int, int], list[float]] = {}
         for edge in self.edges:
@@ -80,11 +80,11 @@ class CircuitGraph:
                 sums = found.setdefault((end.layer, end.neuron), [0, 0, 0.0, 0.0])
                 sums[place] += 1
                 sums[place + 2] += size
-        hubs = (Hub(*key, int(sums[0]), int(sums[1]), sums[2], sums[3]) for key, sums in found.items())
+        hubs = (HubNeuron(*key, int(sums[0]), int(sums[1]), sums[2], sums[3]) for key, sums in found.items())
         return tuple(sorted(hubs, key=lambda hub: (-hub.weight, hub.layer, hub.neuron)))
 
     @cached_property
-    def bottleneck(self) -> tuple[Hub, ...]:
+    def bottleneck(self) -> tuple[HubNeuron, ...]:
         """The waist of the hourglass: neurons in which many edges meet and from which many go out.
 
         Those whose sums of |weight|, in and out, are both at least a fifth of the largest of any neuron; the one whose

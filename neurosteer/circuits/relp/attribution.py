@@ -18,7 +18,8 @@ from neurosteer.circuits.relp.choices import NextToken, next_tokens
 from neurosteer.circuits.relp.linearised import Attention
 from neurosteer.circuits.relp.scores import METRICS, PER_POSITION, Metric, NeuronScore, PromptAttribution, score_prompts
 from neurosteer.circuits.relp.selection import Selection
-from neurosteer.circuits.relp.universal import UniversalNeurons, find_universal
+from neurosteer.circuits.relp.specific import find_unspecific
+from neurosteer.circuits.relp.universal import CommonNeurons, find_universal
 from neurosteer.errors import MismatchError, UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.reference import ModelReference
@@ -38,7 +39,7 @@ class Attribution:
     model: ModelReference
     prompts: tuple[PromptAttribution, ...]
     tokens: tuple[tuple[str, ...], ...]
-    universal: UniversalNeurons | None = None
+    universal: CommonNeurons | None = None
     keep_universal: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,6 +47,13 @@ class Attribution:
     def left_out(self) -> tuple[tuple[int, int], ...]:
         """The neurons, as (layer, neuron), that are in no row and no circuit."""
         return () if self.universal is None or self.keep_universal else self.universal.all
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for every target and counterfactual of which only the first token counts."""
+        tokens = [token for one in self.prompts for token in (one.target, one.counterfactual) if token is not None]
+        parts = dict.fromkeys(token for token in tokens if token.is_part)
+        return tuple(f"{one.given!r} is {one.n_tokens} tokens; its first, {one.text!r}, is taken." for one in parts)
 
     def rows(self, select: Selection | None = None, *, prompt: int = 0) -> list[NeuronScore]:
         """The neurons of one prompt by position, strongest first; all that were kept where nothing is selected."""
@@ -178,7 +186,8 @@ def attribute(
     raw: bool = False,
     seed_response: str = "",
     keep_universal: bool = False,
-    universal: UniversalNeurons | None = None,
+    specific: bool = False,
+    universal: CommonNeurons | None = None,
     within: NeuronCircuit | None = None,
     per_position: int = PER_POSITION,
     batch_tokens: int | None = None,
@@ -196,7 +205,8 @@ def attribute(
         raw: no chat template.
         seed_response: how the answer begins, before the target.
         keep_universal: count universal neurons too.
-        universal: the universal neurons to leave out; by default what `find_universal` finds.
+        specific: leave out, too, the neurons that everyday answers are owed to (`find_unspecific`).
+        universal: the neurons to leave out; by default what `find_universal`, or `find_unspecific`, finds.
         within: score this circuit's neurons only, all of them at every position.
         per_position: how many neurons of a layer are kept at each position.
         batch_tokens: how many tokens, padding included, go through the model at once.
@@ -208,13 +218,15 @@ def attribute(
         Cancelled: `cancel` was set.
     """
     _check(metric, counterfactuals, per_position)
+    if specific and keep_universal:
+        raise UsageError("specific leaves out neurons that keep_universal keeps; give one of them.")
     choices = next_tokens(lm, prompts, targets, counterfactuals, raw=raw, seed_response=seed_response)
     if any(len(choice.ids) < 2 for choice in choices):
         raise UsageError("A prompt has one token only; the first position is never counted, so write a longer one.")
     if within is not None:
         check_model(within, lm.reference)
     if universal is None and not keep_universal:
-        universal = find_universal(lm, progress=progress, cancel=cancel)
+        universal = (find_unspecific if specific else find_universal)(lm, progress=progress, cancel=cancel)
     found = score_prompts(
         lm,
         choices,
@@ -242,10 +254,6 @@ def _kept(scores: Tensor, select: Selection, metric: float) -> Tensor:
     flat = scores.flatten()
     places = select(flat, layers, metric)
     return torch.zeros_like(flat).index_copy(0, places, flat[places]).view_as(scores)
-
-
-def _pairs(neurons: Sequence[tuple[int, int]]) -> list[list[int]]:
-    return [list(pair) for pair in neurons]
 
 
 def _token_data(token: NextToken | None) -> dict[str, Any] | None:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from neurosteer.circuits.relp.linearised import batch_tokens_for, padded
+from neurosteer.circuits.relp.linearised import batch_tokens_for
 from neurosteer.errors import UsageError
 from neurosteer.models.batching import length_batches
 from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.models.logits import last_logits
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,12 @@ def likely_choices(lm: LanguageModel, prompts: Sequence[str]) -> tuple[Choice, .
     choices: dict[int, Choice] = {}
     drafts = [Choice(prompt, tuple(row), NextToken(0, "")) for prompt, row in zip(prompts, ids, strict=True)]
     for indices in length_batches(drafts, batch_tokens_for(lm)):
-        best = _two_best(lm, [drafts[index] for index in indices])
+        with torch.inference_mode():
+            best = last_logits(lm, [drafts[index].ids for index in indices]).topk(2).indices.tolist()
         for index, pair in zip(indices, best, strict=True):
             target, other = (NextToken(one, lm.tokenizer.decode([one])) for one in pair)
             choices[index] = replace(drafts[index], target=target, counterfactual=other)
     return tuple(choices[index] for index in range(len(drafts)))
-
-
-def _two_best(lm: LanguageModel, batch: Sequence[Choice]) -> list[list[int]]:
-    lasts = torch.tensor([len(choice.ids) - 1 for choice in batch], device=lm.device)
-    with torch.inference_mode():
-        hidden = lm.decoder(input_ids=padded(lm, [choice.ids for choice in batch]), use_cache=False)[0]
-        at_last = hidden[torch.arange(len(batch), device=hidden.device), lasts.to(hidden.device)]
-        return lm.model.get_output_embeddings()(at_last).topk(2).indices.tolist()
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -6,14 +6,14 @@ In the backward pass
 - a product gate × up gives half of its gradient to either factor;
 - attention is differentiated in full, soft-capping of its scores included, or has a constant pattern (`frozen`), so
   that only values carry gradients;
-- soft-capping of the logits is, like an activation function, the logit times a constant: the shares that neurons have
-  in a logit then add up to the capped logit, the one the model uses.
+- what the model makes of its logits (soft-capping, a scale) is, like an activation function, the logit times a
+  constant: the shares that neurons have in a logit then add up to the logit that the model uses.
 
 Nothing is replaced: hooks on the norms, activation functions and projections pass on what those computed, with another
 gradient. Like all hooks they answer the thread that entered the block only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from neurosteer.errors import ModelError, UsageError
+from neurosteer.models.batching import padded
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, PassHook, hooked
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.logits import logits_at, where_last
+from neurosteer.models.parts import NormParts, norm_of, probe_norm
 
 Attention = Literal["full", "frozen"]
 ATTENTIONS: tuple[Attention, ...] = ("full", "frozen")
@@ -38,11 +41,11 @@ _ACTIVATION_NAMES = ("act_fn", "act")
 class LinearPass:
     """A forward pass whose gradients are linearised.
 
-    `hidden` is what the LM head reads, `[batch, seq, d_model]`; `neurons[L]` the input of block L's down projection,
-    `[batch, seq, d_mlp]`. Gradients reach the neurons from everything above them.
+    `logits` are the model's, float32 `[n, vocabulary]`, at the positions asked for; `neurons[L]` the input of block L's
+    down projection, `[batch, seq, d_mlp]`. Gradients reach the neurons from everything above them.
     """
 
-    hidden: Tensor
+    logits: Tensor
     neurons: tuple[Tensor, ...]
 
 
@@ -62,44 +65,39 @@ def linearised(lm: LanguageModel, attention: Attention = "full") -> Iterator[Non
         yield
 
 
-def linear_pass(lm: LanguageModel, rows: Sequence[Sequence[int]], attention: Attention = "full") -> LinearPass:
-    """Run token ids through the linearised model, as one batch padded on the right.
+def linear_pass(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], attention: Attention = "full", where: Tensor | None = None
+) -> LinearPass:
+    """Run token ids through the linearised model, as one batch padded on the right, for the logits at the positions
+    `where`, bool `[batch, seq]`: by default each row's last.
 
     A causal model never looks at what stands to the right, so that a row gives what it gives alone; what comes of
     padding means nothing. Weights and what lies below the first neurons get no gradients. Raises as `linearised`.
     """
     neurons: dict[int, Tensor] = {}
+    plain: list[Tensor] = []  # what the LM head gives
 
     def keep(layer: int, hidden: Tensor) -> Tensor:
         neurons[layer] = hidden if layer else hidden.detach().requires_grad_()
         return neurons[layer]
 
-    keeping = [
+    keeping: list[Hook] = [
         InputHook(down, lambda hidden, layer=layer: keep(layer, hidden))
         for layer, down in enumerate(lm.down_projections)
     ]
+    keeping.append(OutputHook(lm.model.get_output_embeddings(), plain.append))
     with torch.inference_mode(False), torch.enable_grad(), linearised(lm, attention), hooked(keeping):
-        hidden = lm.decoder(input_ids=padded(lm, rows), use_cache=False)[0]
-    return LinearPass(hidden, tuple(neurons[layer] for layer in range(lm.n_layers)))
-
-
-def padded(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids as one batch filled up on the right, `[batch, seq]`."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[lm.pad_id] * (longest - len(row))] for row in rows], device=lm.device)
+        ids = padded(rows, lm.pad_id)
+        where = where_last(rows, ids.shape[1]) if where is None else where
+        logits = logits_at(lm, ids, where)
+        logits = _multiple(plain[0].float(), logits, limit=_ratio_near_zero(plain[0], logits))
+    return LinearPass(logits, tuple(neurons[layer] for layer in range(lm.n_layers)))
 
 
 def batch_tokens_for(lm: LanguageModel) -> int:
     """As many tokens as what the backward pass needs of them leaves within a gigabyte (eight on a GPU)."""
     per_token = lm.n_layers * (6 * lm.shape.d_mlp + 12 * lm.shape.d_model) * lm.dtype.itemsize
     return max(64, _GRAPH_BYTES.get(lm.device.type, 1 << 30) // per_token)
-
-
-def linear_logits(lm: LanguageModel, hidden: Tensor) -> Tensor:
-    """Float32 logits `[..., vocabulary]` of what the LM head reads, soft-capped where the model does that."""
-    logits = lm.model.get_output_embeddings()(hidden).float()
-    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    return _multiple(logits, cap * (logits / cap).tanh(), limit=1.0) if cap else logits
 
 
 class _Scaled(torch.autograd.Function):
@@ -121,7 +119,12 @@ def _scaled(x: Tensor, value: Tensor, coefficient: Tensor) -> Tensor:
     return result
 
 
-def _multiple(x: Tensor, value: Tensor, *, limit: float, share: float = 1.0) -> Tensor:
+def _ratio_near_zero(plain: Tensor, logits: Tensor) -> Tensor:
+    """What logits come to, per unit of what the LM head gives: a scale is one number, a cap takes least away near 0."""
+    return (logits.detach() / plain.detach()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).amax()
+
+
+def _multiple(x: Tensor, value: Tensor, *, limit: float | Tensor, share: float = 1.0) -> Tensor:
     """`value` of an element-wise function of `x`; in the backward pass `share` of the constant value / x times `x`.
 
     `limit` is value / x where x is 0.
@@ -134,67 +137,53 @@ def _multiple(x: Tensor, value: Tensor, *, limit: float, share: float = 1.0) -> 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-NormRule = Callable[[Module, Tensor], tuple[Tensor, Tensor]]
-"""What a norm is linear in, and its coefficient."""
-
-
 def _norm_hooks(lm: LanguageModel) -> list[Hook]:
-    rules: dict[type[Module], NormRule] = {}
-    hooks: list[Hook] = []
-    for module in lm.decoder.modules():
-        kind = type(module)
-        if "RMSNorm" not in kind.__name__ and not kind.__name__.endswith("LayerNorm"):
-            continue
-        rule = rules[kind] = rules.get(kind) or _norm_rule(lm, module)
-        hooks.append(PassHook(module, lambda x, y, module=module, rule=rule: _through_norm(rule, module, x, y)))
-    return hooks
+    """For every norm of the decoder, which is asked what it does when it is first run: only then is it known what it
+    normalises (the whole stream, a head)."""
+    known: dict[Module, NormParts] = {}
+
+    def through(module: Module, x: Tensor, value: Tensor) -> Tensor:
+        if module not in known:
+            known[module] = _parts_of(lm, module, x)
+        return _through_norm(known[module], x, value)
+
+    return [
+        PassHook(module, lambda x, y, module=module: through(module, x, y))
+        for module in lm.decoder.modules()
+        if "RMSNorm" in type(module).__name__ or "LayerNorm" in type(module).__name__
+    ]
 
 
-def _through_norm(rule: NormRule, module: Module, x: Tensor, value: Tensor) -> Tensor:
-    linear, coefficient = rule(module, x)
-    return _scaled(linear, value, coefficient)
+def _through_norm(parts: NormParts, x: Tensor, value: Tensor) -> Tensor:
+    """`value`; in the backward pass the norm's scale is a constant."""
+    linear = parts.linear(x)
+    return _scaled(linear, value, _scale(parts, linear.detach(), value.detach()) * parts.gain.to(x.device))
 
 
-def _norm_rule(lm: LanguageModel, module: Module) -> NormRule:
-    """The rule that gives what the norm gives for random numbers."""
+def _scale(parts: NormParts, linear: Tensor, value: Tensor) -> Tensor:
+    """What the norm multiplied each row by before its gain, float32 `[..., 1]`, from what went in and came out."""
+    weighed = linear.float() * parts.gain.to(linear.device)
+    without_bias = value.float() - parts.bias.to(value.device)
+    tiny = torch.finfo(torch.float32).tiny
+    return (without_bias * weighed).sum(-1, keepdim=True) / weighed.square().sum(-1, keepdim=True).clamp(min=tiny)
+
+
+def _parts_of(lm: LanguageModel, module: Module, x: Tensor) -> NormParts:
+    """What a norm does. Raises `ModelError` where random numbers show that it does something else than norms do."""
+    weight = getattr(module, "weight", None)
+    shape = x.shape[-1:] if weight is None else weight.shape
     try:
-        weight, bias = _gain(module), getattr(module, "bias", None)
-        probe = 1.0 + torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        parts = probe_norm(module, shape)
+        numbers = 1.0 + torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(parts.gain.device)
         with torch.no_grad():
-            value = module(probe.to(lm.dtype)).float()
-            for rule in (_rms_norm, _shifted_rms_norm, _layer_norm):
-                linear, coefficient = rule(module, probe)
-                found = linear * coefficient + (0.0 if bias is None else bias.float())
-                if torch.allclose(found, value, rtol=0.03, atol=0.03):
-                    return rule
+            value = norm_of(module, numbers)
+        linear = parts.linear(numbers)
+        found = _scale(parts, linear, value) * linear * parts.gain + parts.bias
+        if torch.allclose(found, value, rtol=0.03, atol=0.03):
+            return parts
     except Exception as error:  # a module of another kind fails in its own way
         raise ModelError(f"{lm.name}: its norm {type(module).__name__} is of an unknown kind ({error}).") from error
     raise ModelError(f"{lm.name}: its norm {type(module).__name__} is of an unknown kind; circuits cannot be found.")
-
-
-def _rms_norm(module: Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return x, _per_rms(module, x) * _gain(module)
-
-
-def _shifted_rms_norm(module: Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gemmas' gain is 1 + weight."""
-    return x, _per_rms(module, x) * (1.0 + _gain(module))
-
-
-def _layer_norm(module: Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred, _per_rms(module, centred) * _gain(module)
-
-
-def _gain(module: Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.float()
-
-
-def _per_rms(module: Module, x: Tensor) -> Tensor:
-    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
-    return torch.rsqrt(x.detach().float().square().mean(-1, keepdim=True) + epsilon)
 
 
 # --- MLPs and attention ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.circuits.relp.choices import Choice, NextToken
-from neurosteer.circuits.relp.linearised import Attention, batch_tokens_for, linear_logits, linear_pass
+from neurosteer.circuits.relp.linearised import Attention, batch_tokens_for, linear_pass
 from neurosteer.models.batching import length_batches
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
@@ -89,11 +89,9 @@ def _attribute(
     within: NeuronCircuit | None,
 ) -> Iterator[PromptAttribution]:
     linear = linear_pass(lm, [choice.ids for choice in batch], attention)
-    lasts = torch.tensor([len(choice.ids) - 1 for choice in batch], device=linear.hidden.device)
     with torch.enable_grad():
-        logits = linear_logits(lm, linear.hidden[torch.arange(len(batch), device=lasts.device), lasts])
-        others = _others(lm, batch, logits) if metric == "difference" else [None] * len(batch)
-        metrics = _metrics(batch, others, logits)
+        others = _others(lm, batch, linear.logits) if metric == "difference" else [None] * len(batch)
+        metrics = _metrics(batch, others, linear.logits)
         gradients = torch.autograd.grad(metrics.sum(), linear.neurons)
     layers = [
         _LayerScores.of(gradient, neurons.detach(), per_position, _members(within, layer, lm.shape.d_mlp))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from neurosteer.circuits.relp.choices import likely_choices
 from neurosteer.circuits.relp.scores import score_prompts
-from neurosteer.circuits.relp.universal import UniversalNeurons, everyday_prompts, find_universal
+from neurosteer.circuits.relp.universal import CommonNeurons, everyday_prompts, find_universal
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
@@ -25,7 +25,7 @@ def find_unspecific(
     share: float = SHARE,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
-) -> UniversalNeurons:
+) -> CommonNeurons:
     """The universal neurons, and those that are among the `top` by relp score, of all layers, of at least `share` of
     everyday prompts' own likeliest tokens (against the second likeliest). For `attribute(..., universal=...)`.
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from neurosteer.circuits.relp.choices import Choice, likely_choices
-from neurosteer.circuits.relp.linearised import batch_tokens_for, padded
+from neurosteer.circuits.relp.linearised import batch_tokens_for
 from neurosteer.circuits.relp.scores import score_prompts
 from neurosteer.circuits.relp.weights import Neuron, edge_weights, super_weights
 from neurosteer.errors import UsageError
 from neurosteer.examples.files import assets_folder
-from neurosteer.models.batching import length_batches
+from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
@@ -30,11 +30,12 @@ _EDGE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class UniversalNeurons:
-    """Neurons as (layer, neuron) that everyday prompts have in common.
+class CommonNeurons:
+    """Neurons as (layer, neuron) that everyday prompts have in common, so that they explain no single answer.
 
     `neurons` are among their layer's `top_per_layer` by |activation| at the last token of at least `share` of the
-    `n_prompts`. `super_weights` have edges that are outliers in at least half of those prompts that were looked at.
+    `n_prompts`; `find_unspecific` adds those that everyday answers are owed to. `super_weights` have edges that are
+    outliers in at least half of those prompts that were looked at.
     """
 
     neurons: tuple[tuple[int, int], ...]
@@ -56,7 +57,7 @@ def everyday_prompts() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
-_FOUND: "weakref.WeakKeyDictionary[LanguageModel, UniversalNeurons]" = weakref.WeakKeyDictionary()
+_FOUND: "weakref.WeakKeyDictionary[LanguageModel, CommonNeurons]" = weakref.WeakKeyDictionary()
 
 
 def find_universal(
@@ -67,7 +68,7 @@ def find_universal(
     share: float = SHARE_OF_PROMPTS,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
-) -> UniversalNeurons:
+) -> CommonNeurons:
     """Find universal neurons and super weights over `prompts`, read without a chat template.
 
     With everything left at its default the answer is kept for as long as the model is. Raises `UsageError` for an empty
@@ -88,7 +89,7 @@ def find_universal(
         check_cancelled(cancel, "Finding universal neurons")
         counts += _among_strongest(lm, [choices[index] for index in indices], top_per_layer)
     found = (counts >= int(share * len(choices))).nonzero().tolist()
-    universal = UniversalNeurons(
+    universal = CommonNeurons(
         neurons=tuple((layer, neuron) for layer, neuron in found),
         super_weights=_super_weights(lm, choices, progress, cancel),
         n_prompts=len(choices),
@@ -116,7 +117,7 @@ def _among_strongest(lm: LanguageModel, batch: Sequence[Choice], count: int) -> 
         for layer, down in enumerate(lm.down_projections)
     ]
     with torch.inference_mode(), hooked(hooks):
-        lm.decoder(input_ids=padded(lm, [choice.ids for choice in batch]), use_cache=False)
+        lm.decoder(input_ids=padded([choice.ids for choice in batch], lm.pad_id).to(lm.device), use_cache=False)
     return counts
 
 

@@ -141,5 +141,5 @@ def _taken_by_row(linear: LinearPass, targets: Sequence[Neuron], layers: Sequenc
     with torch.enable_grad():
         values = [linear.neurons[layer][row, at, neuron] for row, (layer, at, neuron) in enumerate(targets)]
         # Layers may be spread over several GPUs.
-        total = torch.stack([value.to(linear.hidden.device) for value in values]).sum()
+        total = torch.stack([value.to(linear.logits.device) for value in values]).sum()
     return list(torch.autograd.grad(total, [linear.neurons[layer] for layer in layers]))

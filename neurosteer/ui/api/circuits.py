@@ -14,7 +14,7 @@ from neurosteer.ui.tabs.circuits import KIND, MAX_TOKENS, MOST_NEURONS
 if TYPE_CHECKING:
     import threading
 
-    from neurosteer.circuits import Attribution, CircuitGraph, NextToken, Prediction
+    from neurosteer.circuits import Attribution, CircuitGraph, Prediction
     from neurosteer.models.language_model import LanguageModel
 
 MOST_TARGETS = 100
@@ -185,7 +185,7 @@ def explain_answer(
         "predictions": _predictions(before.predictions),
         "predictions_without": _predictions(without.predictions),
         **{key: value for key, value in handed_over(circuit).items() if key in _OF_A_CIRCUIT},
-        "warnings": _warnings(found),
+        "warnings": list(found.notes),
     }
 
 
@@ -211,7 +211,7 @@ def explain_wiring(
         "target": graph.target.text,
         "counterfactual": graph.counterfactual.text if graph.counterfactual else None,
         "tokens": list(graph.tokens),
-        "warnings": _warnings(found),
+        "warnings": list(found.notes),
     }
 
 
@@ -221,7 +221,7 @@ _OF_A_CIRCUIT = ("artifact", "name", "kind", "method", "model", "layers", "stren
 def _attributed(
     lm: "LanguageModel", asked: Asked, progress: Progress, cancel: "threading.Event | None"
 ) -> "Attribution":
-    from neurosteer.circuits import attribute, find_unspecific
+    from neurosteer.circuits import attribute
 
     raw, given = not asked.chat, {"metric": asked.metric, "attention": asked.attention}
     if len(lm.prompt_ids(asked.prompt, raw=raw, seed_response=asked.seed_response)) > MAX_TOKENS:
@@ -234,7 +234,7 @@ def _attributed(
         raw=raw,
         seed_response=asked.seed_response,
         keep_universal=asked.keep_universal,
-        universal=find_unspecific(lm, progress=progress, cancel=cancel) if asked.specific else None,
+        specific=asked.specific,
         progress=progress,
         cancel=cancel,
         **given,  # type: ignore[arg-type]
@@ -256,20 +256,8 @@ def _predictions(found: "tuple[Prediction, ...] | list[Prediction]") -> list[dic
     return [{"text": one.text, "probability": one.probability} for one in found]
 
 
-def _warnings(found: "Attribution") -> list[str]:
-    one = found.prompts[0]
-    tokens: list[NextToken | None] = [one.target, one.counterfactual]
-    return [
-        f"{token.given!r} is {token.n_tokens} tokens; its first, {token.text!r}, is taken."
-        for token in tokens
-        if token is not None and token.is_part
-    ]
-
-
 def _check(asked: Asked) -> None:
     if len(asked.prompt) > MAX_PROMPT:
         raise UsageError(f"The prompt has {len(asked.prompt):,} characters; this page takes {MAX_PROMPT:,}.")
     if not 1 <= asked.neurons <= MOST_NEURONS:
         raise UsageError(f"neurons is {asked.neurons}; give 1 to {MOST_NEURONS:,}.")
-    if asked.specific and asked.keep_universal:
-        raise UsageError("specific leaves out neurons that keep_universal keeps; ask for one of them.")

@@ -25,12 +25,12 @@ _HELP = {
 
 def coloured(lm: "LanguageModel", kind: str, rows: "Sequence[Row]") -> str:
     """Both texts of a finished run as HTML. `rows` are the left and the right one; the right one's recipe counts."""
-    from neurosteer.measuring.token_scores import divergences, projections
+    from neurosteer.measuring.token_scores import projections, token_divergences
 
     recipe = rows[-1].recipe
     name = recipe.uses[0].artifact.name
     if kind == KL:
-        texts = [divergences(lm, recipe, row.prompt, row.text) for row in rows]
+        texts = [token_divergences(lm, recipe, row.prompt, row.text) for row in rows]
         shares = [[min(1.0, score.score / _FULL_KL) for score in text] for text in texts]
     else:
         texts = [projections(lm, recipe.uses[0].artifact, row.prompt, row.text) for row in rows]

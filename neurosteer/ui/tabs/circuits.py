@@ -158,11 +158,10 @@ def explain(
     lm: "LanguageModel", question: Question, *, progress: Progress = silent, cancel: threading.Event | None = None
 ) -> Explained:
     """The neurons that the next word is owed to. Raises as `attribute` does, `UsageError` for a long prompt."""
-    from neurosteer.circuits import Selection, attribute, find_edges, find_unspecific
+    from neurosteer.circuits import Selection, attribute, find_edges
 
     raw, select = not question.chat, Selection("top_k", int(question.neurons))
     _check_length(lm, question)
-    specific = question.universal == LEAVE_OUT_MORE
     found = attribute(
         lm,
         question.prompt,
@@ -170,7 +169,7 @@ def explain(
         question.counterfactual or None,
         raw=raw,
         keep_universal=question.universal == KEEP,
-        universal=find_unspecific(lm, progress=progress, cancel=cancel) if specific else None,
+        specific=question.universal == LEAVE_OUT_MORE,
         progress=progress,
         cancel=cancel,
     )
