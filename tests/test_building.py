@@ -1,7 +1,10 @@
 """Building: the choice of layers, what is recorded, and that the composition computes what its parts promise."""
 
 import threading
+import time
+import tracemalloc
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,9 @@ from tiny import (
 )
 from torch import Tensor
 
+from neurosteer.artifacts.cards import render_card
 from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.storage import load, save
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building import plan
 from neurosteer.building.layers import parse_layers
@@ -32,6 +37,7 @@ from neurosteer.building.separation import separation_of
 from neurosteer.errors import ArtifactError, Cancelled, ExamplesError, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.reading.statistics import ClassRows, HeldOut
+from neurosteer.ui.show.html import warnings_of
 from neurosteer.version import VERSION
 
 ALL_TEXTS = texts(60, seed=11)
@@ -300,6 +306,19 @@ def test_layers_that_are_not_the_models_are_refused_in_one_line(given: Any) -> N
     assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
+@pytest.mark.parametrize("part", ["0-9999", "0-11", "3", "0-9999999999"])
+def test_layers_as_a_long_text_cost_no_more_than_their_length(part: str) -> None:
+    text = f"{part}," * (250_000 // (len(part) + 1)) + part
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(UsageError, match=r"layers is"):
+        parse_layers(text, 12)
+    seconds, (_, most) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 0.5 and most < 1 << 20
+    assert parse_layers(",".join(["0-11"] * 200), 12) == tuple(range(12))  # of 999 characters
+
+
 # --- what is recorded ------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +357,25 @@ def test_parameters_are_recorded_with_their_defaults(llama: Tiny) -> None:
     assert recorded == {
         "rank": "write", "operation": "shift", "top_k": 5, "skip_layers": [1], "searched_layers": [2, 3],
     }  # fmt: skip
+
+
+def test_pca_of_unpaired_examples_says_that_it_may_find_another_difference(
+    llama: Tiny, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    unpaired = build(llama.lm, EXAMPLES, method="pca", layers=1)
+    (warning,) = unpaired.provenance.warnings
+    assert "not paired" in warning and "caa" in warning and "\n" not in warning
+    assert [record.message for record in caplog.records if "paired" in record.message] == [warning]
+    assert warning in warnings_of(unpaired) and "The examples are not paired" in render_card(unpaired)
+    assert load(save(unpaired, tmp_path / "one")).provenance.warnings == (warning,)
+    caplog.clear()
+    paired = ContrastSet(EXAMPLES.positive, EXAMPLES.negative, name="pairs", paired=True)
+    for quiet in (
+        build(llama.lm, paired, method="pca", layers=1),
+        *(build(llama.lm, EXAMPLES, method=method, layers=1) for method in ("caa", "probe")),
+    ):
+        assert quiet.provenance.warnings == ()
+    assert not [record for record in caplog.records if "paired" in record.message]
 
 
 @pytest.mark.parametrize("method", ["pca", "probe"])

@@ -228,11 +228,13 @@ def test_layers_shows_figures_for_every_layer_as_a_table_as_json_and_in_files(
     ran = run("layers", examples, *options, "--out", tmp_path / "view", "--json")
     assert ran.code == 0, ran.err
     data = json.loads(ran.out)
-    figures = ["layer", "separation", "effect", "damage", "random_effect", "random_damage"]
+    own = ["effect", "effect_error", "damage", "kl", "kl_down"]
+    figures = ["layer", "separation", *own, *(f"random_{key}" for key in own)]
     assert [list(row) for row in data["layers"]] == [figures] * 4
     assert [row["layer"] for row in data["layers"]] == [0, 1, 2, 3]
     assert (data["method"], data["framing"], data["n_held_out"]) == ("caa", "raw", [1, 1])
-    assert data["best"]["effect"] == max(data["layers"], key=lambda row: row["effect"])["layer"]
+    near = [row for row in data["layers"] if max(row["kl"], row["kl_down"]) <= 1.15 * data["target_kl"]]
+    assert data["best"]["effect"] == max(near or data["layers"], key=lambda row: row["effect"])["layer"]
     assert data["files"] == [str(tmp_path / "view" / name) for name in ("layers.csv", "layers.html")]
     with (tmp_path / "view" / "layers.csv").open(newline="", encoding="utf-8") as file:
         assert [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)] == data["layers"]
@@ -241,8 +243,10 @@ def test_layers_shows_figures_for_every_layer_as_a_table_as_json_and_in_files(
     lines = [line.replace("*", "").split() for line in table.out.splitlines()]
     assert lines[0][:4] == ["Layer", "Separation", "Effect", "Damage"]
     for line, row in zip(lines[1:3], data["layers"][1:3], strict=True):
-        assert line == [str(row["layer"]), f"{row['separation']:.3f}", *(f"{row[key]:+.3f}" for key in figures[2:])]
-    assert "nats per token" in table.out
+        others = (f"{row[key]:+.3f}" for key in ("damage", "random_effect", "random_damage"))
+        effect = [f"{row['effect']:+.3f}", "±", f"{row['effect_error']:.3f}"]
+        assert line == [str(row["layer"]), f"{row['separation']:.3f}", *effect, *others]
+    assert "nats per token" in table.out and "at 1 nats of KL" in table.out and "best of 2" in table.out
 
 
 def test_layers_names_what_it_cannot_do(run: Run, model_folder: Path, examples: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import save_file
 from tiny import (
@@ -29,19 +31,21 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import Use
 from neurosteer.artifacts.vector import SteeringVector, unit
 from neurosteer.building import layer_profile
+from neurosteer.building.layer_choice import TOLERANCE
+from neurosteer.building.layer_plot import profile_figure, write_profile
 from neurosteer.building.layer_profile import (
     LayerFigures,
     LayerProfile,
     profile_data,
-    profile_figure,
-    profile_layers,
     random_twin,
-    write_profile,
 )
 from neurosteer.errors import Cancelled, ExamplesError, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import calibration_prompts
 from neurosteer.examples.reading import read_examples
 from neurosteer.measuring import preference
+from neurosteer.measuring.calibration import calibrate_each
+from neurosteer.measuring.preference import Preference
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.steering import forcing
 
@@ -56,6 +60,12 @@ def contrast(count: int = 15, *, longest: int = 12) -> ContrastSet:
 
 
 EXAMPLES = contrast()
+TARGET = 0.1
+
+
+def profile_layers(*given: Any, **named: Any) -> LayerProfile:
+    """At a KL that the tiny random models can be brought to."""
+    return layer_profile.profile_layers(*given, **{"target_kl": TARGET, **named})
 
 
 def parts(examples: ContrastSet) -> tuple[ContrastSet, list[str], list[str]]:
@@ -95,27 +105,37 @@ def naive_scores(this: Tiny, text: str, framing: str, writes: Writes) -> tuple[f
 def naive_effect_and_damage(
     this: Tiny, artifact: Any, positive: list[str], negative: list[str], framing: str
 ) -> tuple[float, float]:
+    """Every text weighs the same, and so does every class."""
     preference, likelihood = {}, {}
     for strength in (0.0, 1.0, -1.0):
         writes = writes_of([Use(artifact, strength)]) if strength else Writes()
         sides = [[naive_scores(this, text, framing, writes) for text in side] for side in (positive, negative)]
-        up, down = (sum(score for score, _ in side) / sum(count for _, count in side) for side in sides)
+        up, down = (sum(score / count for score, count in side) / len(side) for side in sides)
         preference[strength] = up - down
-        both = [*sides[0], *sides[1]]
-        likelihood[strength] = sum(score for score, _ in both) / sum(count for _, count in both)
+        likelihood[strength] = (up + down) / 2
     effect = (preference[1.0] - preference[-1.0]) / 2
     return effect, likelihood[0.0] - (likelihood[1.0] + likelihood[-1.0]) / 2
+
+
+def at_the_kl(this: Tiny, artifact: Any) -> Any:
+    """`artifact` by itself at `TARGET` nats on every third of the calibration prompts."""
+    prompts = calibration_prompts()[::3]
+    return calibrate_each(this.lm, [artifact], target_kl=TARGET, prompts=prompts, tolerance=TOLERANCE)[0]
 
 
 def assert_as_naive(
     this: Tiny, figures: LayerFigures, artifact: Any, examples: ContrastSet, framing: str, seed: int = 0
 ) -> None:
     _, positive, negative = parts(examples)
-    effect, damage = naive_effect_and_damage(this, artifact, positive, negative, framing)
-    other, spoilt = naive_effect_and_damage(this, random_twin(artifact, seed), positive, negative, framing)
+    own, twin = at_the_kl(this, artifact), at_the_kl(this, random_twin(artifact, seed))
+    effect, damage = naive_effect_and_damage(this, own, positive, negative, framing)
+    other, spoilt = naive_effect_and_damage(this, twin, positive, negative, framing)
     found = (figures.effect, figures.damage, figures.random_effect, figures.random_damage)
     assert found == pytest.approx((effect, damage, other, spoilt), rel=1e-3, abs=2e-5)
-    assert abs(effect) > 1e-4 and abs(damage) > 1e-4
+    assert abs(effect) > 1e-5 and abs(damage) > 1e-5
+    kls = (figures.kl, figures.kl_down, figures.random_kl, figures.random_kl_down)
+    wanted = [kl for one in (own, twin) for kl in (one.calibration.kl, one.calibration.kl_down)]
+    assert kls == pytest.approx(wanted, rel=1e-3)
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -224,6 +244,7 @@ def test_long_texts_are_cut_and_of_one_token_left_out(llama: Tiny, monkeypatch: 
         [llama.lm.tokenizer.decode(llama.lm.tokenizer(text)["input_ids"][:6]) for text in side if len(text) > 1]
         for side in (held_positive, held_negative)
     )
+    artifact = at_the_kl(llama, artifact)
     effect, damage = naive_effect_and_damage(llama, artifact, cut_positive, cut_negative, "raw")
     (figures,) = profile.layers
     assert (figures.effect, figures.damage) == pytest.approx((effect, damage), rel=1e-3, abs=2e-5)
@@ -232,9 +253,8 @@ def test_long_texts_are_cut_and_of_one_token_left_out(llama: Tiny, monkeypatch: 
 def test_the_same_seed_gives_the_same_figures_and_another_changes_only_the_control(llama: Tiny) -> None:
     one, again, other = (profile_layers(llama.lm, EXAMPLES, layers=1, seed=seed) for seed in (0, 0, 1))
     assert one == again
-    assert replace(other.layers[0], random_effect=0, random_damage=0) == replace(
-        one.layers[0], random_effect=0, random_damage=0
-    )
+    control: Any = {key: 0 for key in vars(one.layers[0]) if key.startswith("random_")}
+    assert replace(other.layers[0], **control) == replace(one.layers[0], **control)
     assert other.layers[0].random_effect != one.layers[0].random_effect
 
 
@@ -297,10 +317,11 @@ PROFILE = LayerProfile(
     n_train=(12, 12),
     n_held_out=(3, 4),
     seed=0,
+    target_kl=1.0,
     layers=(
-        LayerFigures(0, 0.75, 0.0125, 0.5, -0.0625, 0.25),
-        LayerFigures(1, 0.96875, 0.21875, 0.375, 0.03125, 0.3125),
-        LayerFigures(3, 0.96875, 0.28125, 0.4375, 0.015625, 0.34375),
+        LayerFigures(0, 0.75, 0.0125, 0.01, 0.5, 1.125, 0.875, -0.0625, 0.02, 0.25, 1.0, 1.0),
+        LayerFigures(1, 0.96875, 0.21875, 0.03, 0.375, 0.9375, 1.0625, 0.03125, 0.02, 0.3125, 1.0, 1.0),
+        LayerFigures(3, 0.96875, 0.28125, 0.04, 0.4375, 1.0, 1.0, 0.015625, 0.02, 0.34375, 1.0, 1.0),
     ),
 )
 
@@ -317,16 +338,57 @@ def test_the_best_layers_are_marked_in_the_data() -> None:
     }
 
 
+def test_a_layer_beyond_the_kl_is_not_the_best_and_is_a_cross_in_the_plot() -> None:
+    for kl in (1.16, None):
+        jumping = replace(PROFILE.layers[2], kl_down=kl)
+        profile = replace(PROFILE, layers=(*PROFILE.layers[:2], jumping))
+        assert PROFILE.best_effect == 3 and profile.best_effect == 1
+        effect = next(one for one in profile_figure(profile).to_dict()["data"] if one["name"] == "effect of caa")
+        assert list(effect["marker"]["symbol"]) == ["circle", "circle", "x"]
+        assert list(effect["error_y"]["array"]) == [0.01, 0.03, 0.04]
+    everywhere = replace(PROFILE, layers=tuple(replace(one, kl=9.0) for one in PROFILE.layers))
+    assert everywhere.best_effect == 3
+
+
+def test_all_layers_and_their_random_controls_come_to_the_kl(llama: Tiny) -> None:
+    profile = profile_layers(llama.lm, EXAMPLES, method="caa", layers="1-3")
+    for one in profile.layers:
+        for kl in (one.kl, one.kl_down, one.random_kl, one.random_kl_down):
+            assert kl == pytest.approx(TARGET, rel=TOLERANCE)
+        assert one.effect_error > 0 and one.random_effect_error > 0
+
+
+def test_the_standard_error_is_that_of_two_means_of_texts() -> None:
+    draw = torch.Generator().manual_seed(0)
+    positive = torch.tensor([True] * 9 + [False] * 5)
+    shifts, losses = torch.randn(2, 14, generator=draw, dtype=torch.float64)
+    one, other = Preference(shifts, losses, positive), Preference(shifts / 2, losses, positive)
+    mine, theirs = (shifts.numpy()[side.numpy()] for side in (positive, ~positive))
+    assert one.effect == pytest.approx(mine.mean() - theirs.mean())
+    assert one.error == pytest.approx(np.hypot(scipy.stats.sem(mine), scipy.stats.sem(theirs)))
+    assert one.error_of_difference(other) == pytest.approx(one.error / 2)
+    assert one.error_of_difference(one) == 0
+    assert Preference(shifts[8:10], losses[8:10], positive[8:10]).error == 0  # one text of each: nothing is known
+
+
 def test_the_table_and_the_page_hold_every_figure_and_need_no_network(tmp_path: Path) -> None:
     table, page = write_profile(PROFILE, tmp_path / "new" / "folder")
     with table.open(newline="", encoding="utf-8") as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     assert rows == [row | {"layer": float(row["layer"])} for row in profile_data(PROFILE)["layers"]]
     html = page.read_text(encoding="utf-8")
-    for key in ("separation", "effect", "damage", "random_effect", "random_damage"):
+    for key in ("separation", "effect", "effect_error", "damage", "random_effect", "random_damage"):
         assert json.dumps([row[key] for row in rows], separators=(",", ":")) in html.replace(", ", ",")
     assert not re.search(r"<script[^>]*\ssrc=", html)
-    for words in ("ROC AUC", "nats per token", "layer (block of the model)", "tiny\\u002fllama", "random direction"):
+    for words in (
+        "ROC AUC",
+        "nats per token",
+        "layer (block of the model)",
+        "at equal KL, 1 nats",
+        "best of 3",
+        "tiny\\u002fllama",
+        "random direction",
+    ):
         assert words in html, words
 
 
@@ -350,5 +412,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.embedded
 def test_on_the_embedded_model_sentiment_has_more_effect_than_a_random_direction(embedded_lm: LanguageModel) -> None:
-    (figures,) = profile_layers(embedded_lm, read_examples("sentiment"), layers=14).layers
+    (figures,) = profile_layers(embedded_lm, read_examples("sentiment"), layers=14, target_kl=1.0).layers
+    assert figures.kl == pytest.approx(1.0, rel=TOLERANCE) and figures.random_kl == pytest.approx(1.0, rel=TOLERANCE)
     assert figures.effect > 0.05 and figures.effect > 3 * abs(figures.random_effect)

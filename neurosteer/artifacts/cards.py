@@ -63,9 +63,13 @@ def strength_meaning(artifact: Artifact) -> str:
     if calibration.target_kl is None or calibration.percentile is None:
         return phrase
     reached = [f"{kl:.2f}" for kl in (calibration.kl, calibration.kl_down) if kl is not None]
+    known = [ends for ends in (calibration.kl_interval, calibration.kl_down_interval) if ends is not None]
+    intervals = " and ".join(f"{low:.2f} to {high:.2f}" for low, high in known)
     phrase += (
         f" (calibrated: the {calibration.percentile:g}th percentile of the KL from the unsteered model is "
-        f"{' and '.join(reached) or 'beyond measure'} nats; {calibration.target_kl:g} was aimed at)"
+        f"{' and '.join(reached) or 'beyond measure'} nats"
+        + (f", 95% interval over prompts {intervals}" if intervals else "")
+        + f"; {calibration.target_kl:g} was aimed at)"
     )
     return phrase + (f". {calibration.note.rstrip('.')}" if calibration.note else "")
 
@@ -218,6 +222,7 @@ def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
         rows.append(("Read as", f"{_cell(source.framing)}, tokens {_cell(source.tokens)}"))
     if source.layer_choice:
         rows.append(("Layers", _cell(source.layer_choice)))
+    rows += [("Be wary", _cell(warning)) for warning in source.warnings]
     if source.parents:
         rows.append(("Made from", ", ".join(map(_code, source.parents))))
     if source.created:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neurosteer.validation import is_finite
+
 _LINE, _BEST = "#4f46e5", "#b45309"
 COLOURS = {"steered": _LINE, "random": "#6b7280", "instruction": _BEST}
 KIND_NAMES = {
@@ -94,7 +96,7 @@ def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
 
 def separation_plot(separation: Mapping[int, float], candidates: Sequence[Mapping[str, Any]] = ()) -> bytes:
     """How well the examples separate (ROC AUC, 0.5 is chance) at each layer, the best one marked; beside it, where
-    choices of layers were compared, what each does at equal KL (nats per token), the best on top."""
+    choices of layers were compared, what each does at equal KL (nats per token), the chosen one on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,15 +112,16 @@ def separation_plot(separation: Mapping[int, float], candidates: Sequence[Mappin
     return buffer.getvalue()
 
 
-def candidate_effects(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """Choices of layers with their effect at equal KL, the largest first; what is no such figure is passed over."""
-    found = [(one.get("label"), one.get("effect")) for one in candidates if isinstance(one, Mapping)]
-    usable = [
-        (label[:60], float(effect))
-        for label, effect in found
-        if isinstance(label, str) and isinstance(effect, (int, float)) and math.isfinite(effect)
+def candidate_effects(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """Choices of layers in the order recorded, which begins with the chosen one: label, effect at equal KL and its
+    standard error (0 where none was recorded). What is no such figure is passed over."""
+    keys = ("label", "effect", "effect_error")
+    found = [[one.get(key) for key in keys] for one in candidates if isinstance(one, Mapping)]
+    return [
+        (label[:60], float(effect), float(error) if is_finite(error) else 0.0)
+        for label, effect, error in found
+        if isinstance(label, str) and is_finite(effect)
     ]
-    return sorted(usable, key=lambda one: -one[1])
 
 
 def _draw_separation(axes: Any, separation: Mapping[int, float]) -> None:
@@ -137,10 +140,14 @@ def _draw_separation(axes: Any, separation: Mapping[int, float]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_effects(axes: Any, effects: Sequence[tuple[str, float]]) -> None:
+def _draw_effects(axes: Any, effects: Sequence[tuple[str, float, float]]) -> None:
     places = range(len(effects), 0, -1)
-    axes.barh(places, [effect for _, effect in effects], color=[_BEST, *[_LINE] * (len(effects) - 1)], height=0.55)
-    axes.set_yticks(places, [label.replace("$", "\\$") for label, _ in effects])
-    axes.set_xlabel("Effect at equal KL (nats per token)")
+    labels, values, errors = zip(*effects, strict=True)
+    colours = [_BEST, *[_LINE] * (len(effects) - 1)]
+    axes.barh(
+        places, values, xerr=errors if any(errors) else None, color=colours, height=0.55, ecolor=COLOURS["random"]
+    )
+    axes.set_yticks(places, [label.replace("$", "\\$") for label in labels])
+    axes.set_xlabel("Effect at equal KL (nats per token) ± standard error")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,8 @@ class Provenance:
     """Where an artifact comes from: the data, how it was read, and why these layers.
 
     `candidates` are the choices of layers that were compared at equal KL, a mapping of figures each; `hold_out` is the
-    share of each class that took no part in building (`building.held_out_half` tells which).
+    share of each class that took no part in building (`ContrastSet.parts` with `HOLD_OUT_SEED` tells which). `warnings`
+    are sentences about what made the method weak on these examples.
     """
 
     created: Line = ""
@@ -36,6 +37,7 @@ class Provenance:
     candidates: Annotated[Sequence[Mapping[str, Any]], _FEW] = ()
     hold_out: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
     parents: Annotated[Sequence[Line], _MANY] = ()
+    warnings: Annotated[tuple[Line, ...], _FEW] = ()
 
     def __post_init__(self) -> None:
         check_json("provenance's candidates", [dict(one) for one in self.candidates])
@@ -56,5 +58,6 @@ def provenance_data(provenance: Provenance) -> dict[str, Any]:
     data = asdict(provenance)
     data["separation"] = {str(layer): value for layer, value in provenance.separation.items()}
     data["parents"] = list(provenance.parents)
+    data["warnings"] = list(provenance.warnings)
     data["candidates"] = [dict(one) for one in provenance.candidates]
     return data

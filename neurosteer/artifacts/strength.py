@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from neurosteer.artifacts.records import Count, Finite, Flag, Line, record
 
@@ -19,6 +19,15 @@ _DEFAULT_AMOUNTS = {
 }
 
 
+def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("the lower end comes first")
+    return ends
+
+
+Interval = Annotated[tuple[Finite, Finite], AfterValidator(_in_order)]
+
+
 @record("calibration")
 class Calibration:
     """What strength 1 means. `amount` is a dose (add), a share (ablate), the activation a feature is held at (clamp), a
@@ -28,7 +37,8 @@ class Calibration:
     `measured` says whether they were found by measurement or are the default. Measured, `kl` and `kl_down` are what the
     amounts came to: the `percentile` of the per-token KL from the unsteered model in nats, over the continuations (by
     `n_tokens` tokens) of the prompts with that SHA-256; `target_kl` is what was aimed at, `note` says why it was not
-    reached.
+    reached. `kl_interval` and `kl_down_interval` are the 95% intervals of the two over prompts: other prompts of the
+    same kind would have given a KL between the two ends.
     """
 
     amount: Finite
@@ -42,6 +52,8 @@ class Calibration:
     kl: Finite | None = None
     kl_down: Finite | None = None
     note: Line = ""
+    kl_interval: Interval | None = None
+    kl_down_interval: Interval | None = None
 
     def unmeasured(self) -> "Calibration":
         """The same amounts for an artifact that was changed, on which nothing was measured."""
@@ -51,7 +63,15 @@ class Calibration:
         """For a direction that was turned round: what strength 1 did, −1 does now."""
         if self.amount_down is None:
             return self
-        return replace(self, amount=self.amount_down, amount_down=self.amount, kl=self.kl_down, kl_down=self.kl)
+        return replace(
+            self,
+            amount=self.amount_down,
+            amount_down=self.amount,
+            kl=self.kl_down,
+            kl_down=self.kl,
+            kl_interval=self.kl_down_interval,
+            kl_down_interval=self.kl_interval,
+        )
 
 
 def default_calibration(operation: str) -> Calibration:

@@ -1,6 +1,6 @@
 """Which layers to steer at: candidates brought to the same KL, and compared by what they do to held-out texts."""
 
-import threading
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +12,16 @@ from neurosteer.artifacts.recipes import Recipe
 from neurosteer.measuring.calibration import calibrate_each
 from neurosteer.measuring.divergence import UnsteeredTexts
 from neurosteer.measuring.preference import LabelledText, Preference, preferences
+from neurosteer.methods.base import APART
 from neurosteer.models.language_model import Framing, LanguageModel
-from neurosteer.progress import Progress, silent
+from neurosteer.progress import Job
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import ClassMeans
 
-APART = 3
-"""How many layers lie at least between two single layers that are both worth comparing."""
-
-_EVERY = 3  # of the calibration prompts, every third brings a candidate near enough to the KL
-_TOLERANCE = 0.15
+_EVERY = 3  # of the calibration prompts, every third brings an artifact near enough to the KL
+TOLERANCE = 0.15
+"""How near `at_equal_kl` brings an artifact to the KL, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,57 @@ class Compared:
     preference: Preference
     neutral: float | None
 
+    @property
+    def effect(self) -> float:
+        """Of the preference; below all others where it is no number."""
+        return self.preference.effect if math.isfinite(self.preference.effect) else -math.inf
+
+    @property
+    def beyond(self) -> bool:
+        """Whether it was not brought down to the KL, so that its effect cannot be compared."""
+        calibration = self.artifact.calibration
+        return overshoots(calibration.target_kl or math.inf, calibration.kl, calibration.kl_down)
+
     def figures(self, separation: Mapping[int, float]) -> dict[str, Any]:
         """For the artifact's provenance, JSON-ready."""
         known = [separation[layer] for layer in self.candidate.layers if layer in separation]
-        calibration = self.artifact.calibration
+        calibration, preference = self.artifact.calibration, self.preference
         return {
             "label": self.candidate.label,
             "layers": list(self.candidate.layers),
-            "separation": round(sum(known) / len(known), 4) if known else None,
-            "neutral": None if self.neutral is None else round(self.neutral, 4),
-            "effect": round(self.preference.effect, 5),
-            "damage": round(self.preference.damage, 5),
-            "kl": [None if kl is None else round(kl, 3) for kl in (calibration.kl, calibration.kl_down)],
+            "separation": _rounded(_mean(known)),
+            "neutral": _rounded(self.neutral),
+            "effect": _rounded(preference.effect),
+            "effect_error": _rounded(preference.error),
+            "damage": _rounded(preference.damage),
+            "kl": [_rounded(calibration.kl), _rounded(calibration.kl_down)],
+            "beyond_kl": self.beyond,
         }
+
+
+def _rounded(value: float | None) -> float | None:
+    return round(value, 3) if value is not None and math.isfinite(value) else None
+
+
+def at_equal_kl(
+    lm: LanguageModel,
+    artifacts: Sequence[Artifact],
+    texts: UnsteeredTexts,
+    *,
+    target_kl: float,
+    percentile: float,
+    job: Job,
+) -> list[Artifact]:
+    """All `artifacts` brought to about `target_kl` at both signs, in the same batches, on a part of `texts`."""
+    return calibrate_each(
+        lm, artifacts, target_kl=target_kl, percentile=percentile, texts=texts[::_EVERY], tolerance=TOLERANCE,
+        **job.named,
+    )  # fmt: skip
+
+
+def overshoots(target_kl: float, *kls: float | None) -> bool:
+    """Whether any of `kls` (None: beyond all numbers) is more than `at_equal_kl` allows."""
+    return any(kl is None or kl > target_kl * (1 + TOLERANCE) for kl in kls)
 
 
 def best_single_layers(separation: Mapping[int, float], neutral: Mapping[int, float], count: int) -> list[int]:
@@ -79,24 +116,43 @@ def compare(
     *,
     target_kl: float,
     percentile: float,
-    progress: Progress = silent,
-    cancel: threading.Event | None = None,
+    job: Job,
 ) -> list[Compared]:
-    """Bring every candidate to about `target_kl` on a part of `texts`, then measure it on `held_out`, which took no
-    part in building; all candidates in the same batches. The best comes first: the largest effect at equal KL."""
-    progress(f"Comparing {len(candidates)} choices of layers at equal KL")
-    artifacts = calibrate_each(
-        lm, [candidate.artifact for candidate in candidates], target_kl=target_kl, percentile=percentile,
-        texts=texts[::_EVERY], tolerance=_TOLERANCE, progress=progress, cancel=cancel,
-    )  # fmt: skip
-    progress(f"Measuring {len(candidates)} choices of layers on held-out texts")
+    """Bring every candidate to about `target_kl`, then measure it on `held_out`, which took no part in building; all
+    candidates in the same batches. What `pick` takes comes first, the others follow by their effect."""
+    job.progress(f"Comparing {len(candidates)} choices of layers at equal KL")
+    made = [candidate.artifact for candidate in candidates]
+    artifacts = at_equal_kl(lm, made, texts, target_kl=target_kl, percentile=percentile, job=job)
+    job.progress(f"Measuring {len(candidates)} choices of layers on held-out texts")
     pairs = [(Recipe.of((artifact, 1.0)), Recipe.of((artifact, -1.0))) for artifact in artifacts]
-    found = preferences(lm, held_out, pairs, what="Choosing layers", cancel=cancel)
+    found = preferences(lm, held_out, pairs, what="Choosing layers", cancel=job.cancel)
     compared = [
         Compared(candidate, artifact, preference, _mean([neutral[x] for x in candidate.layers if x in neutral]))
         for candidate, artifact, preference in zip(candidates, artifacts, found, strict=True)
     ]
-    return sorted(compared, key=lambda one: -one.preference.effect)
+    picked = pick(compared)
+    return [picked, *sorted((one for one in compared if one is not picked), key=lambda one: -one.effect)]
+
+
+def pick(compared: Sequence[Compared]) -> Compared:
+    """Of the candidates whose effect lies within one standard error of the largest (of the difference to it, paired
+    text by text), the one with the fewest layers. Candidates beyond the KL are passed over where there are others."""
+    best = largest(compared)
+    tied = [
+        one
+        for one in compared
+        if one is best
+        or (
+            one.beyond <= best.beyond
+            and best.effect - one.effect <= best.preference.error_of_difference(one.preference)
+        )
+    ]
+    return min(tied, key=lambda one: (len(one.candidate.layers), -one.effect))
+
+
+def largest(compared: Sequence[Compared]) -> Compared:
+    """The candidate with the largest effect at equal KL."""
+    return max(compared, key=lambda one: (not one.beyond, one.effect))
 
 
 def neutral_places(
@@ -104,8 +160,7 @@ def neutral_places(
     texts: UnsteeredTexts,
     means: Mapping[int, ClassMeans],
     framing: Framing,
-    *,
-    cancel: threading.Event | None = None,
+    job: Job,
 ) -> dict[int, float]:
     """Where what the model writes by itself lies on the line from the negative class mean (0) to the positive one (1),
     by layer. Between 0 and 1, both signs of steering have somewhere to go; beyond, one of them leads away from both
@@ -117,7 +172,7 @@ def neutral_places(
         return {}
     half = len(written) // 2
     request = Request(residual=tuple(means), framing="answer" if framing == "answer" else "raw")
-    read = read_activations(lm, written[:half], written[half:], request, cancel=cancel)
+    read = read_activations(lm, written[:half], written[half:], request, cancel=job.cancel)
     shares = (half / len(written), 1 - half / len(written))
     places = {}
     for layer, (one, other) in ((layer, (found.positive, found.negative)) for layer, found in read.residual.items()):
@@ -136,9 +191,17 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def reason(compared: Sequence[Compared]) -> str:
     """Why the first of `compared` was chosen, in a sentence without its stop."""
-    best, rest = compared[0], compared[1:]
-    others = ", ".join(f"{one.candidate.label} {one.preference.effect:+.3f}" for one in rest)
+    chosen, rest = compared[0], compared[1:]
+    why = (
+        "the largest effect"
+        if chosen is largest(compared)
+        else "the fewest layers within one standard error of the largest effect"
+    )
+    others = ", ".join(
+        f"{one.candidate.label} {one.effect:+.3f}" + (" beyond that KL" if one.beyond else "") for one in rest
+    )
     return (
-        f"{best.candidate.label}: the largest effect at equal KL on held-out texts, {best.preference.effect:+.3f} nats "
-        f"per token" + (f" ({others})" if others else "")
+        f"{chosen.candidate.label}: {why} at equal KL on held-out texts, {chosen.effect:+.3f} ± "
+        f"{chosen.preference.error:.3f} nats per token (chosen by it, so rather high"
+        + (f"; others: {others})" if others else ")")
     )

@@ -1,64 +1,69 @@
 """Layer by layer: how well a method separates the examples there, what steering there does, and what it costs.
 
-The effect is measured without a judge, on texts the method did not see: how much strength +1 against −1 shifts what the
-model itself finds likely from the held-out negative texts to the held-out positive ones. Beside it stands the same
-figure for a random direction (or random neurons) of the same dose, since any push of that size moves something.
+All artifacts are brought to the same KL first, since an equal share of the residual stream's norm moves the model very
+differently at different layers. The effect is measured without a judge, on texts the method did not see: how much
+strength +1 against −1 shifts what the model itself finds likely, from the held-out negative texts to the held-out
+positive ones. Beside it stands the same figure for a random direction (or random neurons) at the same KL, since any
+push of that size moves something.
 """
 
-import csv
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.artifacts.twins import random_twin
 from neurosteer.building.build import build_each
+from neurosteer.building.layer_choice import at_equal_kl, overshoots
 from neurosteer.building.layers import LayerChoice, parse_layers
 from neurosteer.building.plan import HELD_OUT_SHARE
 from neurosteer.errors import UsageError
-from neurosteer.examples.contrast_set import ContrastSet, Split
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import calibration_prompts
+from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE, TARGET_KL
+from neurosteer.measuring.divergence import unsteered_texts
 from neurosteer.measuring.preference import LabelledText, labelled_texts, log_likelihoods, preferences
 from neurosteer.methods import find_method
 from neurosteer.models.language_model import Framing, LanguageModel
-from neurosteer.progress import Progress, silent
+from neurosteer.progress import Job, Progress, silent
 from neurosteer.reading.request import Tokens
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 HELD_OUT_TEXTS = 32
 """Per class, at most: every layer costs four forward passes over them."""
-
-STRENGTHS = (1.0, -1.0)
-CSV_FILE, HTML_FILE = "layers.csv", "layers.html"
 
 _WHAT = "Measuring layers"
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """An artifact of one layer alone. `separation` is a ROC AUC (0.5 is chance), the others are in nats per token.
+    """An artifact of one layer alone, brought to the profile's KL. `separation` is a ROC AUC (0.5 is chance), the KLs
+    are in nats, the others in nats per token.
 
-    `effect` is the preference for positive over negative texts (the difference of the mean log-probability per token)
-    at strength +1 minus that at −1, halved. `damage` is how much less likely the texts of both classes become, on
-    average over the two strengths. The control's figures are those of random directions or neurons of the same dose.
+    `effect`, its standard error and `damage` are those of `measuring.preference.Preference`; `kl` and `kl_down` what
+    strength +1 and −1 came to (None: beyond all numbers). The `random_` figures are those of random directions or
+    neurons, brought to the same KL.
     """
 
     layer: int
     separation: float
     effect: float
+    effect_error: float
     damage: float
+    kl: float | None
+    kl_down: float | None
     random_effect: float
+    random_effect_error: float
     random_damage: float
+    random_kl: float | None
+    random_kl_down: float | None
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Figures per layer, ascending, and what they were measured on: numbers of (positive, negative) texts."""
+    """Figures per layer, ascending, the KL at which layers are compared, and what they were measured on: numbers of
+    (positive, negative) texts."""
 
     model: str
     method: str
@@ -68,6 +73,7 @@ class LayerProfile:
     n_train: tuple[int, int]
     n_held_out: tuple[int, int]
     seed: int
+    target_kl: float
     layers: tuple[LayerFigures, ...]
 
     @property
@@ -77,8 +83,12 @@ class LayerProfile:
 
     @property
     def best_effect(self) -> int:
-        """The layer at which steering shifts the preference most."""
-        return max(self.layers, key=lambda figures: figures.effect).layer
+        """The layer at which steering shifts the preference most; layers beyond the KL only where all are."""
+        return max(self.layers, key=lambda figures: (not self.beyond(figures), figures.effect)).layer
+
+    def beyond(self, figures: LayerFigures) -> bool:
+        """Whether the layer's artifact could not be brought down to the KL, so that its effect is no comparison."""
+        return overshoots(self.target_kl, figures.kl, figures.kl_down)
 
 
 def profile_layers(
@@ -90,66 +100,50 @@ def profile_layers(
     framing: Framing | None = None,
     tokens: Tokens | None = None,
     seed: int = 0,
+    target_kl: float = TARGET_KL,
     progress: Progress = silent,
     cancel: threading.Event | None = None,
     **parameters: Any,
 ) -> LayerProfile:
-    """Build at every one of `layers` (for `sae`, at every SAE) and measure each artifact by itself.
+    """Build at every one of `layers` (for `sae`, at every SAE), bring each to `target_kl` and measure it by itself.
 
     A fifth of each class, at most `HELD_OUT_TEXTS`, is kept for effect and damage and takes no part in building.
-    Separation is what building reports: measured on a part of the other texts, against the rest of them. Strength 1 is
-    the default dose throughout, so that layers can be compared. `seed` draws the random control; other arguments and
-    errors as for `building.build_each`.
+    Separation is what building reports: measured on a part of the other texts, against the rest of them. `seed` draws
+    the random control; other arguments and errors as for `building.build_each`.
     """
-    chosen = parse_layers(layers, lm.n_layers)
+    chosen, job = parse_layers(layers, lm.n_layers), Job(progress, cancel)
     if chosen is None:
         raise UsageError("layers is 'auto', which is what this view is to help with; name layers, or 'all'.")
     if "contexts" in find_method(method).defaults:
         parameters = {"contexts": 0, **parameters}  # words for features are of no use here and cost a pass
     split = examples.split(HELD_OUT_SHARE, at_most=HELD_OUT_TEXTS)
-    artifacts = build_each(
-        lm,
-        _training_part(examples, split),
-        method=method,
-        layers="all" if len(chosen) == lm.n_layers else chosen,
-        framing=framing,
-        tokens=tokens,
-        progress=progress,
-        cancel=cancel,
-        **parameters,
+    training = replace(
+        examples,
+        positive=tuple(examples.positive[place] for place in split.train_positive),
+        negative=tuple(examples.negative[place] for place in split.train_negative),
     )
+    positive = [examples.positive[place] for place in split.held_out_positive]  # one is enough: no `parts`
+    negative = [examples.negative[place] for place in split.held_out_negative]
+    artifacts = build_each(
+        lm, training, method=method, layers="all" if len(chosen) == lm.n_layers else chosen, framing=framing,
+        tokens=tokens, **job.named, **parameters,
+    )  # fmt: skip
     source = next(iter(artifacts.values()))
-    texts = _held_out_texts(lm, examples, split, source.provenance.framing)  # type: ignore[arg-type]
-    found = _measure(lm, artifacts, texts, seed, progress, cancel)
+    as_read: Framing = source.provenance.framing  # type: ignore[assignment]
+    texts = labelled_texts(lm, positive, negative, as_read, name=examples.name)
+    found = _measure(lm, artifacts, texts, seed, target_kl, job)
     return LayerProfile(
         model=lm.name,
         method=method,
         kind=source.kind,
         examples=examples.name,
-        framing=source.provenance.framing,
-        n_train=(len(split.train_positive), len(split.train_negative)),
-        n_held_out=(len(split.held_out_positive), len(split.held_out_negative)),
+        framing=as_read,
+        n_train=(len(training.positive), len(training.negative)),
+        n_held_out=(len(positive), len(negative)),
         seed=seed,
+        target_kl=target_kl,
         layers=tuple(found),
     )
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def _training_part(examples: ContrastSet, split: Split) -> ContrastSet:
-    return replace(
-        examples,
-        positive=tuple(examples.positive[place] for place in split.train_positive),
-        negative=tuple(examples.negative[place] for place in split.train_negative),
-    )
-
-
-def _held_out_texts(lm: LanguageModel, examples: ContrastSet, split: Split, framing: Framing) -> list[LabelledText]:
-    """The held-out texts as the artifacts' own were read."""
-    positive = [examples.positive[place] for place in split.held_out_positive]
-    negative = [examples.negative[place] for place in split.held_out_negative]
-    return labelled_texts(lm, positive, negative, framing, name=examples.name)
 
 
 def _measure(
@@ -157,88 +151,26 @@ def _measure(
     artifacts: Mapping[int, Artifact],
     texts: Sequence[LabelledText],
     seed: int,
-    progress: Progress,
-    cancel: threading.Event | None,
+    target_kl: float,
+    job: Job,
 ) -> Iterator[LayerFigures]:
-    plain = log_likelihoods(lm, texts, [UNSTEERED], what=_WHAT, cancel=cancel)[0]
-    for done, (layer, artifact) in enumerate(artifacts.items()):
-        progress(f"Measuring layer {layer}", done / len(artifacts))
-        both = (artifact, random_twin(artifact, seed))
-        pairs = [(Recipe.of((which, STRENGTHS[0])), Recipe.of((which, STRENGTHS[1]))) for which in both]
-        own, other = preferences(lm, texts, pairs, plain=plain, what=_WHAT, cancel=cancel)
-        separation = artifact.provenance.separation[layer]
-        yield LayerFigures(layer, separation, own.effect, own.damage, other.effect, other.damage)
-
-
-# --- showing ---------------------------------------------------------------------------------------------------------
+    made = [*artifacts.values(), *(random_twin(artifact, seed) for artifact in artifacts.values())]
+    neutral = unsteered_texts(lm, calibration_prompts(), N_TOKENS, **job.named)
+    brought = at_equal_kl(lm, made, neutral, target_kl=target_kl, percentile=PERCENTILE, job=job)
+    plain = log_likelihoods(lm, texts, [UNSTEERED], what=_WHAT, cancel=job.cancel)[0]
+    both = zip(brought[: len(artifacts)], brought[len(artifacts) :], strict=True)
+    for done, (layer, pair) in enumerate(zip(artifacts, both, strict=True)):
+        job.progress(f"Measuring layer {layer}", done / len(artifacts))
+        recipes = [(Recipe.of((which, 1.0)), Recipe.of((which, -1.0))) for which in pair]
+        found = preferences(lm, texts, recipes, plain=plain, what=_WHAT, cancel=job.cancel)
+        own, other = (
+            (one.effect, one.error, one.damage, which.calibration.kl, which.calibration.kl_down)
+            for one, which in zip(found, pair, strict=True)
+        )
+        yield LayerFigures(layer, artifacts[layer].provenance.separation[layer], *own, *other)
 
 
 def profile_data(profile: LayerProfile) -> dict[str, Any]:
     """The profile as JSON-ready data, with the best layers."""
     best = {"separation": profile.best_separation, "effect": profile.best_effect}
     return {**asdict(profile), "best": best}
-
-
-def control_name(profile: LayerProfile) -> str:
-    """What the artifacts are compared with, in words."""
-    return "random neurons" if profile.kind == NeuronCircuit.kind else "random direction"
-
-
-def write_profile(profile: LayerProfile, folder: Path) -> tuple[Path, Path]:
-    """Write the figures as `layers.csv` and the plot as `layers.html` (which needs no network); returns both paths."""
-    table, page = folder / CSV_FILE, folder / HTML_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [entry.name for entry in fields(LayerFigures)])
-            writer.writeheader()
-            writer.writerows(asdict(figures) for figures in profile.layers)
-        html = profile_figure(profile).to_html(include_plotlyjs=True, full_html=True)
-        page.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another folder.") from error
-    return table, page
-
-
-def profile_figure(profile: LayerProfile) -> "Figure":
-    """Two panels over the layers: separation; effect, the control's effect, and what both cost."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        vertical_spacing=0.1,
-        subplot_titles=(
-            "How well the examples separate (texts kept out of the class means)",
-            "What steering at strength ±1 does and costs (texts kept out of building)",
-        ),
-    )
-    layers = [figures.layer for figures in profile.layers]
-    control = control_name(profile)
-    lines = (
-        (1, "separation", "separation", "solid", "#4f46e5"),
-        (2, "effect", f"effect of {profile.method}", "solid", "#4f46e5"),
-        (2, "damage", f"damage of {profile.method}", "solid", "#dc2626"),
-        (2, "random_effect", f"effect of {control}", "dot", "#818cf8"),
-        (2, "random_damage", f"damage of {control}", "dot", "#f87171"),
-    )
-    for row, key, name, dash, colour in lines:
-        values = [getattr(figures, key) for figures in profile.layers]
-        style = {"name": name, "mode": "lines+markers", "line": {"dash": dash, "color": colour}}
-        figure.add_scatter(x=layers, y=values, row=row, col=1, **style)
-    figure.add_hline(y=0.5, row=1, col=1, line_dash="dash", line_color="#9ca3af", annotation_text="chance")  # type: ignore[arg-type]
-    figure.add_hline(y=0.0, row=2, col=1, line_color="#9ca3af", line_width=1)  # type: ignore[arg-type]
-    figure.update_yaxes(title_text="ROC AUC", row=1, col=1)
-    figure.update_yaxes(title_text="nats per token", row=2, col=1)
-    figure.update_xaxes(title_text="layer (block of the model)", row=2, col=1)
-    positive, negative = profile.n_held_out
-    figure.update_layout(
-        title_text=f"{profile.method} from {profile.examples!r}, layer by layer",
-        title_subtitle_text=f"{profile.model}; {positive} positive and {negative} negative texts kept out of building",
-        legend={"orientation": "h", "y": -0.12},
-        margin={"t": 130},
-        template="plotly_white",
-        height=760,
-    )
-    return figure

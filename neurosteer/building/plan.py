@@ -1,6 +1,5 @@
 """What a build was asked to do, and what it has to read for that."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 from neurosteer.building.layers import LayerChoice, layers_shown, parse_layers
 from neurosteer.errors import UsageError
-from neurosteer.examples.contrast_set import ContrastSet, Split
+from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.methods import find_method
 from neurosteer.methods.base import Method
 from neurosteer.models.language_model import Framing, LanguageModel
-from neurosteer.progress import Progress
+from neurosteer.progress import Job, Progress
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request, Tokens
 from neurosteer.reading.statistics import Activations
@@ -24,6 +23,7 @@ HELD_OUT_SHARE = 0.2
 HELD_OUT_AT_MOST = 100
 AUTO_RANGE = (0.2, 0.8)
 MAX_ROW_BYTES = 1 << 30
+_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class BuildPlan:
         """Whether there are layers to compare."""
         return self.layers is None and len(self.candidates) > 1
 
-    @property
-    def rows_needed(self) -> tuple[int, ...]:
-        """At which layers every text must be kept to compute the method at any candidate."""
-        return self.candidates if self.method.needs_rows else ()
+    def warnings(self, examples: ContrastSet) -> tuple[str, ...]:
+        """Sentences about what makes the method weak on such examples."""
+        return (self.method.unpaired,) if self.method.unpaired and not examples.paired else ()
 
-
-# --- what to read ----------------------------------------------------------------------------------------------------
+    def request(self) -> Request:
+        """What to read, by the method's own rules."""
+        asked = self.method.request(self.parameters, self.layers, self.candidates, self.everywhere, self.saes)
+        return replace(asked, framing=self.framing, tokens=self.tokens)
 
 
 def make_plan(
@@ -63,30 +64,28 @@ def make_plan(
     given: Mapping[str, Any],
     progress: Progress,
 ) -> BuildPlan:
+    """Everything that can be refused is refused here, before the model runs. Raises `UsageError`."""
     method = find_method(method_name)
     parameters = method.parameters(given)
-    parsed = parse_layers(layers, lm.n_layers)
+    parsed, reason = parse_layers(layers, lm.n_layers), "layers as given"
     saes: dict[int, SparseAutoencoder] = {}
     if method.needs_features:
         every = isinstance(layers, str) and layers.strip().lower() == "all"
         saes = _saes(lm, parameters["sae"], None if every else parsed, progress)
         parameters["sae"] = [sae.name for sae in saes.values()]
         parsed = tuple(saes) if every else parsed
-    if parsed is not None and set(parsed) <= set(parameters.get("skip_layers", ())):
-        raise UsageError(f"skip_layers leaves no layer of {layers_shown(parsed)} to search.")
-    as_in_paper = method.needs_neurons and parameters.get("rank") != "write"
-    reason = "layers as given"
-    if as_in_paper and parsed is None:
-        parsed, reason = tuple(range(lm.n_layers)), "all layers, ranked together as in the paper"
-    default_framing: Framing = ("prompt" if as_in_paper else "answer") if lm.chat else "raw"
+    if parsed is None:
+        parsed, reason = method.layers_without_choice(parameters, lm.n_layers) or (None, reason)
+    else:
+        method.usable(parsed, parameters)
     low, high = (min(round(share * lm.n_layers), lm.n_layers - 1) for share in AUTO_RANGE)
     return BuildPlan(
         method=method,
         parameters=parameters,
-        framing=framing or default_framing,
-        tokens=tokens or ("last" if as_in_paper or framing == "prompt" else "mean"),
+        framing=framing or method.default_framing(parameters, chat=lm.chat),
+        tokens=tokens or method.default_tokens(parameters, framing),
         layers=parsed,
-        candidates=tuple(saes) or parsed or tuple(range(low, high + 1)),
+        candidates=parsed or tuple(saes) or tuple(range(low, high + 1)),
         reason=reason,
         saes=saes,
     )
@@ -119,51 +118,27 @@ def _saes(
     return dict(sorted(saes.items()))
 
 
-def _request(plan: BuildPlan, n_texts: int, d_model: int) -> Request:
-    last = plan.candidates[-1]
-    if plan.method.needs_features:
-        return Request(
-            residual=plan.candidates,
-            framing=plan.framing,
-            tokens=plan.tokens,
-            encoders=plan.saes,
-            feature_rows=plan.parameters["rank"] == "probe",
-            prepend_bos=all(sae.prepend_bos for sae in plan.saes.values()),
-        )
-    if plan.method.needs_neurons:
-        # Only the last layer's class difference serves ranking by write; with `auto` it is chosen among all.
-        residual = plan.candidates if plan.layers is None else (last,)
-        searched = plan.candidates if plan.layers is not None else tuple(range(last + 1))
-        return Request(residual=residual, neurons=searched, framing=plan.framing, tokens=plan.tokens)
-    residual = plan.layers or plan.everywhere or tuple(range(last + 1))
-    wanted = plan.candidates if plan.method.needs_rows else ()
-    if plan.layers is None and len(wanted) * n_texts * d_model * 4 > MAX_ROW_BYTES:
-        wanted = ()  # too many to keep at every candidate: choose the layer first, then read again there
-    return Request(residual=residual, rows=wanted, framing=plan.framing, tokens=plan.tokens)
-
-
 def read_plan(
-    lm: LanguageModel,
-    examples: ContrastSet,
-    split: Split,
-    plan: BuildPlan,
-    progress: Progress,
-    cancel: threading.Event | None,
-    *,
-    every_residual: bool = False,
+    lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, job: Job, *, every_residual: bool = False
 ) -> Activations:
+    """The activations that `plan` asks for, and rows of some held-out texts to measure separation on.
+
+    With `every_residual`, class means and separations at all the plan's layers, whatever its method needs.
+    """
+    request = plan.request()
+    if every_residual:
+        request = replace(request, residual=plan.candidates)
     n_texts = len(examples.positive) + len(examples.negative)
-    if plan.layers is not None:
-        plan = replace(plan, candidates=plan.layers)
-    request = _request(plan, n_texts, lm.shape.d_model)
+    if plan.layers is None and len(request.rows) * n_texts * lm.shape.d_model * 4 > MAX_ROW_BYTES:
+        request = replace(request, rows=())  # too many to keep everywhere: choose the layer, then read again there
+    split = examples.split(HELD_OUT_SHARE, seed=_SPLIT_SEED, at_most=HELD_OUT_AT_MOST)
     return read_activations(
         lm,
         examples.positive,
         examples.negative,
-        replace(request, residual=plan.candidates) if every_residual else request,
+        request,
         held_out_positive=split.held_out_positive,
         held_out_negative=split.held_out_negative,
         paired=examples.paired,
-        progress=progress,
-        cancel=cancel,
+        **job.named,
     )

@@ -23,22 +23,18 @@ def separation_of(held_out: HeldOut) -> float:
     return float(roc_auc_score(labels, torch.cat([positive, negative]).numpy()))
 
 
-# --- what was chosen -------------------------------------------------------------------------------------------------
-
-
 def choose(
     plan: BuildPlan, separation: Mapping[int, float], held_out: Mapping[int, HeldOut]
 ) -> tuple[tuple[int, ...], str]:
+    """The layers given, or those for the layer that separates best; and why."""
     if plan.layers is not None:
         return plan.layers, plan.reason
     best = max(plan.candidates, key=lambda layer: (separation[layer], _distance(held_out[layer])))
-    first, last = plan.candidates[0], plan.candidates[-1]
-    whole = len(plan.candidates) == last - first + 1 > 1
-    layers = f"{first} to {last}" if whole else ", ".join(map(str, plan.candidates))
-    among = f"best among layers {layers} (AUC {separation[best]:.2f})"
-    if plan.method.needs_neurons:
-        return tuple(range(best + 1)), f"neurons up to layer {best}, which separates held-out examples {among}"
-    return (best,), f"layer {best} separates held-out examples {among}"
+    first, last, count = plan.candidates[0], plan.candidates[-1], len(plan.candidates)
+    among = f"{first} to {last}" if count == last - first + 1 > 1 else ", ".join(map(str, plan.candidates))
+    layers, words = plan.method.up_to(best)
+    chosen_by = f", the best of {count} on the texts it was chosen by" if count > 1 else ""
+    return layers, f"{words} best among layers {among} (AUC {separation[best]:.2f}{chosen_by})"
 
 
 def _distance(held_out: HeldOut) -> float:

@@ -126,7 +126,8 @@ def layers(
     as_json: JsonOption = False,
 ) -> None:
     """Build at every layer and show, layer by layer, how well examples separate and what steering does and costs."""
-    from neurosteer.building.layer_profile import profile_data, profile_layers, write_profile
+    from neurosteer.building.layer_plot import write_profile
+    from neurosteer.building.layer_profile import profile_data, profile_layers
 
     contrast = _contrast(examples, negative)
     given = {"rank": rank, "top_k": _count_or_share(top_k), "sae": sae}
@@ -246,20 +247,21 @@ def calibrate(
 
 
 def _print_profile(profile: "LayerProfile") -> None:
-    from neurosteer.building.layer_profile import control_name
+    from neurosteer.building.layer_plot import control_name
 
     control = control_name(profile)
     headings = ("Layer", "Separation", "Effect", "Damage", f"Effect of {control}", f"Damage of {control}")
     table = new_table(headings, right=headings)
     for one in profile.layers:
         separation = f"{one.separation:.3f}" + ("*" if one.layer == profile.best_separation else " ")
-        effect = f"{one.effect:+.3f}" + ("*" if one.layer == profile.best_effect else " ")
+        effect = f"{one.effect:+.3f} ± {one.effect_error:.3f}" + ("*" if one.layer == profile.best_effect else " ")
         others = (one.damage, one.random_effect, one.random_damage)
         table.add_row(str(one.layer), separation, effect, *(f"{value:+.3f}" for value in others))
     print_table(table)
     positive, negative = profile.n_held_out
     out.print(
-        "* best. Separation: ROC AUC. Effect: half of how much more strength +1 than −1 makes the model prefer "
-        "positive texts. Damage: how much less likely steering makes any text. Both in nats per token, on "
-        f"{positive} positive and {negative} negative texts kept out of building."
+        f"* best of {len(profile.layers)}; chosen by that very figure, so rather high. Separation: ROC AUC. "
+        "Effect (± its standard error): half of how much more strength +1 than −1 makes the model prefer positive "
+        "texts. Damage: how much less likely steering makes any text. Both in nats per token, every layer at "
+        f"{profile.target_kl:g} nats of KL, on {positive} positive and {negative} negative texts kept out of building."
     )

@@ -5,7 +5,7 @@ The one place where KL is computed, and where a percentile of it is taken.
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.steering.batches import Batch, Writing
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
 from neurosteer.steering.forcing import ForcedText, forced_logits
+from neurosteer.steering.session import stop_ids
 
 _WHAT = "Measuring KL"
 _PROMPTS_AT_ONCE = 64
@@ -27,11 +28,20 @@ _POSITIONS_AT_ONCE = 256
 @dataclass(frozen=True, eq=False)
 class UnsteeredTexts:
     """Texts in each of which `n_tokens` tokens count (such as prompts with their unsteered greedy continuations), and
-    the unsteered log-probabilities of every next token along those, float32 `[n_texts, n_tokens, vocab]`."""
+    the unsteered log-probabilities of every next token along those, float32 `[n_texts, n_tokens, vocab]`.
+
+    In a continuation that ends earlier, what counts ends with its end-of-text token (`ForcedText.end`): what the model
+    writes past its own end says nothing about its texts.
+    """
 
     texts: tuple[ForcedText, ...]
     n_tokens: int
     logprobs: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """Which tokens of the continuations count, bool `[n_prompts, n_tokens]`."""
+        return torch.arange(self.n_tokens) < torch.tensor([text.count for text in self.texts])[:, None]
 
     def __getitem__(self, chosen: slice) -> "UnsteeredTexts":
         return UnsteeredTexts(self.texts[chosen], self.n_tokens, self.logprobs[chosen])
@@ -46,7 +56,7 @@ def unsteered_texts(
     progress: Progress = silent,
     cancel: threading.Event | None = None,
 ) -> UnsteeredTexts:
-    """Continue `prompts` greedily by `n_tokens` tokens, past an end of the text if need be, and read them.
+    """Continue `prompts` greedily by `n_tokens` tokens, or up to where the model ends its text, and read them.
 
     Raises `UsageError` where there is no prompt or an empty one.
     """
@@ -57,16 +67,15 @@ def unsteered_texts(
     texts: list[ForcedText] = []
     for first in range(0, len(encoded), _PROMPTS_AT_ONCE):
         texts += _continued(lm, encoded[first : first + _PROMPTS_AT_ONCE], n_tokens, cancel)
-    return read_unsteered(lm, texts, cancel=cancel)
+    return read_unsteered(lm, texts, n_tokens, cancel=cancel)
 
 
 def read_unsteered(
-    lm: LanguageModel, texts: Sequence[ForcedText], *, cancel: threading.Event | None = None
+    lm: LanguageModel, texts: Sequence[ForcedText], n_tokens: int, *, cancel: threading.Event | None = None
 ) -> UnsteeredTexts:
-    """Read texts, all with as many tokens that count, without steering."""
-    n_tokens = texts[0].count
+    """Read texts, in each of which `n_tokens` tokens count at most, without steering."""
     vocabulary = lm.model.config.get_text_config().vocab_size
-    logprobs = torch.empty(len(texts), n_tokens, vocabulary, device=lm.device)
+    logprobs = torch.zeros(len(texts), n_tokens, vocabulary, device=lm.device)
     for found in forced_logits(lm, texts, [UNSTEERED] * len(texts), what=_WHAT, cancel=cancel):
         rows, steps = found.rows.to(lm.device), found.steps.to(lm.device)
         logprobs[rows, steps] = found.logits.log_softmax(-1).to(lm.device)
@@ -84,7 +93,13 @@ def _continued(
     while not batch.ended:
         check_cancelled(cancel, _WHAT)
         batch.step()
-    return [ForcedText(one.ids, len(one.prompt), len(one.ids)) for one in writings]
+    ends = set(stop_ids(lm))
+    return [_up_to_its_end(one.prompt, one.text.ids, ends) for one in writings]
+
+
+def _up_to_its_end(prompt: list[int], written: list[int], ends: set[int]) -> ForcedText:
+    end = next((place + 1 for place, token in enumerate(written) if token in ends), len(written))
+    return ForcedText(prompt + written[:end], len(prompt), len(prompt) + end)
 
 
 def divergences(
@@ -96,12 +111,12 @@ def divergences(
 ) -> Tensor:
     """KL(steered ‖ unsteered) at every token of the continuations under each recipe, all in the same batches.
 
-    Returns float32 `[n_recipes, n_prompts, n_tokens]`, in nats; infinite where steering drove the model out of what
-    its numbers can hold.
+    Returns float32 `[n_recipes, n_prompts, n_tokens]`, in nats: infinite where steering drove the model out of what
+    its numbers can hold, NaN where a continuation has ended (see `UnsteeredTexts.counted`).
     """
     n_prompts = len(texts.texts)
     rows = [text for _ in recipes for text in texts.texts]
-    found = torch.full((len(rows), texts.n_tokens), torch.inf)
+    found = torch.full((len(rows), texts.n_tokens), torch.nan)
     chosen = [recipe for recipe in recipes for _ in range(n_prompts)]
     with torch.inference_mode():
         for read in forced_logits(lm, rows, chosen, what=_WHAT, cancel=cancel):
@@ -113,8 +128,8 @@ def divergences(
                     *(one.split(_POSITIONS_AT_ONCE) for one in (read.logits, prompts, steps)), strict=True
                 )
             ]
-            found[read.rows, read.steps] = torch.cat(values).cpu()
-    return found.nan_to_num(nan=torch.inf, posinf=torch.inf).reshape(len(recipes), n_prompts, texts.n_tokens)
+            found[read.rows, read.steps] = torch.cat(values).cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return found.reshape(len(recipes), n_prompts, texts.n_tokens)
 
 
 def kl(logits: Tensor, plain: Tensor) -> Tensor:
@@ -124,9 +139,10 @@ def kl(logits: Tensor, plain: Tensor) -> Tensor:
     return (steered.exp() * (steered - plain.to(steered.device))).sum(-1).clamp(min=0.0)
 
 
-def kl_percentile(values: Sequence[float], percentile: float) -> float:
-    """The percentile (0 to 100) by linear interpolation; infinite where it touches an infinite value."""
-    ordered = sorted(values)
+def kl_percentile(values: Iterable[float], percentile: float) -> float:
+    """The percentile (0 to 100) of those `values` that are no NaN, by linear interpolation; infinite where it touches
+    an infinite value."""
+    ordered = sorted(value for value in values if not math.isnan(value))
     place = percentile / 100.0 * (len(ordered) - 1)
     low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
     return low if low == high else low + (high - low) * (place - math.floor(place))

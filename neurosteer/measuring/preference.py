@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,14 +23,43 @@ class LabelledText(ForcedText):
     positive: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preference:
-    """In nats per token. `effect` is the preference for positive over negative texts (the difference of the mean
-    log-probability per token) at the first recipe minus that at the second, halved; `damage` is how much less likely
-    the texts of both classes become, on average over the two."""
+    """What a recipe's two signs do to labelled texts, in nats per token. Every text weighs the same, long or short.
 
-    effect: float
-    damage: float
+    `shifts` `[n_texts]` is how much likelier per token the first recipe makes each text than the second does, halved;
+    `losses` `[n_texts]` how much less likely the two make it, on average, than it is without steering. Both float64;
+    `positive` `[n_texts]` tells the classes apart.
+    """
+
+    shifts: Tensor
+    losses: Tensor
+    positive: Tensor
+
+    @cached_property
+    def effect(self) -> float:
+        """How far the preference moves towards the positive texts: their mean shift minus that of the negative ones."""
+        return float(self.shifts[self.positive].mean() - self.shifts[~self.positive].mean())
+
+    @cached_property
+    def error(self) -> float:
+        """The standard error of `effect` over texts; 0 where a class has a single text, which tells nothing of it."""
+        return _error(self.shifts, self.positive)
+
+    @cached_property
+    def damage(self) -> float:
+        """How much less likely texts become: the mean of the two classes' mean losses."""
+        return float((self.losses[self.positive].mean() + self.losses[~self.positive].mean()) / 2)
+
+    def error_of_difference(self, other: "Preference") -> float:
+        """The standard error of the difference of two effects on the same texts, paired text by text."""
+        return _error(self.shifts - other.shifts, self.positive)
+
+
+def _error(values: Tensor, positive: Tensor) -> float:
+    """The standard error of the difference of two means."""
+    parts = [values[side] for side in (positive, ~positive)]
+    return float(sum(part.var() / len(part) for part in parts if len(part) > 1)) ** 0.5
 
 
 def labelled_texts(
@@ -72,7 +102,12 @@ def preferences(
     if plain is None:
         plain = log_likelihoods(lm, texts, [UNSTEERED], what=what, cancel=cancel)[0]
     steered = log_likelihoods(lm, texts, [recipe for pair in pairs for recipe in pair], what=what, cancel=cancel)
-    return [_preference(texts, plain, two) for two in steered.split(2)]
+    counts = torch.tensor([text.count for text in texts], dtype=torch.float64)
+    positive = torch.tensor([text.positive for text in texts])
+    return [
+        Preference((up - down) / (2 * counts), (plain - (up + down) / 2) / counts, positive)
+        for up, down in steered.split(2)
+    ]
 
 
 def log_likelihoods(
@@ -91,16 +126,6 @@ def log_likelihoods(
         scores = read.logits.gather(1, read.targets[:, None])[:, 0] - read.logits.logsumexp(1)
         found.index_add_(0, read.rows, scores.double().cpu())
     return found.reshape(len(recipes), len(texts))
-
-
-def _preference(texts: Sequence[LabelledText], plain: Tensor, steered: Tensor) -> Preference:
-    """From log-likelihoods of the texts: `plain` `[n]`, `steered` `[2, n]`."""
-    counts = torch.tensor([text.count for text in texts], dtype=torch.float64)
-    positive = torch.tensor([text.positive for text in texts])
-    likelier = [steered[:, side].sum(1) / counts[side].sum() for side in (positive, ~positive)]
-    up, down = (likelier[0] - likelier[1]).tolist()
-    damage = (plain.sum() - steered.sum(1)).mean() / counts.sum()
-    return Preference((up - down) / 2, float(damage))
 
 
 def _tokens_after_text(lm: LanguageModel) -> int:

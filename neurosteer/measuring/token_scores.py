@@ -61,7 +61,7 @@ def token_divergences(
     found: list[float] = []
     for first in range(n_prompt, len(ids), _TOKENS_AT_ONCE):  # a long text's beginning is read again for each part
         end = min(first + _TOKENS_AT_ONCE, len(ids))
-        unsteered = read_unsteered(lm, [ForcedText(ids[:end], first, end)])
+        unsteered = read_unsteered(lm, [ForcedText(ids[:end], first, end)], end - first)
         found += divergences(lm, unsteered, [recipe]).flatten().tolist()
     return _scored(lm, text, found)
 

@@ -1,6 +1,7 @@
-"""What every method is: a pure function from activations to an artifact, with a name and defaults."""
+"""What every method is: a pure function from activations to an artifact, with a name, defaults, and its own rules of
+what is read for it and at which layers it may work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -8,10 +9,19 @@ from torch import Tensor
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.errors import UsageError
+from neurosteer.models.language_model import Framing
+from neurosteer.reading.request import Request, Tokens
 from neurosteer.reading.statistics import Activations
+from neurosteer.saes.autoencoder import SparseAutoencoder
+
+APART = 3
+"""How many layers lie at least between two single layers that are both worth comparing."""
 
 Columns = Callable[[int], Tensor]
 """Layer to what its neurons write to the residual stream per unit of activation, float32 `[d_mlp, d_model]`."""
+
+Layers = tuple[int, ...]
+"""Block numbers, ascending."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class MethodFunction(Protocol):
     def __call__(
         self,
         activations: Activations,
-        layers: tuple[int, ...],
+        layers: Layers,
         *,
         name: str,
         tensors: Tensors,
@@ -43,7 +53,14 @@ class MethodFunction(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A method's entry in the registry: its function, what that must be given, and its parameters' defaults."""
+    """A method's entry in the registry: its function, and its parameters' defaults.
+
+    The other functions are what building asks of it. As they stand here they suit a method that makes a direction of
+    the residual stream at each layer by itself; one that works otherwise has its own (`cna`, `sae`).
+
+    `needs_rows`: every text's activations are kept at the layers it works at, not only the class means. `unpaired` is
+    what to be wary of where the examples are not paired; empty where that makes no difference.
+    """
 
     name: str
     function: MethodFunction
@@ -51,10 +68,15 @@ class Method:
     source: str
     kind: str
     needs_rows: bool = False
-    needs_neurons: bool = False
-    needs_features: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
+    unpaired: str = ""
+
+    needs_features = False
+    """Whether it works on the features of SAEs, at their layers alone."""
+
+    spreads = True
+    """Whether it can work at all layers of the model together."""
 
     def parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` over the defaults. Raises `UsageError` for a parameter the method does not have or allow."""
@@ -66,3 +88,54 @@ class Method:
         if self.check is not None:
             self.check(parameters)
         return parameters
+
+    def default_framing(self, parameters: Mapping[str, Any], *, chat: bool) -> Framing:
+        return "answer" if chat else "raw"
+
+    def default_tokens(self, parameters: Mapping[str, Any], framing: Framing | None) -> Tokens:
+        """Which tokens are read under a `framing` that was asked for, or the default one (None)."""
+        return "last" if framing == "prompt" else "mean"
+
+    def layers_without_choice(self, parameters: Mapping[str, Any], n_layers: int) -> tuple[Layers, str] | None:
+        """With `auto`: the layers to work at, and why, where activations need not be read to know them."""
+        return None
+
+    def usable(self, layers: Layers, parameters: Mapping[str, Any]) -> Layers:
+        """Those of `layers` at which the method may work. Raises `UsageError` where there are none."""
+        return layers
+
+    def request(
+        self,
+        parameters: Mapping[str, Any],
+        chosen: Layers | None,
+        candidates: Layers,
+        everywhere: Layers,
+        saes: Mapping[int, SparseAutoencoder],
+    ) -> Request:
+        """What to read at the layers that were `chosen`, or for a choice among `candidates` (where `everywhere` is not
+        empty, also of spreads over it)."""
+        residual = chosen or everywhere or tuple(range(candidates[-1] + 1))
+        return Request(residual=residual, rows=(chosen or candidates) if self.needs_rows else ())
+
+    def up_to(self, layer: int) -> tuple[Layers, str]:
+        """Where to work when `layer` separates best, and how to say so before "separates held-out examples best"."""
+        return (layer,), f"layer {layer} separates held-out examples"
+
+    def layer_choices(self, candidates: Layers, everywhere: Layers, best: Sequence[int]) -> list[tuple[str, Layers]]:
+        """Choices of layers worth comparing, each with its name; `best` are the single layers that separate best."""
+        upper_half = everywhere[len(everywhere) // 2 :]
+        return [*single_layers(best), *together(candidates, upper_half, everywhere)]
+
+
+def single_layers(layers: Iterable[int]) -> list[tuple[str, Layers]]:
+    return [(f"layer {layer}", (layer,)) for layer in layers]
+
+
+def together(*spreads: Layers) -> list[tuple[str, Layers]]:
+    """Several layers at once, each such choice with its name."""
+    found = []
+    for layers in (layers for layers in dict.fromkeys(spreads) if len(layers) > 1):
+        whole = len(layers) == layers[-1] - layers[0] + 1
+        named = f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+        found.append((f"layers {named} together", layers))
+    return found

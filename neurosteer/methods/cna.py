@@ -9,7 +9,9 @@ from torch import Tensor
 from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS, NeuronCircuit
 from neurosteer.artifacts.strength import default_calibration
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Columns, Method, Tensors
+from neurosteer.methods.base import APART, Columns, Layers, Method, Tensors
+from neurosteer.models.language_model import Framing
+from neurosteer.reading.request import Request, Tokens
 from neurosteer.reading.statistics import Activations
 from neurosteer.validation import is_finite
 
@@ -31,21 +33,18 @@ def contrastive_neurons(
     neuron's pooled standard deviation. `write`: difference × (down-projection column · unit class difference of the
     residual stream at the last of `layers`), positive values only.
     """
-    skipped = set(parameters["skip_layers"])
-    searched = tuple(layer for layer in layers if layer not in skipped)
-    if not searched:
-        raise UsageError(f"skip_layers leaves no layer of {list(layers)} to search.")
+    searched = _searched(layers, parameters)
     scores = torch.cat(
         [_scores(activations, layer, layers[-1], tensors.columns, parameters["rank"]) for layer in searched]
     )
     differences = torch.cat([activations.neurons[layer].difference for layer in searched])
     chosen = _strongest(scores, _count(parameters["top_k"], activations), positive_only=parameters["rank"] == "write")
-    width = activations.model.d_mlp
+    width, skipped = activations.model.d_mlp, sorted(set(parameters["skip_layers"]))
     return NeuronCircuit(
         name=name,
         model=activations.model,
         method="cna",
-        parameters={**parameters, "skip_layers": sorted(skipped), "searched_layers": list(searched)},
+        parameters={**parameters, "skip_layers": skipped, "searched_layers": list(searched)},
         neuron_layers=torch.tensor(searched, dtype=torch.int32)[chosen // width],
         neurons=(chosen % width).int(),
         scores=scores[chosen],
@@ -53,6 +52,13 @@ def contrastive_neurons(
         operation=parameters["operation"],
         calibration=default_calibration(parameters["operation"]),
     )
+
+
+def _searched(layers: Layers, parameters: Mapping[str, Any]) -> Layers:
+    found = tuple(layer for layer in layers if layer not in parameters["skip_layers"])
+    if not found:
+        raise UsageError(f"skip_layers leaves no layer of {', '.join(map(str, layers))} to search.")
+    return found
 
 
 def _scores(activations: Activations, layer: int, reference: int, columns: Columns, rank: str) -> Tensor:
@@ -97,13 +103,52 @@ def _check(parameters: Mapping[str, Any]) -> None:
         raise UsageError(f"skip_layers is {skipped!r}; give a list of layer numbers.")
 
 
-METHOD = Method(
+class _Neurons(Method):
+    """Reads neurons, and searches all layers up to one. Ranked otherwise than by `write` it works as in the paper: over
+    all layers, at the last token of a prompt."""
+
+    spreads = False
+
+    def default_framing(self, parameters: Mapping[str, Any], *, chat: bool) -> Framing:
+        return "prompt" if chat and _as_in_paper(parameters) else super().default_framing(parameters, chat=chat)
+
+    def default_tokens(self, parameters: Mapping[str, Any], framing: Framing | None) -> Tokens:
+        return "last" if _as_in_paper(parameters) else super().default_tokens(parameters, framing)
+
+    def layers_without_choice(self, parameters: Mapping[str, Any], n_layers: int) -> tuple[Layers, str] | None:
+        if not _as_in_paper(parameters):
+            return None
+        return tuple(range(n_layers)), "all layers, ranked together as in the paper"
+
+    def usable(self, layers: Layers, parameters: Mapping[str, Any]) -> Layers:
+        return _searched(layers, parameters)
+
+    def request(
+        self, parameters: Mapping[str, Any], chosen: Layers | None, candidates: Layers, everywhere: Layers, saes: object
+    ) -> Request:
+        if chosen is None:
+            return Request(residual=candidates, neurons=tuple(range(candidates[-1] + 1)))
+        return Request(residual=chosen[-1:], neurons=chosen)  # ranking by write needs the last class difference
+
+    def up_to(self, layer: int) -> tuple[Layers, str]:
+        return tuple(range(layer + 1)), f"neurons up to layer {layer}, which separates held-out examples"
+
+    def layer_choices(self, candidates: Layers, everywhere: Layers, best: Sequence[int]) -> list[tuple[str, Layers]]:
+        last = candidates[-1]
+        ends = [*best, last] if all(abs(last - layer) >= APART for layer in best) else best
+        return [(f"neurons up to layer {layer}", tuple(range(layer + 1))) for layer in sorted(ends)]
+
+
+def _as_in_paper(parameters: Mapping[str, Any]) -> bool:
+    return parameters["rank"] != "write"
+
+
+METHOD = _Neurons(
     name="cna",
     function=contrastive_neurons,
     explanation="A circuit: the few hundred single neurons that write the behaviour, instead of one direction.",
     source="Contrastive Neuron Attribution, arXiv 2605.12290",
     kind=NeuronCircuit.kind,
-    needs_neurons=True,
     defaults={"rank": "write", "operation": "shift", "top_k": 0.005, "skip_layers": SKIPPED_LAYERS},
     check=_check,
 )

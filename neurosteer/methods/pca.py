@@ -59,8 +59,11 @@ def _differences(rows: ClassRows, paired: bool) -> Tensor:
 METHOD = Method(
     name="pca",
     function=principal_component,
-    explanation="The direction along which the examples differ most: for paired examples.",
+    explanation="The direction along which the examples differ most: for paired examples. Of others it may find "
+    "something else than the difference you mean.",
     source="Representation Engineering, arXiv 2310.01405",
     kind=SteeringVector.kind,
     needs_rows=True,
+    unpaired="The examples are not paired: pca takes the direction along which all texts vary most, which need not be "
+    "the difference between the two kinds. Pair them, or use caa.",
 )

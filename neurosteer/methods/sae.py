@@ -1,7 +1,7 @@
 """`sae`: features of a sparse autoencoder that fire more often on one class (NeuroSteer, OpenReview 2Jhf3xjaok)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from torch import Tensor
 from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Method, Tensors
+from neurosteer.methods.base import Layers, Method, Tensors, single_layers, together
+from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import Activations, FeatureStatistics
+from neurosteer.saes.autoencoder import SparseAutoencoder
 from neurosteer.validation import check_count
 
 RANKS = ("rate", "dprime", "probe")
@@ -184,13 +186,37 @@ def _check(parameters: Mapping[str, Any]) -> None:
     check_count("contexts", contexts, 0, 3)
 
 
-METHOD = Method(
+class _Features(Method):
+    """Reads the features of SAEs, and works at any of their layers, or at all of them together."""
+
+    needs_features = True
+    spreads = False
+
+    def request(
+        self,
+        parameters: Mapping[str, Any],
+        chosen: Layers | None,
+        candidates: Layers,
+        everywhere: Layers,
+        saes: Mapping[int, SparseAutoencoder],
+    ) -> Request:
+        return Request(
+            residual=chosen or candidates,
+            encoders=saes,
+            feature_rows=parameters["rank"] == "probe",
+            prepend_bos=all(sae.prepend_bos for sae in saes.values()),
+        )
+
+    def layer_choices(self, candidates: Layers, everywhere: Layers, best: Sequence[int]) -> list[tuple[str, Layers]]:
+        return [*single_layers(candidates), *together(candidates)]
+
+
+METHOD = _Features(
     name="sae",
     function=feature_direction,
     explanation="Readable features of a sparse autoencoder that fire more on one kind of text, added up.",
     source="NeuroSteer, OpenReview 2Jhf3xjaok",
     kind=SteeringVector.kind,
-    needs_features=True,
     defaults={
         "sae": None,
         "rank": "rate",

@@ -186,7 +186,7 @@ class Session:
     def _begun(self, row: Row, prompt: list[int], options: Options) -> Begun:
         # The same prompt and sample draw the same random numbers under every recipe and in every batch.
         sampler = Sampler(options.sampling, f"{row.prompt}/{row.sample}")
-        text = RowText(self.lm.tokenizer, _stop_ids(self.lm))
+        text = RowText(self.lm.tokenizer, stop_ids(self.lm))
         return Begun(row, Writing(prompt, row.recipe, options.positions, options.max_new_tokens, sampler, text))
 
 
@@ -240,7 +240,7 @@ def _as_rows(rows: Sequence[Row] | Prompt, recipe: Recipe) -> list[Row]:
     raise UsageError(f"Give one prompt, or a list of Row; not {type(rows).__name__} {rows!r:.60}.")
 
 
-def _stop_ids(lm: LanguageModel) -> list[int]:
+def stop_ids(lm: LanguageModel) -> list[int]:
     """What ends a text: the generation config's end tokens, and the tokenizer's own."""
     config = lm.model.generation_config
     found = config.eos_token_id if config is not None else None

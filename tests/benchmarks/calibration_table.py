@@ -20,8 +20,8 @@ from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.storage import load
 from neurosteer.artifacts.strength import default_calibration
 from neurosteer.examples.files import neutral_prompts
-from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE, kl_percentile
-from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
+from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE
+from neurosteer.measuring.divergence import UnsteeredTexts, divergences, kl_percentile, unsteered_texts
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
 

@@ -29,8 +29,8 @@ from neurosteer.building.build import build
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import calibration_prompts
 from neurosteer.examples.reading import read_examples
-from neurosteer.measuring.calibration import calibrate, kl_percentile
-from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
+from neurosteer.measuring.calibration import calibrate
+from neurosteer.measuring.divergence import UnsteeredTexts, divergences, kl_percentile, unsteered_texts
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
 

@@ -195,12 +195,14 @@ def _by_whom(judge: object) -> str:
 
 def warnings_of(artifact: "Artifact") -> list[str]:
     """Sentences about what makes an artifact weak."""
+    found = [*artifact.provenance.warnings]
     best = separation_reached(artifact)
     if best is None or best >= WEAK_SEPARATION:
-        return []
+        return found
     return [
+        *found,
         f"The model hardly tells the two kinds of text apart (AUC {best:.2f}, {CHANCE} is chance), so expect little "
-        "effect: use more examples, or ones that differ more clearly."
+        "effect: use more examples, or ones that differ more clearly.",
     ]
 
 

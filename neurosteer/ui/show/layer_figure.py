@@ -24,7 +24,7 @@ def layer_figure(
 
     bars = _BAR_HEIGHT * len(effects) + 20 if effects else 0
     below = 90 if effects else 0
-    titles = ("", "Effect at equal KL, nats per token") if effects else ("",)
+    titles = ("", "Effect at equal KL, nats per token, ± its standard error") if effects else ("",)
     figure = make_subplots(
         rows=len(titles), cols=1, subplot_titles=titles, row_heights=[_HEIGHT, bars][: len(titles)],
         vertical_spacing=below / (_HEIGHT + below + bars) if effects else 0,
@@ -63,13 +63,15 @@ def _add_separation(figure: Any, separation: Mapping[int, float], chosen: Collec
     figure.update_yaxes(**_AXIS, title="told apart (AUC)", range=[lowest, 1.04], row=1, col=1)
 
 
-def _add_effects(figure: Any, effects: Sequence[tuple[str, float]]) -> None:
-    """The largest on top, in the colour of what was chosen."""
-    labels, values = [escape(label) for label, _ in effects], [effect for _, effect in effects]
+def _add_effects(figure: Any, effects: Sequence[tuple[str, float, float]]) -> None:
+    """What was chosen on top, in its colour."""
+    labels, values = [escape(label) for label, _, _ in effects], [effect for _, effect, _ in effects]
+    errors = [error for _, _, error in effects]
     figure.add_bar(
         x=values, y=labels, orientation="h", showlegend=False, row=2, col=1,
         marker={"color": [_ACCENT, *[_FAINT] * (len(effects) - 1)]}, text=[f" {value:+.3f} " for value in values],
-        textposition="auto", hovertemplate="%{y}: %{x:+.3f}<extra></extra>",
+        textposition="auto", error_x={"array": errors, "color": _TEXT, "thickness": 1},
+        hovertemplate="%{y}: %{x:+.3f}<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(**_AXIS, showticklabels=False, row=2, col=1)
     figure.update_yaxes(**_AXIS, autorange="reversed", automargin=True, row=2, col=1)
