@@ -84,7 +84,7 @@ PUSHING = [
     answered("whoami", 429, "no more requests", "in 3600 s", headers=LATER, made=False),
     answered("whoami", 500, "failed (error 500)", "try again later", made=False),
     happening("whoami", "cut", "connection", "check the network", made=False),
-    happening("whoami", "hang", "did not answer in time", seconds=2.0, made=False),
+    happening("whoami", "hang", "did not answer in time", seconds=4.0, made=False),
     happening("whoami", "not json", "did not answer like the Hub", "HF_ENDPOINT", made=False),
     answered("info", 401, "refused the token", made=False),
     answered("info", 503, "failed (error 503)", "push to alice/mood", made=False),
@@ -109,7 +109,7 @@ PUSHING = [
     answered("lfs-put", 403, "may not push"),
     answered("lfs-put", 503, "failed (error 503)"),
     happening("lfs-put", "cut", "connection"),
-    happening("lfs-put", "hang", "did not answer in time", seconds=2.0),
+    happening("lfs-put", "hang", "did not answer in time", seconds=4.0),
     answered("commit", 401, "refused the token"),
     answered("commit", 403, "may not push to alice/mood"),
     answered("commit", 404, "knows no alice/mood", headers=NO_REPO),
@@ -121,7 +121,7 @@ PUSHING = [
     answered("commit", 500, "failed (error 500)"),
     answered("commit", 504, "failed (error 504)"),
     happening("commit", "cut", "connection"),
-    happening("commit", "hang", "did not answer in time", seconds=2.0),
+    happening("commit", "hang", "did not answer in time", seconds=4.0),
     happening("commit", "race", "Somebody else changed alice/mood"),
 ]  # fmt: skip
 
@@ -240,19 +240,19 @@ PULLING = [
     answered("info", 502, "failed (error 502)", "pull alice/mood"),
     happening("info", "cut", "connection"),
     happening("info", "half", "connection"),
-    happening("info", "hang", "did not answer in time", seconds=2.0),
+    happening("info", "hang", "did not answer in time", seconds=4.0),
     happening("info", "not json", "did not answer like the Hub"),
     answered("paths-info", 500, "failed (error 500)"),
     answered("head", 403, "gated", "/alice/mood", headers=GATED),
     answered("head", 404, "lacks a file", headers=NO_ENTRY),
     answered("head", 503, "failed (error 503)"),
     happening("head", "cut", "connection"),
-    happening("head", "hang", "did not answer in time", seconds=2.0),
+    happening("head", "hang", "did not answer in time", seconds=4.0),
     answered("resolve", 403, "may not fetch"),
     answered("resolve", 429, "no more requests", headers=LATER),
     answered("resolve", 500, "failed (error 500)"),
     happening("resolve", "cut", "connection"),
-    happening("resolve", "hang", "did not answer in time", seconds=2.0),
+    happening("resolve", "hang", "did not answer in time", seconds=4.0),
     happening("resolve", "drip", "did not answer in time", seconds=4.0),
     happening("resolve", "other bytes", "arrived damaged twice"),
     happening("resolve", "not json", "broke off|arrived damaged twice"),
@@ -290,8 +290,8 @@ def test_a_try_that_took_too_long_leaves_no_thread_behind(hub: FakeHub, monkeypa
     monkeypatch.setattr("neurosteer.hub.searching.SEARCH_S", 1.5)
     push(MOOD, "alice/mood")
     before = set(threading.enumerate())
-    hub.fail("info", "hang", seconds=2.0, times=1000)
-    hub.fail("models", "hang", seconds=2.0, times=1000)
+    hub.fail("info", "hang", seconds=4.0, times=1000)
+    hub.fail("models", "hang", seconds=4.0, times=1000)
     for call in (lambda: pull("alice/mood"), lambda: list_artifacts("alice/mood"), search):
         refused(call, HubUnreachable, "did not answer in time")
     assert set(threading.enumerate()) <= before
