@@ -24,7 +24,10 @@ from neurosteer import cli
 from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS
 from neurosteer.artifacts.recipes import Positions
 from neurosteer.artifacts.storage import load, save
-from neurosteer.circuits import ABLATIONS, AGGREGATES, ATTENTIONS, METRICS
+from neurosteer.circuits.checks.ablation import Ablation
+from neurosteer.circuits.relp.attribution import Aggregate
+from neurosteer.circuits.relp.linearised import Attention
+from neurosteer.circuits.relp.scores import Metric
 from neurosteer.cli import choices
 from neurosteer.cli.grammar import flattened
 from neurosteer.cli.inputs import given_prompts, read_prompts
@@ -118,8 +121,9 @@ def test_choices_are_those_of_the_library() -> None:
         (choices.Method, METHODS), (choices.Framing, get_args(Framing)), (choices.ReadTokens, get_args(Tokens)),
         (choices.Rank, dict.fromkeys((*cna.RANKS, *sae.RANKS))), (choices.Operation, CIRCUIT_OPERATIONS),
         (choices.Weight, sae.WEIGHTS), (choices.Sides, sae.SIDES), (choices.Dtype, DTYPES),
-        (choices.Positions, get_args(Positions)), (choices.Metric, METRICS), (choices.Attention, ATTENTIONS),
-        (choices.Aggregate, AGGREGATES), (choices.Ablation, ABLATIONS), (choices.Kind, KINDS),
+        (choices.Positions, get_args(Positions)), (choices.Metric, get_args(Metric)),
+        (choices.Attention, get_args(Attention)),
+        (choices.Aggregate, get_args(Aggregate)), (choices.Ablation, get_args(Ablation)), (choices.Kind, KINDS),
     ):  # fmt: skip
         assert set(get_args(ours)) == set(theirs), ours
 
