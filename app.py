@@ -1,24 +1,15 @@
-"""The page: `python app.py [--model NAME] [--port N]`."""
+"""The page: `python app.py` takes the options of `neurosteer app`."""
 
-import argparse
 import contextlib
 import os
+import sys
 
 with contextlib.suppress(ImportError):
     import spaces  # noqa: F401  on a Space it has to come before anything that touches the GPU
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from neurosteer.errors import UsageError
-from neurosteer.ui.page import create_app, launch
+from neurosteer.cli import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Serve the NeuroSteer page.")
-    parser.add_argument("--model", help="catalog name, Hub id, folder or GGUF file (default: the embedded model)")
-    parser.add_argument("--host", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, help="port (default: GRADIO_SERVER_PORT, else the first free from 7860)")
-    options = parser.parse_args()
-    try:
-        launch(create_app(options.model), host=options.host, port=options.port)
-    except UsageError as error:
-        parser.error(str(error))
+    main(["app", *sys.argv[1:]])

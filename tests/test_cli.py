@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from checks import Run, assert_one_clear_line
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from neurosteer.artifacts.storage import load
 
@@ -314,19 +312,6 @@ def test_a_fault_of_ours_ends_with_code_1_and_no_traceback(run: Run, monkeypatch
     ran = run("models")
     assert ran.code == 1
     assert "boom" in ran.err and "Traceback" not in ran.err
-
-
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(words=st.lists(st.text(min_size=1, max_size=12).filter(lambda word: "\0" not in word), max_size=5))
-def test_no_words_whatever_bring_a_traceback(run: Run, words: list[str]) -> None:
-    ran = run(*words)
-    assert ran.code in (0, 2)
-    assert "Traceback" not in ran.err
 
 
 def test_importing_the_package_is_fast_and_imports_nothing_heavy() -> None:

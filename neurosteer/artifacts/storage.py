@@ -63,7 +63,7 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
 
     Raises `ArtifactError` when `folder` holds something else or cannot be written.
     """
-    target = _path(folder)
+    target = check_target(folder)
     plot = _evaluation_plot(artifact)
     card = _card_to_write(artifact, target, () if plot is None else (EVALUATION_PLOT,))
     try:
@@ -81,6 +81,16 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
         raise ArtifactError(
             f"{str(target)!r} could not be written ({error.strerror or error}); nothing was changed."
         ) from error
+    return target
+
+
+def check_target(folder: str | Path) -> Path:
+    """The folder as an absolute path that `save` can write to: not there, empty, or an artifact. Raises
+    `ArtifactError`."""
+    target = _path(folder)
+    present = _present(target)
+    if present.exists() and (not present.is_dir() or (any(present.iterdir()) and not is_artifact(present))):
+        raise ArtifactError(f"{str(target)!r} exists and is no artifact; choose another folder.")
     return target
 
 
@@ -195,8 +205,6 @@ def _card_to_write(artifact: Artifact, target: Path, plots: Sequence[str]) -> by
     fresh, present = render_card(artifact, plots=plots).encode(), _present(target)
     if not present.exists():
         return fresh
-    if not present.is_dir() or (any(present.iterdir()) and not is_artifact(present)):
-        raise ArtifactError(f"{str(target)!r} exists and is no artifact; choose another folder.")
     existing = present / CARD_FILE
     if not existing.is_file():
         return fresh

@@ -1,4 +1,4 @@
-"""The verbs that make an artifact of examples, or show what each layer would make of them."""
+"""The verbs that make an artifact of examples, calibrate one, or show what each layer would make of the examples."""
 
 import time
 from dataclasses import asdict
@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.artifacts.cards import strength_meaning
-from neurosteer.cli.inputs import read_prompts
+from neurosteer.cli.choices import Operation, Rank, Sides, Weight
+from neurosteer.cli.inputs import read_prompts, whole_numbers
 from neurosteer.cli.options import (
-    DeviceOption,
-    DtypeOption,
+    EXAMPLES,
     ExamplesArgument,
     FramingOption,
     JsonOption,
+    MaxNewTokensOption,
     MethodOption,
-    ModelOption,
+    ModelOptions,
     NegativeOption,
     RawOption,
-    RevisionOption,
-    SaeOption,
-    TokensOption,
-    load,
+    ReadTokensOption,
+    SeedOption,
+    TargetKlOption,
+    artifact_names,
+    out_option,
 )
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.places import artifact_place, files_place, folder_of
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,73 +34,115 @@ if TYPE_CHECKING:
     from neurosteer.building.layer_profile import LayerProfile
     from neurosteer.examples.contrast_set import ContrastSet
 
+_CNA, _SAE, _BOTH = "With --method cna", "With --method sae", "With --method cna or sae"
+
+RankOption = Annotated[
+    Rank | None,
+    typer.Option(
+        "--rank", help="By what: cna takes the first three; sae rate, dprime or probe.", rich_help_panel=_BOTH
+    ),
+]
+TopKOption = Annotated[
+    float | None,
+    typer.Option("--top-k", help="How many are kept; cna: a number below 1 is a share.", rich_help_panel=_BOTH),
+]
+OperationOption = Annotated[
+    Operation | None, typer.Option("--operation", help="Multiply neurons, or move them.", rich_help_panel=_CNA)
+]
+SaeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sae", metavar="SAE", help="RELEASE/ID, a folder or embedded/LAYER; else the model's.", rich_help_panel=_SAE
+    ),
+]
+
 
 def build(
+    *,
     examples: ExamplesArgument,
     negative: NegativeOption = None,
     method: MethodOption = "caa",
-    model: ModelOption = None,
     layers: Annotated[str, typer.Option("--layers", help="auto, all, 14, 10-18 or 3,7,9.")] = "auto",
     name: Annotated[str | None, typer.Option("--name", help="The artifact's name.")] = None,
-    description: Annotated[str, typer.Option("--description")] = "",
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder to write; ./NAME when left out.")] = None,
-    framing: FramingOption = None,
-    tokens: TokensOption = None,
-    rank: Annotated[
-        str | None, typer.Option("--rank", help="cna: difference, dprime, write. sae: rate, dprime, probe.")
-    ] = None,
-    operation: Annotated[str | None, typer.Option("--operation", help="cna: scale or shift.")] = None,
-    top_k: Annotated[
-        float | None, typer.Option("--top-k", help="cna: a count, or a share below 1. sae: a count.")
-    ] = None,
-    skip_layers: Annotated[str | None, typer.Option("--skip-layers", help="cna: layers left out, like 0,1.")] = None,
+    description: Annotated[str, typer.Option("--description", help="What it does, for its card.")] = "",
+    folder: Annotated[Path | None, out_option("the artifact; ./NAME when left out")] = None,
     penalty: Annotated[float | None, typer.Option("--penalty", help="probe: strength of its L2 penalty.")] = None,
-    sae: SaeOption = None,
-    weight: Annotated[str | None, typer.Option("--weight", help="sae: difference or target.")] = None,
-    sides: Annotated[str | None, typer.Option("--sides", help="sae: positive or both.")] = None,
-    unit_norm: Annotated[bool, typer.Option("--unit-norm", help="sae: directions of length 1.")] = False,
-    min_output_score: Annotated[
-        float | None, typer.Option("--min-output-score", help="sae: only features that move the output this much.")
-    ] = None,
-    contexts: Annotated[
-        int | None, typer.Option("--contexts", help="sae: places kept per feature from your texts (0: none; 3).")
-    ] = None,
+    framing: FramingOption = None,
+    tokens: ReadTokensOption = None,
     hold_out: Annotated[
-        float, typer.Option("--hold-out", help="Share of each class kept out, to judge with later (evaluate): 0.5.")
+        float,
+        typer.Option(
+            "--hold-out", help="Share of each class kept out, to judge with later (evaluate): 0.5.",
+            rich_help_panel=EXAMPLES,
+        ),
     ] = 0.0,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Set strength 1 by measurement; else default amounts.")
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate", help="Set strength 1 by measurement; else default amounts.",
+            rich_help_panel="What strength 1 means",
+        ),
     ] = True,
-    target_kl: Annotated[
-        float, typer.Option("--target-kl", help="What strength ±1 is to come to, nats (95th percentile of KL).")
-    ] = 1.0,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    target_kl: TargetKlOption = 1.0,
+    rank: RankOption = None,
+    top_k: TopKOption = None,
+    operation: OperationOption = None,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option("--skip-layers", metavar="LAYERS", help="Layers left out, like 0,1.", rich_help_panel=_CNA),
+    ] = None,
+    sae: SaeOption = None,
+    weight: Annotated[
+        Weight | None, typer.Option("--weight", help="How much of each feature is added.", rich_help_panel=_SAE)
+    ] = None,
+    sides: Annotated[
+        Sides | None, typer.Option("--sides", help="Features of which class.", rich_help_panel=_SAE)
+    ] = None,
+    unit_norm: Annotated[
+        bool, typer.Option("--unit-norm", help="Directions of length 1.", rich_help_panel=_SAE)
+    ] = False,
+    min_output_score: Annotated[
+        float | None,
+        typer.Option(
+            "--min-output-score", help="Only features that move the output this much.", rich_help_panel=_SAE
+        ),
+    ] = None,
+    contexts: Annotated[
+        int | None,
+        typer.Option(
+            "--contexts", help="Places kept per feature from your texts (0: none; 3).", rich_help_panel=_SAE
+        ),
+    ] = None,
+    asked: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
-) -> None:
+) -> None:  # fmt: skip
     """Build an artifact from examples."""
+    from neurosteer.artifacts.common import safe_name
     from neurosteer.artifacts.storage import save
     from neurosteer.building.build import build as build_artifact
 
     contrast = _contrast(examples, negative)
-    given = {"rank": rank, "operation": operation, "top_k": _count_or_share(top_k), "penalty": penalty, "sae": sae}
+    called = safe_name(name or f"{contrast.name}-{method}")
+    if name is not None and called != name:
+        err.print(f"Note: the name {name[:100]!r} becomes {called}; names are of letters, digits, '.', '_' and '-'.")
+    place = artifact_place(folder or Path(called))
+    given = {"rank": rank, "operation": operation, "top_k": count_or_share(top_k), "penalty": penalty, "sae": sae}
     given |= {"weight": weight, "sides": sides, "min_output_score": min_output_score, "contexts": contexts}
     given |= {"unit_norm": unit_norm or None}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if skip_layers is not None:
-        parameters["skip_layers"] = _numbers(skip_layers, "--skip-layers")
+        parameters["skip_layers"] = whole_numbers(skip_layers, "--skip-layers")
     with progress_line() as progress:
-        lm = load(model, revision, device, dtype, progress)
+        lm = asked.load(progress)
         started = time.perf_counter()
         artifact = build_artifact(
-            lm, contrast, method=method, layers=layers, name=name, description=description,
-            framing=framing or ("raw" if raw else None), tokens=tokens,  # type: ignore[arg-type]
-            hold_out=hold_out, calibrate=calibrate, target_kl=target_kl, progress=progress, **parameters,
+            lm, contrast, method=method, layers=layers, name=called, description=description,
+            framing=framing or ("raw" if raw else None), tokens=tokens, hold_out=hold_out, calibrate=calibrate,
+            target_kl=target_kl, progress=progress, **parameters,
         )  # fmt: skip
         seconds = time.perf_counter() - started
-    written = save(artifact, folder or Path(artifact.name))
+    written = save(artifact, place)
     if as_json:
         print_json(_build_data(artifact, written, seconds))
         return
@@ -107,21 +151,19 @@ def build(
 
 
 def layers(
+    *,
     examples: ExamplesArgument,
     negative: NegativeOption = None,
     method: MethodOption = "caa",
-    model: ModelOption = None,
     layers: Annotated[str, typer.Option("--layers", help="all, 14, 10-18 or 3,7,9; sae: those of its SAEs.")] = "all",
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder for layers.csv and layers.html.")] = None,
+    folder: Annotated[Path | None, out_option("layers.csv and layers.html")] = None,
+    seed: SeedOption = 0,
     framing: FramingOption = None,
-    tokens: TokensOption = None,
-    rank: Annotated[str | None, typer.Option("--rank", help="As for build.")] = None,
-    top_k: Annotated[float | None, typer.Option("--top-k", help="As for build.")] = None,
+    tokens: ReadTokensOption = None,
+    rank: RankOption = None,
+    top_k: TopKOption = None,
     sae: SaeOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the random directions for comparison.")] = 0,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    asked: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,24 +171,78 @@ def layers(
     from neurosteer.building.layer_plot import write_profile
     from neurosteer.building.layer_profile import profile_data, profile_layers
 
-    contrast = _contrast(examples, negative)
-    given = {"rank": rank, "top_k": _count_or_share(top_k), "sae": sae}
+    place, contrast = files_place(folder), _contrast(examples, negative)
+    given = {"rank": rank, "top_k": count_or_share(top_k), "sae": sae}
     with progress_line() as progress:
-        lm = load(model, revision, device, dtype, progress)
+        lm = asked.load(progress)
         started = time.perf_counter()
         profile = profile_layers(
-            lm, contrast, method=method, layers=layers, framing=framing or ("raw" if raw else None),  # type: ignore[arg-type]
-            tokens=tokens, seed=seed, progress=progress,  # type: ignore[arg-type]
+            lm, contrast, method=method, layers=layers, framing=framing or ("raw" if raw else None),
+            tokens=tokens, seed=seed, progress=progress,
             **{key: value for key, value in given.items() if value is not None},
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    files = write_profile(profile, folder) if folder is not None else ()
+    files = write_profile(profile, place) if place is not None else ()
     if as_json:
         print_json({**profile_data(profile), "files": list(map(str, files)), "seconds": round(seconds, 3)})
         return
     _print_profile(profile)
     if files:
         out.print(f"Written to {' and '.join(map(str, files))} in {seconds:.1f} s.")
+
+
+def calibrate(
+    *,
+    artifact: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF", help="A folder to write into, or any artifact with --out.", autocompletion=artifact_names
+        ),
+    ],
+    folder: Annotated[Path | None, out_option("the calibrated artifact; REF's own when left out")] = None,
+    target_kl: TargetKlOption = 1.0,
+    percentile: Annotated[
+        float,
+        typer.Option(
+            "--percentile", help="Of the per-token KL, 0 to 100.", rich_help_panel="What strength 1 means"
+        ),
+    ] = 95.0,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="FILE",
+            help="A text file, one prompt a line (- reads standard input); 24 bundled ones when left out.",
+        ),
+    ] = None,
+    n_tokens: MaxNewTokensOption = 20,
+    asked: ModelOptions,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Set an artifact's strength 1 by measurement, for +1 and −1 by themselves."""
+    from neurosteer.artifacts.cards import strength_meaning
+    from neurosteer.artifacts.storage import save
+    from neurosteer.hub.references import resolve
+    from neurosteer.measuring.calibration import calibrate as calibrated
+
+    place = artifact_place(folder) if folder is not None else folder_of(artifact)
+    texts = read_prompts(prompts) if prompts else None
+    if place is None:
+        raise UsageError(f"{artifact[:200]!r} is no folder here; say with --out where the calibrated one goes.")
+    found = resolve(artifact)
+    with progress_line() as progress:
+        lm = asked.load(progress, found.model.name)
+        started = time.perf_counter()
+        found = calibrated(
+            lm, found, target_kl=target_kl, percentile=percentile, prompts=texts, n_tokens=n_tokens,
+            progress=progress,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+    written = save(found, place)
+    if as_json:
+        data = {"artifact": str(written), "calibration": asdict(found.calibration), "seconds": round(seconds, 3)}
+        print_json(data)
+        return
+    out.print(f"{found.name}: {strength_meaning(found)}. Written to {written} in {seconds:.1f} s.")
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -161,14 +257,8 @@ def _contrast(examples: str, negative: str | None) -> "ContrastSet":
     return contrast
 
 
-def _numbers(text: str, what: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{what} is {text[:60]!r}; give layer numbers parted by commas, like 0,1.")
-    return [int(part) for part in parts]
-
-
-def _count_or_share(value: float | None) -> int | float | None:
+def count_or_share(value: float | None) -> int | float | None:
+    """A whole number from 1 on as a count; below 1 it is a share."""
     return int(value) if value is not None and value >= 1 and value == int(value) else value
 
 
@@ -195,6 +285,8 @@ def _build_data(artifact: "Artifact", folder: Path, seconds: float) -> dict[str,
 
 
 def _build_text(artifact: "Artifact", seconds: float) -> str:
+    from neurosteer.artifacts.cards import strength_meaning
+
     source = artifact.provenance
     dropped = ", ".join(f"{count} {what}" for what, count in source.dropped.items() if count) or "none"
     return (
@@ -204,46 +296,6 @@ def _build_text(artifact: "Artifact", seconds: float) -> str:
         f"Layers: {source.layer_choice}.\n"
         f"Strength: {strength_meaning(artifact)}."
     )
-
-
-def calibrate(
-    artifact: Annotated[str, typer.Argument(metavar="REF", help="A folder to write into, or any artifact with --out.")],
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder to write; REF's own when left out.")] = None,
-    target_kl: Annotated[float, typer.Option("--target-kl", help="What strength ±1 is to come to, in nats.")] = 1.0,
-    percentile: Annotated[float, typer.Option("--percentile", help="Of the per-token KL, 0 to 100.")] = 95.0,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A text file, one prompt a line; 24 neutral ones when left out.")
-    ] = None,
-    n_tokens: Annotated[int, typer.Option("--tokens", help="Of each continuation, that count.")] = 20,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Set an artifact's strength 1 by measurement, for +1 and −1 by themselves."""
-    from neurosteer.artifacts.storage import save
-    from neurosteer.hub.references import resolve
-    from neurosteer.measuring.calibration import calibrate as calibrated
-
-    texts = read_prompts(prompts) if prompts else None
-    found = resolve(artifact)
-    if folder is None and not Path(artifact).is_dir():
-        raise UsageError(f"{artifact!r} is not a folder of yours; say with --out where the calibrated one goes.")
-    with progress_line() as progress:
-        lm = load(model or found.model.name, revision, device, dtype, progress)
-        started = time.perf_counter()
-        found = calibrated(
-            lm, found, target_kl=target_kl, percentile=percentile, prompts=texts, n_tokens=n_tokens,
-            progress=progress,
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
-    written = save(found, folder or Path(artifact))
-    if as_json:
-        data = {"artifact": str(written), "calibration": asdict(found.calibration), "seconds": round(seconds, 3)}
-        print_json(data)
-        return
-    out.print(f"{found.name}: {strength_meaning(found)}. Written to {written} in {seconds:.1f} s.")
 
 
 def _print_profile(profile: "LayerProfile") -> None:

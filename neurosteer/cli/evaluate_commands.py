@@ -7,24 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.cli.inputs import floats, model_of, read_prompts, recipe_of, uses_of
+from neurosteer.cli.inputs import model_of, numbers, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
-    DeviceOption,
-    DtypeOption,
     JsonOption,
-    JudgeExamplesOption,
-    JudgeOption,
+    JudgeOptions,
     MaxNewTokensOption,
-    ModelOption,
+    ModelOptions,
     PromptsOption,
-    RevisionOption,
+    RandomOption,
     SamplesOption,
     SeedOption,
     StrengthsOption,
     UseOption,
-    load,
+    out_option,
 )
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.places import files_place, folder_of
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,12 +31,13 @@ if TYPE_CHECKING:
     from neurosteer.examples.contrast_set import ContrastSet
 
 _TABLE_WIDTH = 220
+_RANDOM = 3
 
 
 def evaluate(
+    *,
     use: UseOption,
-    judge: JudgeOption = None,
-    examples: JudgeExamplesOption = None,
+    judging: JudgeOptions,
     strengths: StrengthsOption = "-2,-1,0,1,2",
     prompts: PromptsOption = None,
     samples: SamplesOption = 1,
@@ -47,38 +46,33 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option("--instructions", metavar="UP DOWN", help="What asks in plain words for +1 and for −1."),
     ] = None,
-    random: Annotated[int, typer.Option("--random", help="How many random twins.")] = 3,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the receipt, texts and plots; run again, it goes on.")
-    ] = None,
+    random: RandomOption = _RANDOM,
+    folder: Annotated[Path | None, out_option("the receipt, texts and plots; run again, it goes on")] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Keep the receipt on the artifact, in its local folder.")
     ] = False,
     seed: SeedOption = 0,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    model: ModelOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Measure effect and damage at several strengths, beside no steering, random twins and plain words."""
     from neurosteer.evaluation import evaluate as measure
     from neurosteer.examples.files import sweep_prompts
 
-    values = floats(strengths, "--strengths")
-    place = _folder_to_save(use) if save else None
-    asked = JudgeRequest.of(judge, examples)
+    values = numbers(strengths, "--strengths")
+    place, kept = files_place(folder), _folder_to_save(use) if save else None
+    asked = JudgeRequest.of(judging)
     uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else sweep_prompts()
     with progress_line(logged=True) as progress:
-        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        lm = model.load(progress, model_of(uses))
         recipe = recipe_of(uses, lm, progress)[0]
         found = measure(
             lm, recipe, asked.judge(recipe), prompts=texts, strengths=values, samples=samples,
-            max_new_tokens=max_new_tokens, instructions=instructions, n_random=random, seed=seed, out=folder,
-            progress=progress,
+            max_new_tokens=max_new_tokens, instructions=instructions, n_random=_RANDOM if random is None else random,
+            seed=seed, out=place, progress=progress,
         )  # fmt: skip
-    report(found, folder, place, as_json)
+    report(found, place, kept, as_json)
 
 
 @dataclass(frozen=True)
@@ -89,10 +83,12 @@ class JudgeRequest:
     examples: "ContrastSet | None"
 
     @staticmethod
-    def of(name: str | None, examples: str | None) -> "JudgeRequest":
+    def of(given: JudgeOptions) -> "JudgeRequest":
+        """Raises `UsageError` where neither is given, or the judge's name is none."""
         from neurosteer.evaluation import named_judge
         from neurosteer.examples.reading import read_examples
 
+        name, examples = given.judge, given.examples
         if name is None and examples is None:
             raise UsageError(
                 "There is no judge; give labelled texts with --examples FILE, or --judge refusal or regex:PATTERN."
@@ -104,12 +100,12 @@ class JudgeRequest:
         return JudgeRequest(name, read_examples(examples) if examples is not None else None)
 
     def judge(self, recipe: "Recipe") -> "Judge":
+        """The judge; one without a name is trained on what of the examples no artifact of `recipe` was built from."""
         from neurosteer.evaluation import judge_for, named_judge
 
-        if self.name is not None:
-            return named_judge(self.name, self.examples)
-        assert self.examples is not None
-        return judge_for(recipe, self.examples)
+        if self.name is None and self.examples is not None:
+            return judge_for(recipe, self.examples)
+        return named_judge(self.name or "", self.examples)
 
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:
@@ -144,14 +140,13 @@ def _print_receipt_table(table: dict[str, Any]) -> None:
 
 
 def _folder_to_save(use: Sequence[str]) -> Path:
-    """The local folder of the one artifact used, before anything is loaded."""
-    from neurosteer.hub.references import artifact_folder
-
+    """The local folder of the one artifact used, before anything is loaded. Raises `UsageError` where there is none
+    that may be changed."""
     if len(use) != 1:
         raise UsageError(f"--save keeps a receipt on one artifact; --use names {len(use)}.")
     reference, colon, strength = use[0].rpartition(":")
     at_one = colon and strength in ("1", "1.0", "+1")
-    folder = artifact_folder(use[0]) or (artifact_folder(reference) if at_one else None)
+    folder = folder_of(use[0]) or (folder_of(reference) if at_one else None)
     if folder is None:
         raise UsageError(f"--save needs an artifact in a local folder, at strength 1; {use[0][:200]!r} is none.")
     return folder

@@ -6,53 +6,43 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neurosteer.cli.inputs import model_of, recipe_of, uses_of
-from neurosteer.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    RawOption,
-    RevisionOption,
-    UseOption,
-    load,
-)
+from neurosteer.cli.options import JsonOption, ModelOptions, RawOption, UseOption, out_option
 from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.places import files_place
 
 if TYPE_CHECKING:
     from neurosteer.evaluation.harness import HarnessResult
 
 
 def harness(
+    *,
     use: UseOption,
     tasks: Annotated[
         list[str],
         typer.Option(
-            "--tasks", help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again."
+            "--tasks",
+            metavar="TASKS",
+            help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again.",
         ),
     ],
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for harness.json and harness_samples.jsonl.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="The first documents of each task, this many.")] = None,
+    folder: Annotated[Path | None, out_option("harness.json and harness_samples.jsonl")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Of each task, at most this many documents.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Requests in one pass.")] = 8,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    model: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure capability on tasks of lm-evaluation-harness (an extra), unsteered and steered."""
     from neurosteer.evaluation.harness import find_tasks, harness, write_harness
 
-    uses = uses_of(use)
+    place, uses = files_place(folder), uses_of(use)
     names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
     find_tasks(names)  # mistakes show before the model is loaded
     with progress_line() as progress:
-        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        lm = model.load(progress, model_of(uses))
         recipe, _ = recipe_of(uses, lm, progress)
     found = harness(lm, recipe, names, limit=limit, batch_size=batch_size, raw=raw)
-    written = write_harness(found, folder) if folder is not None else []
+    written = write_harness(found, place) if place is not None else []
     if as_json:
         print_json(found.data())
         return

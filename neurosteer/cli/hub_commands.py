@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from neurosteer.cli.options import JsonOption
+from neurosteer.cli.choices import Kind
+from neurosteer.cli.options import JsonOption, out_option
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
 
 _WIDTH = 160
@@ -18,7 +20,7 @@ def push(
         list[str], typer.Argument(metavar="DIR... REPO", help="Folders of artifacts, then where to: user/repo.")
     ],
     private: Annotated[bool, typer.Option("--private", help="A new repo is for you alone.")] = False,
-    licence: Annotated[str, typer.Option("--licence", help="The Hub's name of it.")] = "apache-2.0",
+    licence: Annotated[str, typer.Option("--license", "--licence", help="The Hub's name of it.")] = "apache-2.0",
     as_json: JsonOption = False,
 ) -> None:
     """Publish an artifact, or several as a pack, in one commit. Log in with HF_TOKEN or `hf auth login`."""
@@ -40,14 +42,17 @@ def push(
 
 
 def pull(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="user/repo, user/repo/name, with @revision or not.")],
-    folder: Annotated[Path | None, typer.Option("--out", help="A new folder to put it into.")] = None,
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="user/repo, user/repo/name, with @revision or not; or its address.")
+    ],
+    folder: Annotated[Path | None, out_option("a copy; it must be a new one")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Only what was pulled before.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch an artifact from the Hub, to use it by its name also offline."""
     from neurosteer import hub
 
+    files_place(folder)
     _quiet_client()
     with progress_line() as progress:
         asked = {"offline": True if offline else None, "progress": progress}
@@ -66,8 +71,8 @@ def search(
         str | None, typer.Option("--base-model", help="Made on this model: catalog name or Hub id.")
     ] = None,
     author: Annotated[str | None, typer.Option("--author", help="A user or an organisation.")] = None,
-    kind: Annotated[str | None, typer.Option("--kind", help="steering-vector or neuron-circuit.")] = None,
-    limit: Annotated[int, typer.Option("--limit")] = 20,
+    kind: Annotated[Kind | None, typer.Option("--kind", help="Only artifacts of this kind.")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="At most this many.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Find artifacts on the Hub, the most liked first."""

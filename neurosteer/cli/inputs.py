@@ -1,5 +1,6 @@
 """What several verbs read from their options: artifacts at strengths, prompts and numbers."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from neurosteer.artifacts.recipes import Recipe, Use
     from neurosteer.hub.references import FeatureUse
     from neurosteer.models.language_model import LanguageModel
+
+STDIN = "-"
 
 
 def uses_of(texts: Sequence[str]) -> "list[Use | FeatureUse]":
@@ -35,19 +38,65 @@ def recipe_of(uses: "Sequence[Use | FeatureUse]", lm: "LanguageModel", progress:
     return Recipe.of(*resolve_uses(uses, lm, progress=progress)), uses[0].strength if len(uses) == 1 else 1.0
 
 
+def given_prompts(prompt: Sequence[str] | None, file: Path | None = None) -> list[str]:
+    """The texts of --prompt, then the lines of --prompts; where neither is given, what is piped in.
+
+    Raises `UsageError` where there is none.
+    """
+    if [*(prompt or []), str(file)].count(STDIN) > 1:
+        raise UsageError("Standard input can be read once only; give one - among --prompt and --prompts.")
+    if prompt is None and file is None:
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else _standard_input()
+        if not piped:
+            raise UsageError("There is no prompt; give --prompt TEXT or --prompts FILE, or pipe one in.")
+        return [piped]
+    texts = [_standard_input() if text == STDIN else text for text in prompt or []]
+    return [*texts, *(read_prompts(file) if file is not None else [])]
+
+
 def read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The prompts file {str(path)!r} could not be read as UTF-8 text ({error}).") from error
-    found = [line.strip() for line in lines if line.strip()]
+    """The prompts of a text file, or of standard input for `-`: one a line. Raises `UsageError` where there is none."""
+    if str(path) == STDIN:
+        text, named = _standard_input(), "Standard input"
+    else:
+        named = f"The prompts file {str(path)[:200]!r}"
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise UsageError(f"There is no such file as {str(path)[:200]!r}; --prompts takes a text file.") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"{named} could not be read as UTF-8 text ({reason}).") from error
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise UsageError(f"The prompts file {str(path)!r} holds no prompt; write one a line.")
+        raise UsageError(f"{named} holds no prompt; write one a line.")
     return found
 
 
-def floats(text: str, what: str) -> list[float]:
+def _standard_input() -> str:
+    """What is piped in, without the line breaks at its end; empty where it cannot be read."""
     try:
-        return [float(part) for part in text.split(",")]
+        return sys.stdin.read().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Standard input is not UTF-8 text ({error}).") from error
+    except OSError:
+        return ""
+
+
+def numbers(text: str, what: str) -> list[float]:
+    """Numbers parted by commas or spaces. Raises `UsageError` where there is none or one is no number."""
+    try:
+        found = [float(one) for one in text.replace(",", " ").split()]
     except ValueError as error:
-        raise UsageError(f"{what} is {text[:60]!r}; give numbers parted by commas, like -1,0,1.") from error
+        raise UsageError(f"{what} is {text[:60]!r}; give numbers parted by commas, like 0,1,2.") from error
+    if not found:
+        raise UsageError(f"{what} is empty; give numbers parted by commas, like 0,1,2.")
+    return found
+
+
+def whole_numbers(text: str, what: str) -> list[int]:
+    """Layer numbers parted by commas. Raises `UsageError`."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"{what} is {text[:60]!r}; give layer numbers parted by commas, like 0,1.")
+    return [int(part) for part in parts]

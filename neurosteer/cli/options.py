@@ -1,76 +1,200 @@
-"""Options and arguments that several verbs share: one word, one meaning. Those of one verb alone stand with it."""
+"""Options and arguments that several verbs share: one word, one meaning. Those of one verb alone stand with it.
 
+Where options always come together they are a dataclass, which a verb takes as one parameter (`grammar.flattened`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer.cli.choices import Dtype, Framing, Method, Positions, ReadTokens
+from neurosteer.cli.grammar import OUTPUT
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
     from neurosteer.models.language_model import LanguageModel
+    from neurosteer.steering.decoding import Sampling
 
-# The model, and how it is loaded and written to.
+_MODEL, _SAMPLING, EXAMPLES = "Model", "Sampling", "How the examples are read"
+
+
+def _model_names(incomplete: str) -> Iterator[str]:
+    from neurosteer.models.catalog import catalog
+
+    return (model.name for model in catalog() if model.name.lower().startswith(incomplete.lower()))
+
+
+def artifact_names(incomplete: str) -> Iterator[str]:
+    """The released artifacts that begin so, for completion."""
+    from neurosteer.examples.files import vectors_folder
+
+    return (folder.name for folder in sorted(vectors_folder().glob(f"{incomplete}*")))
+
+
+def _set_names(incomplete: str) -> Iterator[str]:
+    from neurosteer.examples.files import bundled_sets
+
+    return (name for name in bundled_sets() if name.startswith(incomplete))
+
+
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Catalog name, Hub id, folder or GGUF file.", show_default=False)
-]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-RawOption = Annotated[bool, typer.Option("--raw", help="No chat template.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Catalog name, Hub id, folder or GGUF file.", rich_help_panel=_MODEL,
+        autocompletion=_model_names,
+    ),
+]  # fmt: skip
+RawOption = Annotated[bool, typer.Option("--raw", help="No chat template.", rich_help_panel=_MODEL)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, and how it is loaded."""
+
+    model: ModelOption = None
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", rich_help_panel=_MODEL)
+    ] = None
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N.", rich_help_panel=_MODEL)] = None
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", help="bfloat16 where that is fast, else float32.", rich_help_panel=_MODEL),
+    ] = None
+
+    def load(self, progress: Progress, made_on: str | None = None) -> "LanguageModel":
+        """The model asked for; else `made_on`, else the default. Raises what `load_model` raises."""
+        progress("Starting")  # what follows imports for seconds
+        from neurosteer.models.loading import load_model
+
+        return load_model(
+            self.model or made_on, revision=self.revision, device=self.device, dtype=self.dtype, progress=progress
+        )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.", rich_help_panel=_SAMPLING)] = (
+        False
+    )
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", help="Higher is more varied, up to 10; 0 is greedy.", rich_help_panel=_SAMPLING),
+    ] = 0.8
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", help="Only the likeliest tokens that reach this probability.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0.95
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            "--repetition-penalty", help="Above 1: less of what was there; 1: off.", rich_help_panel=_SAMPLING
+        ),
+    ] = 1.0
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Same seed, same text.", rich_help_panel=_SAMPLING)] = 0
+
+    def sampling(self) -> "Sampling":
+        """Raises `UsageError` for a number out of its range."""
+        from neurosteer.steering.decoding import Sampling
+
+        greedy = self.greedy or self.temperature == 0
+        return Sampling(greedy, self.temperature or 1.0, self.top_p, self.repetition_penalty, self.seed)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who says which texts show the behaviour."""
+
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="JUDGE",
+            help="refusal, regex:PATTERN or words:ONE,TWO; else a classifier trained on --examples.",
+        ),
+    ] = None  # fmt: skip
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            "--examples", metavar="FILE",
+            help="Labelled texts for the judge: others than the artifact's, or held out (build).",
+            autocompletion=_set_names,
+        ),
+    ] = None  # fmt: skip
+
 
 # What an artifact is built from and how.
-ExamplesArgument = Annotated[str, typer.Argument(help="A file of examples, or the name of a bundled set.")]
-NegativeOption = Annotated[str | None, typer.Option("--negative", help="With two plain text files: the negative one.")]
-MethodOption = Annotated[str, typer.Option("--method", help="caa, pca, probe, sae or cna.")]
-FramingOption = Annotated[str | None, typer.Option("--framing", help="raw, prompt or answer.")]
-TokensOption = Annotated[str | None, typer.Option("--tokens", help="mean or last.")]
-SaeOption = Annotated[
-    list[str] | None, typer.Option("--sae", help="sae: RELEASE/ID, a folder or embedded/L; else the model's.")
+ExamplesArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXAMPLES", help="A file of examples, or the name of a bundled set.", autocompletion=_set_names
+    ),
 ]
+NegativeOption = Annotated[
+    str | None,
+    typer.Option("--negative", metavar="FILE", help="With two plain text files: the negative one."),
+]
+MethodOption = Annotated[Method, typer.Option("--method", help="How an artifact is made of activations.")]
+FramingOption = Annotated[
+    Framing | None,
+    typer.Option("--framing", help="Each by itself, as a prompt or as an answer.", rich_help_panel=EXAMPLES),
+]
+ReadTokensOption = Annotated[
+    ReadTokens | None,
+    typer.Option("--tokens", help="The mean over a text's tokens, or the last one.", rich_help_panel=EXAMPLES),
+]
+TargetKlOption = Annotated[
+    float,
+    typer.Option(
+        "--target-kl", help="What strength ±1 is to come to, in nats (95th percentile of KL).",
+        rich_help_panel="What strength 1 means",
+    ),
+]  # fmt: skip
 
-# What is written, and how.
+# Artifacts.
 UseOption = Annotated[
     list[str],
     typer.Option(
-        "--use",
+        "--use", "-u",
         metavar="REF[:STRENGTH]",
-        help="A folder, a name in vectors/, a Hub repo (user/repo[/name][@revision]), or one SAE feature: SAE#INDEX "
-        "adds it, SAE#INDEX=VALUE clamps it (SAE: embedded/LAYER, RELEASE/ID or a folder). May be given more than "
-        "once.",
+        help="A folder, a name in vectors/, a Hub repo (user/repo[/name][@revision], or its address), or one SAE "
+        "feature: SAE#INDEX adds it, SAE#INDEX=VALUE clamps it (SAE: embedded/LAYER, RELEASE/ID or a folder). May be "
+        "given more than once.",
+        autocompletion=artifact_names,
     ),
-]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, max=1000)]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same text.")]
-GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
-TemperatureOption = Annotated[float, typer.Option("--temperature")]
-TopPOption = Annotated[float, typer.Option("--top-p")]
-PenaltyOption = Annotated[float, typer.Option("--repetition-penalty")]
-PositionsOption = Annotated[str, typer.Option("--positions", help="all, prompt or generated.")]
-StrengthsOption = Annotated[str, typer.Option("--strengths", help="Numbers parted by commas.")]
-PromptsOption = Annotated[
-    Path | None, typer.Option("--prompts", help="A text file, one prompt a line; 16 neutral ones when left out.")
-]
-JudgeOption = Annotated[
-    str | None,
-    typer.Option("--judge", help="refusal, regex:PATTERN or words:ONE,TWO; else a classifier trained on --examples."),
-]
-JudgeExamplesOption = Annotated[
-    str | None,
-    typer.Option("--examples", help="Labelled texts for the judge: others than the artifact's, or held out (build)."),
-]
+]  # fmt: skip
 OrthogonaliseOption = Annotated[
     bool, typer.Option("--orthogonalise", help="Remove the overlap between the vectors used.")
 ]
+PositionsOption = Annotated[Positions, typer.Option("--positions", help="Which tokens are steered.")]
+StrengthsOption = Annotated[
+    str, typer.Option("--strengths", metavar="NUMBERS", help="Factors on the strengths given, parted by commas.")
+]
+
+# What is written.
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", help="May be given more than once; - reads standard input."),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", metavar="FILE",
+        help="A text file, one prompt a line (- reads standard input); bundled ones when left out.",
+    ),
+]  # fmt: skip
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, max=1000, help="Texts for each prompt.")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens in a text.")]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", help="Same seed, same random draws.")]
+RandomOption = Annotated[int | None, typer.Option("--random", help="How many random controls to set beside it.")]
 
 
-def load(
-    model: str | None, revision: str | None, device: str | None, dtype: str | None, progress: Progress
-) -> "LanguageModel":
-    """The model that --model, --revision, --device and --dtype ask for. Raises what `load_model` raises."""
-    progress("Starting")  # what follows imports for seconds
-    from neurosteer.models.loading import load_model
-
-    return load_model(model, revision=revision, device=device, dtype=dtype, progress=progress)
+def out_option(what: str) -> Any:
+    """--out: the folder that `what` is written to. It is looked at before any work begins."""
+    return typer.Option("--out", "-o", metavar="FOLDER", help=f"Folder for {what}.")

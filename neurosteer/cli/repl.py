@@ -1,91 +1,80 @@
 """`neurosteer repl`: circuits by hand. Every command calls the library and prints what comes back."""
 
-import argparse
 import cmd
 import math
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
+
+import typer
 
 from neurosteer.artifacts.artifact import check_model
 from neurosteer.artifacts.cards import parameter_rows
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.artifacts.storage import save
-from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building.build import build
 from neurosteer.circuits import (
     Attribution,
     CircuitGraph,
     Selection,
-    at_multiplier,
     find_edges,
-    next_token_probs,
     part,
     sweep_multipliers,
     text_diagram,
     top_predictions,
 )
-from neurosteer.cli.circuit_commands import attributed, numbers, print_left_out, print_neurons, selection
+from neurosteer.cli.build_commands import OperationOption, RankOption, TopKOption, count_or_share
+from neurosteer.cli.circuit_options import AttributionOptions, SelectionOptions, attributed, circuit_of
+from neurosteer.cli.circuit_output import print_effect, print_left_out, print_multipliers, print_neurons
+from neurosteer.cli.inputs import numbers
+from neurosteer.cli.options import artifact_names
 from neurosteer.cli.output import err, new_table, out, print_table, progress_line
+from neurosteer.cli.places import artifact_place
+from neurosteer.cli.repl_input import (
+    begin_history,
+    contrast_set,
+    count_of,
+    keep_history,
+    options_like,
+    parts_like,
+    paths_like,
+    read_options,
+    words_of,
+)
 from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import bundled_sets
-from neurosteer.examples.reading import paste_examples, read_examples
-from neurosteer.hub.references import VECTORS_FOLDER, resolve
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.sources import cache_folder
-from neurosteer.steering.decoding import Sampling
-from neurosteer.steering.session import Row, Session
 
-try:
-    import readline
-except ImportError:  # Windows: no completion and no history
-    readline = None
-
-HISTORY = 1000
-_TOKENS = 24
 _MULTIPLIERS = "0 0.5 1 1.5 2"
 _TARGETS = 30
 
 
-class _Options(argparse.ArgumentParser):
-    """A command's options, as words: `--name value`."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__(command, add_help=False, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; write help {self.prog} to see what it takes.")
+# What three of the commands take, declared as verbs are.
 
 
-def _discover_options() -> _Options:
-    options = _Options("discover")
-    for flag in ("--specific", "--keep-universal"):
-        options.add_argument(flag, action="store_true")
-    for name, default in (("--metric", "difference"), ("--attention", "full")):
-        options.add_argument(name, default=default)
-    for name, kind in (("--top-k", int), ("--share", float), ("--percent", float), ("--per-layer", int)):
-        options.add_argument(name, type=kind)
-    options.add_argument("tokens", nargs="*")
-    return options
+def _discover(
+    *,
+    tokens: Annotated[list[str] | None, typer.Argument()] = None,
+    how: AttributionOptions,
+    selection: SelectionOptions,
+) -> None: ...
 
 
-def _contrast_options() -> _Options:
-    options = _Options("contrast")
-    for name in ("--rank", "--operation"):
-        options.add_argument(name)
-    options.add_argument("--top-k", type=float)
-    return options
+def _contrast(
+    *,
+    rank: RankOption = None,
+    operation: OperationOption = None,
+    top_k: TopKOption = None,
+) -> None: ...
 
 
-def _edges_options() -> _Options:
-    options = _Options("edges")
-    options.add_argument("--targets", type=int, default=_TARGETS)
-    options.add_argument("count", nargs="?", default="")
-    return options
+def _edges(
+    *,
+    targets: Annotated[int, typer.Option("--targets")] = _TARGETS,
+    count: Annotated[str, typer.Argument()] = "",
+) -> None: ...
 
 
 class Shell(cmd.Cmd):
@@ -110,7 +99,7 @@ class Shell(cmd.Cmd):
     def run(self) -> None:
         """Read commands until the end of input or `quit`."""
         history = cache_folder() / "repl_history"
-        _begin_history(history)
+        begin_history(history)
         self.intro = f"{self.lm.name}: help lists the commands, quit ends."
         try:
             while True:
@@ -120,7 +109,7 @@ class Shell(cmd.Cmd):
                 except KeyboardInterrupt:  # at the prompt: the line typed so far is dropped
                     self.intro = "^C (quit ends)"
         finally:
-            _keep_history(history)
+            keep_history(history)
 
     # --- how cmd.Cmd behaves ------------------------------------------------------------------------------------------
 
@@ -178,13 +167,15 @@ class Shell(cmd.Cmd):
         --percent P | --per-layer N] TARGET [COUNTERFACTUAL]: find the circuit behind a next token. Where plain text
         goes on, a word without quotes gets a space before it; " Paris" in quotes is taken as it is. --specific leaves
         out, too, what everyday answers are owed to."""
-        options = vars(_discover_options().parse_args(_words(arg)))
-        words = self._tokens(options.pop("tokens"), arg)
+        given = read_options("discover", _discover, words_of(arg))
+        words = self._tokens(given["tokens"] or [], arg)
         if not 1 <= len(words) <= 2:
             raise UsageError("Write discover TARGET [COUNTERFACTUAL], like: discover Paris London")
-        select = selection(*(options.pop(rule) for rule in ("top_k", "share", "percent", "per_layer")))
+        select = given["selection"].rule()
         with progress_line() as progress:
-            found = attributed(self.lm, [self._text()], words[:1], words[1:], self.raw, options, progress)
+            found = attributed(
+                self.lm, [self._text()], words[:1], words[1:], given["how"], raw=self.raw, progress=progress
+            )
         self.circuit, self.attribution, self.select = found.circuit(select=select), found, select
         self.graphs = {}
         one = found.prompts[0]
@@ -199,10 +190,12 @@ class Shell(cmd.Cmd):
         """contrast [--rank R] [--operation O] [--top-k N] FILE (or a bundled set: sentiment, formality, gratitude), or
         contrast A | B // C | D: find the neurons that tell positive texts from negative ones."""
         leading = re.match(r"(--[\w-]+[ =]\S+\s*)*", arg)  # the texts may hold anything
-        given = leading[0] if leading else ""
-        options = vars(_contrast_options().parse_args(given.replace("=", " ").split()))
-        examples = _contrast_set(arg[len(given) :])
-        chosen = {name: value for name, value in options.items() if value is not None}
+        options = leading[0] if leading else ""
+        given = read_options("contrast", _contrast, options.replace("=", " ").split())
+        examples = contrast_set(arg[len(options) :])
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if "top_k" in chosen:
+            chosen["top_k"] = count_or_share(chosen["top_k"])
         with progress_line() as progress:
             # What is multiplied by is said here: there is no strength to calibrate.
             found = build(self.lm, examples, method="cna", calibrate=False, progress=progress, **chosen)
@@ -238,46 +231,39 @@ class Shell(cmd.Cmd):
         multipliers = numbers(arg or _MULTIPLIERS, "sweep")
         targets = self._targets()
         points = sweep_multipliers(self.lm, self._circuit(), self._text(), multipliers, targets, 3, raw=self.raw)
-        headings = ("Multiplier", *map(repr, targets), "Likeliest")
-        table = new_table(headings, right=headings[:-1])
-        for point in points:
-            likeliest = ", ".join(f"{one.text!r} {one.probability:.3f}" for one in point.predictions)
-            table.add_row(f"{point.multiplier:g}", *(f"{one.probability:.4f}" for one in point.asked), likeliest)
-        print_table(table)
+        print_multipliers(points, targets)
 
     def do_edges(self, arg: str) -> None:
         """edges [--targets N] [N]: the strongest edges between the neurons that discover found, into this many of the
         strongest (30)."""
-        options = _edges_options().parse_args(_words(arg))
-        out.print(text_diagram(self._graph(options.targets), edges=_count(options.count, 20)))
+        given = read_options("edges", _edges, words_of(arg))
+        out.print(text_diagram(self._graph(given["targets"]), edges=count_of(given["count"], 20)))
 
     def do_hubs(self, arg: str) -> None:
         """hubs [N]: the neurons that take and give most."""
         headings = ("Neuron", "In", "Out", "Weight in", "Weight out")
         table = new_table(headings, right=headings[1:])
-        for hub in self._graph().hubs[: _count(arg, 10)]:
+        for hub in self._graph().hubs[: count_of(arg, 10)]:
             weights = (f"{hub.weight_in:.3f}", f"{hub.weight_out:.3f}")
             table.add_row(f"L{hub.layer}/N{hub.neuron}", str(hub.n_in), str(hub.n_out), *weights)
         print_table(table)
 
     def do_top(self, arg: str) -> None:
         """top [N]: the circuit's strongest neurons."""
-        print_neurons(part(self._circuit(), f"top{_count(arg, 20)}"), count=_count(arg, 20))
+        print_neurons(part(self._circuit(), f"top{count_of(arg, 20)}"), count=count_of(arg, 20))
 
     def do_save(self, arg: str) -> None:
         """save FOLDER: write the circuit."""
-        folder = " ".join(_words(arg))
+        folder = " ".join(words_of(arg))
         if not folder:
             raise UsageError("Write where to save the circuit: save FOLDER.")
-        out.print(f"Written to {save(self._circuit(), folder)}.")
+        out.print(f"Written to {save(self._circuit(), artifact_place(Path(folder)))}.")
 
     def do_load(self, arg: str) -> None:
         """load REF: take a circuit from a folder, vectors/ or the Hub."""
         if not arg:
             raise UsageError("Write which circuit to load: load REF.")
-        found = resolve(" ".join(_words(arg)))
-        if isinstance(found, SteeringVector):
-            raise UsageError(f"{found.name!r} is a {found.kind}; a neuron-circuit is needed.")
+        found = circuit_of(" ".join(words_of(arg)))
         warning = check_model(found, self.lm.reference)
         if warning:
             err.print(f"Warning: {warning}")
@@ -304,32 +290,25 @@ class Shell(cmd.Cmd):
         return [name for name in super().completenames(text, *ignored) if name != "EOF"]
 
     def complete_ablate(self, text: str, *ignored: Any) -> list[str]:
-        if self.circuit is None:
-            return []
-        pairs = zip(self.circuit.neuron_layers.tolist(), self.circuit.neurons.tolist(), strict=True)
-        parts = ["all", "top10", "top50", *(f"L{layer}" for layer in self.circuit.layers)]
-        neurons = [f"L{layer}/N{neuron}" for layer, neuron in pairs] if "/" in text else []
-        return [one for one in (*parts, *neurons) if one.lower().startswith(text.lower())]
+        return [] if self.circuit is None else parts_like(self.circuit, text)
 
     complete_amplify = complete_ablate
 
     def complete_discover(self, text: str, *ignored: Any) -> list[str]:
-        return _options_like(_discover_options(), text)
+        return options_like(_discover, text)
 
     def complete_contrast(self, text: str, *ignored: Any) -> list[str]:
         return [
-            *_options_like(_contrast_options(), text),
+            *options_like(_contrast, text),
             *(name for name in bundled_sets() if name.startswith(text)),
-            *_paths(text),
+            *paths_like(text),
         ]
 
     def complete_load(self, text: str, *ignored: Any) -> list[str]:
-        released = Path(VECTORS_FOLDER)
-        names = sorted(path.name for path in released.iterdir()) if released.is_dir() else []
-        return [name for name in names if name.startswith(text)] + _paths(text)
+        return [*artifact_names(text), *paths_like(text)]
 
     def complete_save(self, text: str, *ignored: Any) -> list[str]:
-        return _paths(text)
+        return paths_like(text)
 
     # --- what commands share ------------------------------------------------------------------------------------------
 
@@ -375,93 +354,5 @@ class Shell(cmd.Cmd):
         return [token.text for token in (one.target, one.counterfactual) if token is not None]
 
     def _compare(self, circuit: NeuronCircuit, multiplier: float) -> None:
-        """What comes next, and what is written, without steering and with the circuit at `multiplier`."""
-        recipe = at_multiplier(circuit, multiplier)
-        out.print(f"{circuit.name}: {circuit.size} neuron{'s' if circuit.size > 1 else ''} × {multiplier:g}")
-        before, after = (top_predictions(self.lm, self._text(), one, 5, raw=self.raw) for one in (UNSTEERED, recipe))
-        table = new_table(("Before", "Probability", "After", "Probability"), right=("Probability",))
-        for one, other in zip(before, after, strict=True):
-            cells = (repr(one.text), f"{one.probability:.4f}", repr(other.text), f"{other.probability:.4f}")
-            table.add_row(*cells)
-        print_table(table)
-        self._print_targets(recipe)
-        rows = [Row(self.text), Row(self.text, recipe)]
         with progress_line() as progress:
-            written = Session(self.lm).generate(
-                rows, max_new_tokens=_TOKENS, sampling=Sampling(greedy=True), raw=self.raw, progress=progress
-            )
-        for label, row in zip(("before", "after "), written, strict=True):
-            out.print(f"{label}: {row.text}")
-
-    def _print_targets(self, recipe: Recipe) -> None:
-        targets = self._targets()
-        if not targets:
-            return
-        before, after = (
-            next_token_probs(self.lm, self.text, targets, one, raw=self.raw) for one in (UNSTEERED, recipe)
-        )
-        out.print("; ".join(f"{token!r}: {before[token]:.4f} before, {after[token]:.4f} after" for token in targets))
-
-
-def _options_like(options: _Options, text: str) -> list[str]:
-    return [name for name in re.findall(r"--[\w-]+", options.format_usage()) if text and name.startswith(text)]
-
-
-def _words(arg: str) -> list[str]:
-    try:
-        return shlex.split(arg)
-    except ValueError as error:
-        raise UsageError(f"{arg[:60]!r} has a quotation mark without its partner; close it.") from error
-
-
-def _contrast_set(arg: str) -> ContrastSet:
-    positive, parted, negative = arg.partition("//")
-    if parted:
-        return paste_examples(*("\n".join(text.strip() for text in side.split("|")) for side in (positive, negative)))
-    if not arg:
-        raise UsageError("Write a file of examples, or texts: contrast good | fine // bad | poor")
-    return read_examples(" ".join(_words(arg)))
-
-
-def _count(arg: str, default: int) -> int:
-    if not arg:
-        return default
-    if not arg.isdecimal() or not 1 <= int(arg) <= 10_000:
-        raise UsageError(f"{arg[:40]!r} is no number of rows; write one from 1 to 10000.")
-    return int(arg)
-
-
-def _paths(text: str) -> list[str]:
-    """Files and folders that begin with `text`, folders with a slash behind them."""
-    folder, _, name = text.rpartition("/")
-    place = Path(f"{folder}/" if "/" in text else ".").expanduser()
-    try:
-        found = sorted(place.iterdir())
-    except OSError:
-        return []
-    shown = [one for one in found if one.name.startswith(name) and (name or not one.name.startswith("."))]
-    start = f"{folder}/" if "/" in text else ""
-    return [f"{start}{one.name}{'/' if one.is_dir() else ''}" for one in shown]
-
-
-def _begin_history(path: Path) -> None:
-    if readline is None:
-        return
-    readline.set_completer_delims(" \t\n")
-    if "libedit" in (readline.__doc__ or ""):
-        readline.parse_and_bind("bind ^I rl_complete")
-    try:
-        readline.read_history_file(path)
-    except OSError:  # there is none yet
-        readline.clear_history()
-
-
-def _keep_history(path: Path) -> None:
-    if readline is None:
-        return
-    readline.set_history_length(HISTORY)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(path)
-    except OSError as error:
-        err.print(f"The history could not be kept in {path} ({error.strerror}).")
+            print_effect(self.lm, self._text(), circuit, multiplier, self._targets(), raw=self.raw, progress=progress)

@@ -2,26 +2,18 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, get_args
 
 import typer
-from rich.table import Table
 
-from neurosteer.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    RawOption,
-    RevisionOption,
-    SeedOption,
-    load,
-)
+from neurosteer.cli.choices import Framing
+from neurosteer.cli.grammar import Verbs, add_verb
+from neurosteer.cli.options import JsonOption, ModelOption, ModelOptions, RawOption, SeedOption, out_option
 from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
 
-app = typer.Typer(help="Sparse autoencoders: train one, list those for a model.", no_args_is_help=True)
-
+_TRAINING = "Training"
 _FIGURES = {
     "explained_variance": "Explained variance",
     "l0": "L0",
@@ -30,24 +22,33 @@ _FIGURES = {
 }
 
 
-@app.command("train")
 def train(
+    *,
     texts: Annotated[list[Path], typer.Argument(help="Text files: .jsonl or .csv (text, prompt), or one text a line.")],
     layers: Annotated[str, typer.Option("--layers", help="14, 9,14,19 or 10-12: one SAE each.")],
-    folder: Annotated[Path, typer.Option("--out", help="Folder to write; training that was cut goes on from it.")],
-    model: ModelOption = None,
-    features: Annotated[int, typer.Option("--features")] = 4096,
+    folder: Annotated[Path, out_option("the SAEs; training that was cut goes on from there")],
+    features: Annotated[int, typer.Option("--features", help="How many features an SAE has.")] = 4096,
     active: Annotated[float, typer.Option("--active", help="Active features per token, on average.")] = 48,
-    tokens: Annotated[int, typer.Option("--tokens", help="How many tokens to train on.")] = 3_000_000,
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens")] = 512,
-    learning_rate: Annotated[float, typer.Option("--learning-rate")] = 1e-3,
-    framings: Annotated[str | None, typer.Option("--framings", help="Taken in turns, like raw,answer.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens kept of each text.")] = 256,
-    held_out: Annotated[int, typer.Option("--held-out", help="Tokens kept for the figures.")] = 100_000,
+    framings: Annotated[
+        str | None, typer.Option("--framings", help="Taken in turns, like raw,answer.", rich_help_panel=_TRAINING)
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Tokens kept of each text.", rich_help_panel=_TRAINING)
+    ] = 256,
+    tokens: Annotated[
+        int, typer.Option("--train-tokens", help="How many tokens to train on.", rich_help_panel=_TRAINING)
+    ] = 3_000_000,
+    held_out: Annotated[
+        int, typer.Option("--held-out-tokens", help="How many are kept for the figures.", rich_help_panel=_TRAINING)
+    ] = 100_000,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", help="Tokens in one step.", rich_help_panel=_TRAINING)
+    ] = 512,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Of Adam, at its highest.", rich_help_panel=_TRAINING)
+    ] = 1e-3,
     seed: SeedOption = 0,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    model: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,9 +57,10 @@ def train(
     from neurosteer.saes.corpus import TrainingOptions, read_training_texts
     from neurosteer.saes.training import measures_of, train_saes
 
-    found = read_training_texts(texts)
+    place, found = files_place(folder), read_training_texts(texts)
+    turns = _framings(framings)
     with progress_line(logged=True) as progress:
-        lm = load(model, revision, device, dtype, progress)
+        lm = model.load(progress)
         numbers = parse_layers(layers, lm.n_layers)
         if numbers is None:
             raise UsageError("Name the layers to train at, like 9,14,19.")
@@ -68,26 +70,26 @@ def train(
             tokens=tokens,
             batch_tokens=batch_tokens,
             learning_rate=learning_rate,
-            framings=_framings(framings, chat=lm.chat and not raw),
+            framings=turns or (("raw", "answer") if lm.chat and not raw else ("raw",)),
             max_tokens=max_tokens,
             held_out_tokens=held_out,
             seed=seed,
         )
-        folders = train_saes(lm, found, numbers, folder, options, progress=progress)
+        folders = train_saes(lm, found, numbers, place or folder, options, progress=progress)
     measured = {layer: measures_of(path) for layer, path in folders.items()}
     if as_json:
         print_json({"saes": {str(layer): {"folder": str(folders[layer]), **measured[layer]} for layer in folders}})
         return
-    table = Table(box=None)
-    for heading in ("Layer", "Folder", *_FIGURES.values()):
-        table.add_column(heading, no_wrap=heading != "Folder", overflow="fold")
+    table = new_table(("Layer",))
+    table.add_column("Folder", overflow="fold")
+    for heading in _FIGURES.values():
+        table.add_column(heading, no_wrap=True)
     for layer, path in folders.items():
         figures = measured[layer]
         table.add_row(str(layer), str(path), *(f"{figures[key]:.3f}" for key in _FIGURES))
     print_table(table)
 
 
-@app.command("list")
 def list_saes(model: ModelOption = None, as_json: JsonOption = False) -> None:
     """List the SAEs for a model: those that come with NeuroSteer, and the catalog's releases."""
     from neurosteer.models.catalog import default_model
@@ -108,6 +110,15 @@ def list_saes(model: ModelOption = None, as_json: JsonOption = False) -> None:
     out.print(f"Releases in the catalog (RELEASE/ID): {', '.join(offer.releases) or 'none'}.")
 
 
-def _framings(text: str | None, *, chat: bool) -> Any:
-    """Framings to take in turns; the options say which are allowed."""
-    return tuple(text.split(",")) if text else ("raw", "answer") if chat else ("raw",)
+def _framings(text: str | None) -> "tuple[Framing, ...]":
+    """Framings to take in turns; none where none are given. Raises `UsageError` for a word that is none."""
+    given = tuple(one.strip() for one in text.split(",")) if text else ()
+    wrong = [one for one in given if one not in get_args(Framing)]
+    if wrong:
+        raise UsageError(f"--framings holds {wrong[0][:60]!r}; give some of {', '.join(get_args(Framing))}.")
+    return given  # type: ignore[return-value]
+
+
+app = typer.Typer(help="Sparse autoencoders: train one, list those for a model.", cls=Verbs, no_args_is_help=True)
+add_verb(app, "train", train, tokens="train-tokens", held_out="held-out-tokens")
+add_verb(app, "list", list_saes)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neurosteer.cli.options import JsonOption, ModelOption
+from neurosteer.cli.options import JsonOption, ModelOption, artifact_names
 from neurosteer.cli.output import TABLE_WIDTH, new_table, out, print_json, print_table
 
 if TYPE_CHECKING:
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 
 def open_page(
     model: ModelOption = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option("--port", help="Port to listen on; 7860 or the next free one.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", envvar="GRADIO_SERVER_NAME", help="Address to listen on; this machine only, if none."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="The first free one from 7860, if none."
+        ),
+    ] = None,
 ) -> None:
     """Open the page on this machine."""
     from neurosteer.ui.page import create_app, launch
@@ -48,7 +56,10 @@ def models(as_json: JsonOption = False) -> None:
 
 def inspect(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="A folder, a name in vectors/ or a Hub repo.")
+        list[str],
+        typer.Argument(
+            metavar="REF...", help="A folder, a name in vectors/ or a Hub repo.", autocompletion=artifact_names
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:

@@ -3,7 +3,7 @@
 import csv
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,31 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neurosteer.cli.evaluate_commands import JudgeRequest, report
-from neurosteer.cli.inputs import floats, model_of, read_prompts, recipe_of, uses_of
+from neurosteer.cli.inputs import given_prompts, model_of, numbers, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    GreedyOption,
     JsonOption,
-    JudgeExamplesOption,
-    JudgeOption,
+    JudgeOptions,
     MaxNewTokensOption,
-    ModelOption,
+    ModelOptions,
     OrthogonaliseOption,
-    PenaltyOption,
     PositionsOption,
+    PromptOption,
     PromptsOption,
     RawOption,
-    RevisionOption,
     SamplesOption,
-    SeedOption,
+    SamplingOptions,
     StrengthsOption,
-    TemperatureOption,
-    TopPOption,
     UseOption,
-    load,
+    out_option,
 )
 from neurosteer.cli.output import err, out, print_json, progress_line
+from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,41 +38,36 @@ if TYPE_CHECKING:
     from neurosteer.models.language_model import LanguageModel
     from neurosteer.steering.session import Row
 
+_FEW_LAYERS = 3
+
 
 def steer(
+    *,
     use: UseOption,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="May be given more than once.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
+    prompt: PromptOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="A text file, one prompt a line; - reads standard input."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
     samples: SamplesOption = 1,
     max_new_tokens: MaxNewTokensOption = 64,
-    greedy: GreedyOption = False,
-    temperature: TemperatureOption = 0.8,
-    top_p: TopPOption = 0.95,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = 0,
     positions: PositionsOption = "all",
     orthogonalise: OrthogonaliseOption = False,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    choosing: SamplingOptions,
+    model: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write texts under one or more artifacts at their strengths."""
     from neurosteer.artifacts.recipes import UNSTEERED
-    from neurosteer.steering.decoding import Sampling
     from neurosteer.steering.session import Row, Session
 
     uses = uses_of(use)
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    if not texts:
-        raise UsageError("There is no prompt; give --prompt TEXT or --prompts FILE.")
-    sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
-    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "positions": positions, "raw": raw}
+    texts = given_prompts(prompt, prompts)
+    options = {"max_new_tokens": max_new_tokens, "sampling": choosing.sampling(), "positions": positions, "raw": raw}
     with progress_line() as progress:
-        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        lm = model.load(progress, model_of(uses))
         recipe, strength = recipe_of(uses, lm, progress)
     recipe, overlaps = _combined(recipe, orthogonalise)
     steered = [Row(text, recipe, sample, strength) for text in texts for sample in range(samples)]
@@ -94,25 +83,18 @@ def steer(
 
 
 def sweep(
+    *,
     use: UseOption,
     strengths: StrengthsOption = "-2,-1,0,1,2",
     prompts: PromptsOption = None,
     samples: SamplesOption = 1,
     max_new_tokens: MaxNewTokensOption = 30,
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder for generations.csv.")] = None,
-    judge: JudgeOption = None,
-    examples: JudgeExamplesOption = None,
-    greedy: GreedyOption = False,
-    temperature: TemperatureOption = 0.8,
-    top_p: TopPOption = 0.95,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = 0,
+    folder: Annotated[Path | None, out_option("generations.csv, or what `evaluate` writes")] = None,
+    judging: JudgeOptions,
     positions: PositionsOption = "all",
     orthogonalise: OrthogonaliseOption = False,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    choosing: SamplingOptions,
+    model: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,40 +104,40 @@ def sweep(
     """
     from neurosteer.evaluation import evaluate
     from neurosteer.examples.files import sweep_prompts
-    from neurosteer.steering.decoding import Sampling
     from neurosteer.steering.session import Session
 
-    asked = JudgeRequest.of(judge, examples) if judge or examples else None
+    place = files_place(folder)
+    asked = JudgeRequest.of(judging) if judging != JudgeOptions() else None
     if asked is not None and (raw or positions != "all"):
         raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
-    values = floats(strengths, "--strengths")
+    values = numbers(strengths, "--strengths")
     uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else list(sweep_prompts())
-    sampling = Sampling(greedy, temperature, top_p, repetition_penalty, seed)
+    sampling = choosing.sampling()
     with progress_line() as progress:
-        lm = load(model or model_of(uses), revision, device, dtype, progress)
+        lm = model.load(progress, model_of(uses))
         recipe, overlaps = _combined(recipe_of(uses, lm, progress)[0], orthogonalise)
         options: dict[str, Any] = {
             "samples": samples, "max_new_tokens": max_new_tokens, "sampling": sampling, "progress": progress
         }  # fmt: skip
         started = time.perf_counter()
         if asked is not None:
-            options |= {"prompts": texts, "strengths": values, "seed": seed, "out": folder}
+            options |= {"prompts": texts, "strengths": values, "seed": choosing.seed, "out": place}
             found = evaluate(lm, recipe, asked.judge(recipe), **options)
         else:
             found = Session(lm).sweep(recipe, values, texts, positions=positions, raw=raw, **options)
     seconds = time.perf_counter() - started
     _print_overlaps(overlaps)
     if not isinstance(found, list):
-        report(found, folder, None, as_json)
+        report(found, place, None, as_json)
         return
     rows = found
-    if folder is not None:
-        _write_generations(rows, folder)
-    if as_json or folder is None:
+    if place is not None:
+        _write_generations(rows, place)
+    if as_json or place is None:
         _print_rows(lm, rows, seconds, as_json, overlaps)
     else:
-        out.print(f"Wrote {len(rows)} texts to {folder / 'generations.csv'} in {seconds:.1f} s.")
+        out.print(f"Wrote {len(rows)} texts to {place / 'generations.csv'} in {seconds:.1f} s.")
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -205,14 +187,22 @@ def _print_overlaps(overlaps: "Sequence[Overlap] | None") -> None:
     """A line on stderr for each two of the vectors used; nothing where there are not two."""
     if overlaps is None:
         return
-    pairs: dict[tuple[str, str], list[str]] = {}
+    pairs: dict[tuple[str, str], dict[int, float]] = {}
     for overlap in overlaps:
-        layers = pairs.setdefault((overlap.first, overlap.second), [])
-        layers.append(f"{overlap.cosine:+.2f} at layer {overlap.layer}")
-    for (one, other), layers in pairs.items():
-        err.print(f"Cosine of {one} and {other}: {', '.join(layers)}.")
+        pairs.setdefault((overlap.first, overlap.second), {})[overlap.layer] = overlap.cosine
+    for (one, other), found in pairs.items():
+        err.print(f"Cosine of {one} and {other}: {_cosines_text(found)}.")
     if not pairs:
         err.print("The vectors share no layer, so none overlap.")
+
+
+def _cosines_text(cosines: Mapping[int, float]) -> str:
+    """Each layer's cosine; of many layers, how far they go and where the largest is."""
+    if len(cosines) <= _FEW_LAYERS:
+        return ", ".join(f"{cosine:+.2f} at layer {layer}" for layer, cosine in cosines.items())
+    most = max(cosines, key=lambda layer: abs(cosines[layer]))
+    low, high = min(cosines.values()), max(cosines.values())
+    return f"{cosines[most]:+.2f} at layer {most}, the most of {len(cosines)} layers ({low:+.2f} to {high:+.2f})"
 
 
 def _print_stream(session: Any, rows: "Sequence[Row]", options: dict[str, Any]) -> None:

@@ -12,6 +12,11 @@ def assets_folder() -> Path:
     return inside if inside.exists() else package.parent / "assets"
 
 
+def vectors_folder() -> Path:
+    """The folder of the artifacts that come with NeuroSteer, which nothing changes."""
+    return assets_folder().parent / "vectors"
+
+
 def bundled_sets() -> tuple[str, ...]:
     """The names that `read_examples` knows without a file, sorted."""
     return tuple(sorted(path.stem for path in bundled_file("").glob("*.csv")))

@@ -1,10 +1,12 @@
-"""What people write for an artifact: a folder, a name in `vectors/`, a repo on the Hub or a feature of an SAE, with
-`:strength` behind it where one applies."""
+"""What people write for an artifact: a folder, a name in `vectors/`, a repo on the Hub (or its address), or a feature
+of an SAE, with `:strength` behind it where one applies."""
 
+import logging
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +14,18 @@ from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Use
 from neurosteer.artifacts.storage import load
 from neurosteer.errors import ArtifactError, HubError, UsageError
-from neurosteer.examples.files import assets_folder
+from neurosteer.examples.files import vectors_folder
 from neurosteer.progress import Progress, silent
 
 if TYPE_CHECKING:
     from neurosteer.models.language_model import LanguageModel
 
+logger = logging.getLogger(__name__)
+
 VECTORS_FOLDER = "vectors"
 
 _EMBEDDED_SAES = "embedded/"
-_NOWHERE = f"There is no artifact {{!r}}: neither a folder nor a name in {VECTORS_FOLDER}/, nor on the Hub (user/repo)."
+_HUB_LIKE = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 _FEATURE = re.compile(r"(?P<sae>.+)#(?P<index>[0-9]{1,12})(?:=(?P<value>[^#/\\]*))?", re.DOTALL)
 
 
@@ -44,12 +48,13 @@ def resolve(reference: str, *, progress: Progress = silent) -> Artifact:
     """
     folder = artifact_folder(reference)
     if folder is not None:
+        _say_what_it_hides(reference, folder)
         return load(folder)
     if _FEATURE.fullmatch(reference):
         raise UsageError(f"{reference[:200]!r} is a feature of an SAE, no artifact; steer with it (--use).")
     if "/" in reference and not reference.startswith(_EMBEDDED_SAES):
         return _pulled(reference, progress)
-    raise ArtifactError(_NOWHERE.format(reference[:200]))
+    raise _nowhere(reference)
 
 
 def _pulled(reference: str, progress: Progress) -> Artifact:
@@ -58,11 +63,47 @@ def _pulled(reference: str, progress: Progress) -> Artifact:
     try:
         parse_reference(reference)
     except UsageError:
-        raise ArtifactError(_NOWHERE.format(reference[:200])) from None
+        raise _nowhere(reference) from None
     try:
         return pull(reference, progress=progress)
     except HubError as error:
-        raise type(error)(f"There is no folder {reference[:200]!r}. {error}", error.status) from error
+        nowhere = "" if "://" in reference else f"There is no folder {reference[:200]!r}. "
+        raise type(error)(f"{nowhere}{error}", error.status) from error
+
+
+def _nowhere(reference: str) -> ArtifactError:
+    close = get_close_matches(reference, _released_names(), n=2)
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    return ArtifactError(
+        f"There is no artifact {reference[:200]!r}: neither a folder nor a name in {VECTORS_FOLDER}/, nor on the Hub "
+        f"(user/repo).{meant}"
+    )
+
+
+def _released_names() -> list[str]:
+    return sorted({one.name for folder in _released_folders() if folder.is_dir() for one in folder.iterdir()})
+
+
+def _released_folders() -> tuple[Path, Path]:
+    return Path(VECTORS_FOLDER), vectors_folder()
+
+
+def _say_what_it_hides(reference: str, folder: Path) -> None:
+    """A line where a folder that happens to lie here is taken for what the same words name elsewhere: whoever gets a
+    folder from others should see that it is not the artifact they know."""
+    if reference.startswith((".", "~")) or Path(reference).is_absolute():
+        return
+    released = vectors_folder() / reference
+    if _is_plain(reference) and _folder(str(released)) is not None and not released.samefile(folder):
+        logger.warning(
+            "Warning: %s is the folder %s here, not what comes with NeuroSteer under that name (%s).",
+            reference, folder, released,
+        )  # fmt: skip
+    elif _HUB_LIKE.fullmatch(reference):
+        logger.warning(
+            "Warning: %s is the folder of that name here, not a repo on the Hub (write ./%s, or hf://%s).",
+            *[reference] * 3,
+        )  # fmt: skip
 
 
 def parse_use(text: str) -> Use | FeatureUse:
@@ -140,7 +181,7 @@ def artifact_folder(reference: str) -> Path | None:
     folder = _folder(reference)
     if folder is not None:
         return folder
-    for released in (Path(VECTORS_FOLDER), assets_folder().parent / VECTORS_FOLDER):
+    for released in _released_folders():
         if _is_plain(reference) and _folder(str(released / reference)) is not None:
             return released / reference
     return None

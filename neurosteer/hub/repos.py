@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from huggingface_hub import parse_hf_uri
+from huggingface_hub.constants import HF_PROTOCOL, HF_URI_TYPE_PREFIXES, HF_URL_HOSTS
+from huggingface_hub.errors import HfUriError
 from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
 
 from neurosteer.artifacts.metadata import LIBRARY
-from neurosteer.artifacts.storage import CONFIG_FILE, WEIGHTS_FILE
+from neurosteer.artifacts.storage import CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE
 from neurosteer.errors import HubError, UsageError
 from neurosteer.hub.client import Hub
 
@@ -62,8 +66,10 @@ class RemoteFile:
 
 
 def parse_reference(text: str) -> Reference:
-    """`user/repo[/name][@revision]`. Raises `UsageError` for anything else."""
-    found = _REFERENCE.fullmatch(text.strip())
+    """`user/repo[/name][@revision]`, or as the Hub writes it: `https://huggingface.co/user/repo[/tree/revision[/name]]`,
+    `hf://user/repo[@revision][/name]`. Raises `UsageError` for anything else."""
+    plain = _plain_reference(text.strip())
+    found = _REFERENCE.fullmatch(plain) if plain is not None else None
     repo, revision = (found["repo"], found["revision"]) if found else ("", None)
     # A revision becomes a path in the cache, so it must not lead out of it.
     odd = any(bad in repo for bad in ("..", "--")) or any(bad in f"{revision or ''}/" for bad in ("..", "//", "./"))
@@ -72,6 +78,28 @@ def parse_reference(text: str) -> Reference:
             f"{text[:200]!r} names nothing on the Hub; write user/repo, user/repo/name or user/repo@revision."
         )
     return Reference(repo, found["name"], revision)
+
+
+def _plain_reference(text: str) -> str | None:
+    """An address of the Hub's as `user/repo[/name][@revision]`, other text as it is; None for an address that is not
+    of a model's repo."""
+    first = text.partition("/")[0].lower()
+    if first in HF_URL_HOSTS:
+        text = f"https://{text}"
+    elif first in HF_URI_TYPE_PREFIXES:  # models/user/repo: no user has such a name
+        text = f"{HF_PROTOCOL}{text}"
+    if "://" not in text:
+        return text
+    try:
+        found = parse_hf_uri(text, endpoint=os.environ.get("HF_ENDPOINT") or None)
+    except HfUriError:
+        return None
+    if found.type != "model":
+        return None
+    folder, _, last = found.path_in_repo.rpartition("/")
+    name = folder if last in FILE_LIMITS else found.path_in_repo  # the page of one of its files means the artifact
+    revision = found.revision if found.revision != MAIN else None
+    return "/".join(filter(None, (found.id, name))) + (f"@{revision}" if revision else "")
 
 
 def is_commit(revision: str | None) -> bool:
