@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "neurosteer"
 
 # A room imports from rows above its own and from itself. `neurosteer/README.md` says what each is for.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version"),
-    ("text", "progress", "validation"),
+    ("errors", "version", "text"),
+    ("progress", "validation"),
     ("examples",),
     ("models",),
     ("artifacts",),
