@@ -13,9 +13,11 @@ from tiny import (
     ablating,
     clamping,
     make_circuit,
+    make_tiny,
     make_vector,
     naive_greedy,
     naive_logits,
+    own_hooks,
     tiny_next,
     writes_of,
 )
@@ -23,9 +25,10 @@ from torch import Tensor
 
 from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe
 from neurosteer.artifacts.strength import Calibration
-from neurosteer.steering.batches import Batch, Writing, can_change
+from neurosteer.models.caching import can_change
+from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
-from neurosteer.steering.plans import applied, compile_plan, compile_rows, join_plans
+from neurosteer.steering.plans import applied, compile_plan, compile_rows, join_plans, steered_places
 
 PROMPTS = ["the cat sings", "we", "bread and cheese under the dark mountain, again. Why?", "日本 😀", "never again, it"]
 GREEDY = Sampling(greedy=True)
@@ -57,9 +60,9 @@ def writing(
     *,
     most: int = 100,
     raw: bool = False,
-) -> Writing:
+) -> RowInFlight:
     sampler, text = Sampler(GREEDY, prompt), RowText(this.lm.tokenizer, [])
-    return Writing(this.lm.prompt_ids(prompt, raw=raw), recipe, positions, most, sampler, text)
+    return RowInFlight(this.lm.prompt_ids(prompt, raw=raw), recipe, positions, most, sampler, text)
 
 
 def steered(positions: Positions, prompt: int) -> Any:
@@ -80,20 +83,22 @@ class Watched(Batch):
     this: Tiny
 
     def _next_scores(self) -> Tensor:
-        self.rows = [(one, one.ids) for one in self.writings]
+        self.rows = [(one, one.ids, one.ended) for one in self.writings]
         self.scores = super()._next_scores()
         return self.scores
 
-    def step(self) -> dict[Writing, str]:
+    def step(self) -> dict[RowInFlight, str]:
         pieces = super().step()
-        for (one, ids), scores in zip(self.rows, self.scores, strict=True):
+        for (one, ids, ended), scores in zip(self.rows, self.scores, strict=True):
+            if ended:
+                continue
             where = steered(one.positions, len(one.prompt))
             wanted = naive_logits(self.this, ids, writes_of(one.recipe.uses), where)[-1]
             assert relative(scores, wanted) < 1e-4, (one.positions, len(one.prompt), len(ids))
         return pieces
 
 
-def watched(this: Tiny, writings: Sequence[Writing]) -> Watched:
+def watched(this: Tiny, writings: Sequence[RowInFlight]) -> Watched:
     batch = Watched(this.lm, writings)
     batch.this = this
     return batch
@@ -210,7 +215,8 @@ def test_rows_of_one_plan_are_steered_at_their_own_positions(each: Tiny) -> None
     ids = each.lm.prompt_ids(PROMPTS[2])
     cases: list[tuple[Positions, int]] = [("all", 0), ("prompt", 3), ("prompt", 6), ("generated", 3), ("generated", 6)]
     plan = compile_plan(each.lm, [recipe] * len(cases), [positions for positions, _ in cases])
-    with torch.no_grad(), applied(each.lm, plan, prompt_width=[ends for _, ends in cases]):
+    where = steered_places(plan.positions, range(len(ids)), [0] * len(cases), [ends for _, ends in cases])
+    with torch.no_grad(), applied(each.lm, plan, where):
         found = each.model(torch.tensor([ids] * len(cases)), use_cache=False).logits
     for row, (positions, ends) in enumerate(cases):
         wanted = naive_logits(each, ids, writes_of(recipe.uses), steered(positions, ends))
@@ -227,8 +233,55 @@ def test_joined_plans_are_the_plan_of_all_their_rows(llama: Tiny) -> None:
         order = [row for part in parts for row in part]
         joined = join_plans([join_plans([rows[row] for row in part]) for part in parts])
         assert joined.positions == tuple(positions[row] for row in order)
-        with torch.no_grad(), applied(llama.lm, joined, prompt_width=4):
+        where = steered_places(joined.positions, range(ids.shape[1]), [0] * len(order), [4] * len(order))
+        with torch.no_grad(), applied(llama.lm, joined, where):
             found = llama.model(ids.repeat(len(order), 1), use_cache=False).logits
         for place, row in enumerate(order):
             wanted = naive_logits(llama, ids[0].tolist(), writes_of(whole[row].uses), steered(positions[row], 4))
             assert relative(found[place], wanted) < 1e-4, (parts, row)
+
+
+# --- rows that have ended --------------------------------------------------------------------------------------------
+
+
+def test_rows_that_have_ended_are_let_go_a_quarter_at_a_time_and_the_others_texts_are_theirs(each: Tiny) -> None:
+    """Taking rows out copies all the others, so it must not happen for every single one."""
+    ones = [
+        writing(each, PROMPTS[place % len(PROMPTS)], recipes(each)[place % 7], most=2 + place) for place in range(8)
+    ]
+    batch, left = watched(each, ones), []
+    real = batch.leave
+    batch.leave = lambda rows: (left.append(len(rows)) if rows else None, real(rows))  # type: ignore[assignment,func-returns-value]
+    while not batch.ended:
+        batch.step()
+    assert left == [2, 2, 1, 1, 1]
+    assert all(len(one.text.ids) == one.max_new_tokens for one in ones)
+
+
+def test_a_row_that_has_ended_never_leaves_the_positions_that_the_model_knows() -> None:
+    """It stays in the batch for a while, and learned positions (GPT-2's) end."""
+    this = make_tiny("gpt2")
+    limit = this.lm.max_positions
+    assert limit == 256
+    short = [writing(this, prompt, most=40) for prompt in PROMPTS]
+    long = RowInFlight([5] * (limit - 1), UNSTEERED, "all", 1, Sampler(GREEDY, ""), RowText(this.lm.tokenizer, []))
+    batch = watched(this, [long, *short])
+    while not batch.ended:
+        batch.step()
+    assert {len(one.text.ids) for one in short} == {40}
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_a_step_reads_one_column_under_a_cache_and_the_whole_text_without(each: Tiny, positions: Positions) -> None:
+    """A cache that a new version of transformers takes no notice of would show here, not in the texts."""
+    columns: list[int] = []
+    embedding = each.model.get_input_embeddings()
+    hook = (embedding, lambda _, inputs: columns.append(inputs[0].shape[1]))
+    prompt = len(each.lm.prompt_ids(PROMPTS[0]))
+    for use_cache, wanted in ((True, [prompt, 1, 1, 1]), (False, [prompt + step for step in range(4)])):
+        columns.clear()
+        batch = Batch(each.lm, [writing(each, PROMPTS[0], recipes(each)[1], positions, most=4)], use_cache=use_cache)
+        with own_hooks([hook], before=True):
+            while not batch.ended:
+                batch.step()
+        assert columns == wanted

@@ -83,7 +83,7 @@ def logits_under(this: Tiny, recipes: Sequence[Recipe], ids: Tensor, mask: Tenso
     named: dict[str, Any] = {}
     if mask is not None:
         named = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    with applied(this.lm, compile_plan(this.lm, recipes), prompt_width=ids.shape[1]):
+    with applied(this.lm, compile_plan(this.lm, recipes), None if mask is None else mask.bool()):
         return this.lm.model(ids, use_cache=False, **named).logits
 
 
@@ -246,7 +246,7 @@ def test_a_plan_without_clamps_has_no_trace_of_them(llama: Tiny) -> None:
     plan = compile_plan(llama.lm, [Recipe.of(pushing), UNSTEERED])
     assert plan.clamps == {} and not plan.is_empty
     plan = compile_plan(llama.lm, [fits(llama, "one clamp"), UNSTEERED, fits(llama, "two at a layer")])
-    assert not plan.additions and not plan.ablations and not plan.is_empty
+    assert not plan.additions and not plan.projections and not plan.is_empty
     assert plan.clamps[2].encoders.shape == plan.clamps[2].directions.shape == (3, 2, D_MODEL)
     assert plan.clamps[2].shares.tolist() == [[[1.0, 0.0]], [[0.0, 0.0]], [[1.0, pytest.approx(0.7)]]]
 

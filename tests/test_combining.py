@@ -282,7 +282,7 @@ def test_steering_with_it_adds_the_orthogonal_pushes(each: Tiny) -> None:
             writes.pushes.append((layer, torch.tensor(row * dose).float()))
     ids = each.lm.prompt_ids("the cat sings over the river, again.")
     recipe = orthogonalised(Recipe.of((one, strengths[0]), (other, strengths[1])))
-    with torch.no_grad(), applied(each.lm, compile_plan(each.lm, [recipe]), prompt_width=len(ids)):
+    with torch.no_grad(), applied(each.lm, compile_plan(each.lm, [recipe])):
         found = each.model(torch.tensor([ids]), use_cache=False).logits[0]
     expected = naive_logits(each, ids, writes)
     plain = naive_logits(each, ids, Writes())

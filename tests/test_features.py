@@ -204,7 +204,7 @@ def test_a_clamped_feature_steers_as_the_sae_itself_says(llama: Tiny, folder: Pa
     seen: list[Tensor] = []
     handle = llama.blocks[LAYER + 1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].clone()))
     try:
-        with torch.no_grad(), applied(llama.lm, compile_plan(llama.lm, [Recipe.of(vector)]), prompt_width=len(ids)):
+        with torch.no_grad(), applied(llama.lm, compile_plan(llama.lm, [Recipe.of(vector)])):
             llama.model(torch.tensor([ids]), use_cache=False)
     finally:
         handle.remove()
@@ -221,7 +221,7 @@ def test_an_sae_trained_on_centred_streams_is_read_without_the_mean(tmp_path: Pa
     vector = feature_vector(this.lm, sae, 3, operation="clamp", value=5)
     assert sae.centred and vector.encoders[LAYER].centred
     ids = this.lm.prompt_ids("the cat sings over the river")
-    with torch.no_grad(), applied(this.lm, compile_plan(this.lm, [Recipe.of(vector)]), prompt_width=len(ids)):
+    with torch.no_grad(), applied(this.lm, compile_plan(this.lm, [Recipe.of(vector)])):
         found = this.model(torch.tensor([ids]), use_cache=False).logits[0]
     wanted = naive_logits(this, ids, writes_of([Use(vector)]))
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))

@@ -9,7 +9,7 @@ from tiny import Tiny, hook_count, make_vector
 from torch import Tensor, nn
 
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.models.hooks import CallHook, InputHook, OutputHook, hooked
+from neurosteer.models.hooks import InputHook, OutputHook, hooked
 from neurosteer.steering.plans import applied, compile_plan
 
 
@@ -42,19 +42,18 @@ def test_an_output_hook_replaces_the_hidden_states_alone_or_as_the_first_of_a_tu
         assert torch.equal(changed, 3 * ONE) and rest == "kept"
 
 
-def test_hooks_that_return_none_change_nothing_and_a_call_hook_sees_the_whole_call() -> None:
+def test_hooks_that_return_none_change_nothing() -> None:
     module, pair = Doubling(), Pair()
     seen: list[Any] = []
     hooks = [
         InputHook(module, lambda x: seen.append(("in", float(x[0])))),
         OutputHook(module, lambda y: seen.append(("out", float(y[0])))),
         OutputHook(pair, lambda y: seen.append(("pair", float(y[0])))),
-        CallHook(module, lambda arguments, named: seen.append((len(arguments), dict(named)))),
     ]
     with hooked(hooks):
         assert torch.equal(module(ONE, extra=3), 5 * ONE)
         assert pair(ONE)[1] == "kept"
-    assert sorted(seen, key=str) == sorted([("in", 1.0), ("out", 5.0), ("pair", 2.0), (1, {"extra": 3})], key=str)
+    assert sorted(seen, key=str) == sorted([("in", 1.0), ("out", 5.0), ("pair", 2.0)], key=str)
 
 
 def test_hooks_on_one_module_run_in_the_order_given() -> None:
@@ -63,17 +62,17 @@ def test_hooks_on_one_module_run_in_the_order_given() -> None:
         assert torch.equal(module(ONE), 30 * ONE)
 
 
-def every_kind(this: Tiny) -> list[InputHook | OutputHook | CallHook]:
-    hooks: list[InputHook | OutputHook | CallHook] = []
+def every_kind(this: Tiny) -> list[InputHook | OutputHook]:
+    hooks: list[InputHook | OutputHook] = []
     for block, down in zip(this.blocks, this.downs, strict=True):
-        hooks += [OutputHook(block, lambda h: h), InputHook(down, lambda h: h), CallHook(block, lambda a, n: None)]
+        hooks += [OutputHook(block, lambda h: h), InputHook(down, lambda h: h)]
     return hooks
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), GeneratorExit()], ids=repr)
 def test_no_hook_is_left_after_an_exception_inside_the_block(llama: Tiny, error: BaseException) -> None:
     with pytest.raises(type(error)), hooked(every_kind(llama)):
-        assert hook_count(llama.model) == 12
+        assert hook_count(llama.model) == 8
         raise error
     assert hook_count(llama.model) == 0
 
@@ -106,7 +105,7 @@ def test_another_thread_that_runs_the_model_inside_the_block_is_not_touched(each
         with torch.no_grad():
             found[name] = each.model(ids).logits
 
-    with applied(each.lm, plan, prompt_width=ids.shape[1]):
+    with applied(each.lm, plan):
         thread = threading.Thread(target=run, args=("other",))
         thread.start()
         thread.join()
@@ -117,12 +116,12 @@ def test_another_thread_that_runs_the_model_inside_the_block_is_not_touched(each
 
 
 def test_an_empty_plan_registers_nothing(llama: Tiny) -> None:
-    with applied(llama.lm, compile_plan(llama.lm, [Recipe()]), prompt_width=2):
+    with applied(llama.lm, compile_plan(llama.lm, [Recipe()])):
         assert hook_count(llama.model) == 0
 
 
 def test_a_plan_hooks_each_layer_once_however_many_artifacts_are_mixed(llama: Tiny) -> None:
     vectors = [make_vector((1, 2), seed=seed, model=llama.lm.reference) for seed in range(8)]
     plan = compile_plan(llama.lm, [Recipe.of(*vectors), Recipe()])
-    with applied(llama.lm, plan, prompt_width=2):
-        assert hook_count(llama.model) == 3  # two blocks, and the decoder's call
+    with applied(llama.lm, plan):
+        assert hook_count(llama.model) == 2

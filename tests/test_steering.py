@@ -106,7 +106,8 @@ def batch_logits(
     named: dict[str, Any] = {}
     if mask is not None:
         named = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    with applied(lm, compile_plan(lm, recipes, positions), prompt_width=ids.shape[1]):
+    where = (torch.ones_like(ids) if mask is None else mask).bool() & (positions != "generated")
+    with applied(lm, compile_plan(lm, recipes, positions), where):
         return lm.model(ids, use_cache=False, **named).logits
 
 

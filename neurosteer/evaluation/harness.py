@@ -195,18 +195,18 @@ def _steered_model(lm: LanguageModel, batch_size: int, cancel: threading.Event |
     class SteeredModel(HFLM):
         recipe = UNSTEERED
 
-        def steered(self, rows: int, width: int) -> AbstractContextManager[None]:
+        def steered(self, rows: int) -> AbstractContextManager[None]:
             check_cancelled(cancel, "The harness")
-            return applied(lm, compile_plan(lm, [self.recipe] * rows), prompt_width=width)
+            return applied(lm, compile_plan(lm, [self.recipe] * rows))
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
             # Rows are filled up on the right and no mask is given: what stands there is read by no token before it.
-            with self.steered(len(inps), inps.shape[1]):
+            with self.steered(len(inps)):
                 return super()._model_call(inps, attn_mask, labels)
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
             copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
-            with self.steered(len(context) * copies, context.shape[1]):
+            with self.steered(len(context) * copies):
                 return super()._model_generate(context, max_length, stop, **options)
 
     # The harness may give the tokenizer a padding token and turn its padding side: it gets one of its own. And it

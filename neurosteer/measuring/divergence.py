@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, check_cancelled, silent
-from neurosteer.steering.batches import Batch, Writing
+from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
 from neurosteer.steering.forcing import ForcedText, forced_logits
+from neurosteer.steering.plans import can_hold
 from neurosteer.steering.session import stop_ids
 
 _WHAT = "Measuring KL"
@@ -87,7 +89,7 @@ def _continued(
 ) -> list[ForcedText]:
     greedy = Sampling(greedy=True)
     writings = [
-        Writing(ids, UNSTEERED, "all", n_tokens, Sampler(greedy, ""), RowText(lm.tokenizer, ())) for ids in prompts
+        RowInFlight(ids, UNSTEERED, "all", n_tokens, Sampler(greedy, ""), RowText(lm.tokenizer, ())) for ids in prompts
     ]
     batch = Batch(lm, writings)
     while not batch.ended:
@@ -115,6 +117,12 @@ def divergences(
     its numbers can hold, NaN where a continuation has ended (see `UnsteeredTexts.counted`).
     """
     n_prompts = len(texts.texts)
+    possible = [can_hold(lm, recipe) for recipe in recipes]
+    if not all(possible):
+        values = torch.where(texts.counted, torch.inf, torch.nan).repeat(len(recipes), 1, 1)
+        if any(possible):
+            values[possible] = divergences(lm, texts, list(compress(recipes, possible)), cancel=cancel)
+        return values
     rows = [text for _ in recipes for text in texts.texts]
     found = torch.full((len(rows), texts.n_tokens), torch.nan)
     chosen = [recipe for recipe in recipes for _ in range(n_prompts)]

@@ -124,7 +124,7 @@ def log_likelihoods(
     found = torch.zeros(len(rows), dtype=torch.float64)
     for read in forced_logits(lm, rows, chosen, what=what, cancel=cancel):
         scores = read.logits.gather(1, read.targets[:, None])[:, 0] - read.logits.logsumexp(1)
-        found.index_add_(0, read.rows, scores.double().cpu())
+        found.index_add_(0, read.rows, scores.cpu().double())
     return found.reshape(len(recipes), len(texts))
 
 

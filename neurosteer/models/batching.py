@@ -20,13 +20,22 @@ def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
 
 
-def length_batches(framed: Sequence[TokenText], budget: int) -> Iterator[list[int]]:
-    """Positions of texts in batches of similar length; a batch, padded, holds at most `budget` tokens."""
+def length_batches(
+    framed: Sequence[TokenText], budget: int, *, counts: Sequence[int] | None = None, most: int = 0
+) -> Iterator[list[int]]:
+    """Positions of texts in batches of similar length; a batch, padded, holds at most `budget` tokens.
+
+    Where `counts` are given, one for each text, those of a batch add up to at most `most`. A text that is too large by
+    itself is a batch of its own. The longest texts come first: what does not fit into memory shows at once.
+    """
     batch: list[int] = []
-    for index in sorted(range(len(framed)), key=lambda position: len(framed[position].ids)):
-        if batch and (len(batch) + 1) * len(framed[index].ids) > budget:
+    counted = 0
+    for index in sorted(range(len(framed)), key=lambda position: -len(framed[position].ids)):
+        count = counts[index] if counts is not None else 0
+        if batch and ((len(batch) + 1) * len(framed[batch[0]].ids) > budget or counted + count > most):
             yield batch
-            batch = []
+            batch, counted = [], 0
         batch.append(index)
+        counted += count
     if batch:
         yield batch

@@ -27,14 +27,6 @@ class OutputHook:
 
 
 @dataclass(frozen=True)
-class CallHook:
-    """Sees the positional and the named arguments of a call of `module` and changes nothing."""
-
-    module: Module
-    function: Callable[[tuple[Any, ...], dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
 class PassHook:
     """Sees the first positional input of `module` and the hidden states that it returns; what the function returns,
     unless None, replaces the latter."""
@@ -43,7 +35,7 @@ class PassHook:
     function: Callable[[Tensor, Tensor], Tensor | None]
 
 
-Hook = InputHook | OutputHook | CallHook | PassHook
+Hook = InputHook | OutputHook | PassHook
 
 
 @contextmanager
@@ -69,9 +61,7 @@ def _register(hook: Hook, owner: int) -> Any:
         return hook.module.register_forward_pre_hook(_input_hook(hook.function, owner))
     if isinstance(hook, OutputHook):
         return hook.module.register_forward_hook(_output_hook(lambda _input, output: hook.function(output), owner))
-    if isinstance(hook, PassHook):
-        return hook.module.register_forward_hook(_output_hook(hook.function, owner))
-    return hook.module.register_forward_pre_hook(_call_hook(hook.function, owner), with_kwargs=True)
+    return hook.module.register_forward_hook(_output_hook(hook.function, owner))
 
 
 def _input_hook(function: Callable[[Tensor], Tensor | None], owner: int) -> Callable[..., Any]:
@@ -94,15 +84,5 @@ def _output_hook(function: Callable[[Any, Tensor], Tensor | None], owner: int) -
             return function(given, output)
         changed = function(given, output[0])
         return None if changed is None else (changed, *output[1:])
-
-    return run
-
-
-def _call_hook(function: Callable[[tuple[Any, ...], dict[str, Any]], None], owner: int) -> Callable[..., Any]:
-    # torch lists a hook a moment before it notes that it wants the named arguments: another thread's call may come in
-    # between and lack them.
-    def run(_module: Module, arguments: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
-        if threading.get_ident() == owner:
-            function(arguments, named or {})
 
     return run

@@ -74,6 +74,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a block computes: its weights' device, unless they are only fetched for each pass."""
+        weight = next(self.blocks[layer].parameters(), None)
+        return self.device if weight is None or weight.device.type == "meta" else weight.device
+
     @property
     def pad_id(self) -> int:
         """The id that fills up shorter rows; what it is does not matter, padding is masked everywhere."""

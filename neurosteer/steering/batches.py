@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from neurosteer.artifacts.recipes import Positions, Recipe
+from neurosteer.errors import UsageError
+from neurosteer.models.caching import can_change
 from neurosteer.models.hooks import Hook, InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
-from neurosteer.steering.decoding import RowText, Sampler, next_tokens
-from neurosteer.steering.plans import applied, compile_rows, join_plans
+from neurosteer.steering.decoding import NOT_FINITE, RowText, Sampler, next_tokens
+from neurosteer.steering.plans import applied, compile_rows, join_plans, steered_places
+
+_ENDED_SHARE = 4  # a row that has ended stays until a quarter of the rows have: taking rows out copies all the others
 
 
 @dataclass(eq=False)
-class Writing:
+class RowInFlight:
     """One text under way: how it is to be written, and what there is of it.
 
     All that its next token depends on, apart from the model: a batch can be left and another one joined at any time.
@@ -30,6 +34,7 @@ class Writing:
     max_new_tokens: int
     sampler: Sampler
     text: RowText
+    failure: UsageError | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -41,10 +46,17 @@ class Writing:
 
     @property
     def ended(self) -> bool:
-        return self.text.stopped or len(self.text.ids) >= self.max_new_tokens
+        return self.failure is not None or self.text.stopped or len(self.text.ids) >= self.max_new_tokens
 
     def take(self, token: int) -> str:
-        """Go on by a token; returns the text it adds."""
+        """Go on by a token; returns the text it adds. The row fails where there is none to be had."""
+        if token == NOT_FINITE:
+            names = " and ".join(repr(use.artifact.name) for use in self.recipe.uses if use.has_effect)
+            because = f": {names} pushed it too far. Use smaller strengths." if names else "; try dtype float32."
+            self.failure = UsageError(
+                f"After {len(self.text.ids)} tokens the model's scores were no longer finite numbers{because}"
+            )
+            return ""
         self.sampler.advance()
         return self.text.push(token)
 
@@ -52,7 +64,7 @@ class Writing:
 class Batch:
     """Writings as rows `[batch, seq]`, padded on the left, with the keys and values of all but their last tokens."""
 
-    def __init__(self, lm: LanguageModel, writings: Sequence[Writing], *, use_cache: bool = True) -> None:
+    def __init__(self, lm: LanguageModel, writings: Sequence[RowInFlight], *, use_cache: bool = True) -> None:
         width = max(map(len, writings))
         ids = torch.full((len(writings), width), lm.pad_id)
         mask = torch.zeros((len(writings), width), dtype=torch.long)
@@ -84,17 +96,18 @@ class Batch:
         self._run(self.ids.shape[1] - self.unread + columns)
 
     @torch.inference_mode()
-    def step(self) -> dict[Writing, str]:
+    def step(self) -> dict[RowInFlight, str]:
         """A token more for every row that has not ended; returns the text it adds. There must be such a row.
 
         An exception leaves every writing as it was, but not the batch: its writings can go on in another one.
         """
-        if self._can_change:
-            self.leave([writing for writing in self.writings if writing.ended])
+        ended = [writing for writing in self.writings if writing.ended]
+        if self._can_change and len(ended) * _ENDED_SHARE >= len(self.writings):
+            self.leave(ended)
         scores = self._next_scores()
         samplers = [writing.sampler for writing in self.writings]
         tokens = next_tokens(scores, samplers, [writing.ids for writing in self.writings])
-        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.device)], dim=1)
+        self.ids = torch.cat([self.ids, tokens[:, None].clamp(min=0).to(self.ids.device)], dim=1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         chosen = zip(self.writings, tokens.tolist(), strict=True)
         return {writing: writing.take(token) for writing, token in chosen if not writing.ended}
@@ -109,14 +122,18 @@ class Batch:
 
     def _run(self, end: int) -> Tensor:
         """The model over what is unread of the columns before `end`; logits `[batch, vocab]` after the last of them."""
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        prompts_end = [self.ids.shape[1] - len(writing.text.ids) for writing in self.writings]
-        new = slice(self.ids.shape[1] - self.unread, end)
-        with applied(self.lm, self.plan, prompt_width=prompts_end), hooked(_contiguous_head(self.lm)):
+        width = self.ids.shape[1]
+        new = range(width - self.unread, end)
+        starts = [width - len(writing) for writing in self.writings]
+        prompt_ends = [width - len(writing.text.ids) for writing in self.writings]
+        # A row that has ended stays where it is: it must not leave the positions that the model knows.
+        places = (torch.arange(new.start, new.stop) - torch.tensor(starts)[:, None]).clamp(min=0)
+        where = steered_places(self.plan.positions, new, starts, prompt_ends)
+        with applied(self.lm, self.plan, where), hooked(_contiguous_head(self.lm)):
             output = self.lm.model(
-                input_ids=self.ids[:, new],
+                input_ids=self.ids[:, new.start : new.stop],
                 attention_mask=self.mask[:, :end],
-                position_ids=positions[:, new],
+                position_ids=places.to(self.ids.device),
                 cache=self.cache,
                 use_cache=self.cache is not None,
                 logits_to_keep=1,
@@ -136,7 +153,7 @@ class Batch:
         self.plan = join_plans(self._plans)
 
     @torch.inference_mode()
-    def leave(self, writings: Collection[Writing]) -> None:
+    def leave(self, writings: Collection[RowInFlight]) -> None:
         """Let go of the rows of `writings`, and of the columns that are padding in all rows left; after a step."""
         kept = [row for row, writing in enumerate(self.writings) if writing not in writings]
         if len(kept) == len(self.writings):
@@ -150,12 +167,6 @@ class Batch:
             _cut_layer(layer, rows, cut)
         self._plans = [self._plans[row] for row in kept]
         self.plan = join_plans(self._plans)
-
-
-def can_change(lm: LanguageModel) -> bool:
-    """Whether rows can join and leave a batch of this model: whether all it remembers are keys and values by column."""
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return all(type(layer) in plain for layer in DynamicCache(config=lm.model.config).layers)
 
 
 def _widened(rows: Tensor, width: int, value: int) -> Tensor:

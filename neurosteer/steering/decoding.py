@@ -11,7 +11,11 @@ from torch import Tensor
 from neurosteer.errors import UsageError
 from neurosteer.validation import check_number, is_int
 
+NOT_FINITE = -1
+"""Instead of a token, where a row's scores are no numbers to choose one by."""
+
 _CANDIDATES = (256, 4096)
+_LEAST_TEMPERATURE = 1e-6  # below, one token has all the probability, and quotients would leave float32's range
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,14 @@ class Sampler:
 
 
 def next_tokens(scores: Tensor, samplers: Sequence[Sampler], seen: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids `[batch]` from logits `[batch, vocab]`, each row by its own sampler; `seen` is what it holds so far."""
+    """Token ids `[batch]` from logits `[batch, vocab]`, each row by its own sampler; `seen` is what it holds so far.
+
+    `NOT_FINITE` for a row whose logits hold a NaN or an infinity, unless it is minus infinity, which rules a token out.
+    """
     scores = _penalised(scores, samplers, seen)
-    tokens = scores.argmax(-1)
+    highest, tokens = scores.max(-1)
+    finite = highest.isfinite()  # the highest is NaN where any is, and infinite where any is or all are ruled out
+    tokens = tokens.where(finite, NOT_FINITE)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.sampling.greedy]
     if not drawing:
         return tokens
@@ -66,10 +75,11 @@ def next_tokens(scores: Tensor, samplers: Sequence[Sampler], seen: Sequence[Sequ
         return torch.tensor(values, dtype=torch.float32, device=scores.device)
 
     chosen = [samplers[row] for row in drawing]
-    temperatures = column([sampler.sampling.temperature for sampler in chosen])
+    temperatures = column([sampler.sampling.temperature for sampler in chosen]).clamp(min=_LEAST_TEMPERATURE)
     top_p = column([sampler.sampling.top_p for sampler in chosen])
     rows = torch.tensor(drawing, device=scores.device)
-    tokens[rows] = draw(scores[rows] / temperatures[:, None], top_p, column([sampler.number for sampler in chosen]))
+    drawn = draw(scores[rows] / temperatures[:, None], top_p, column([sampler.number for sampler in chosen]))
+    tokens[rows] = drawn.where(finite[rows], NOT_FINITE)
     return tokens
 
 
@@ -115,7 +125,7 @@ def _drawn(top: Tensor, tokens: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
     inside = cumulative - top < top_p
     mass = (top * inside).sum(-1)
     place = torch.searchsorted(cumulative, (draws * mass)[:, None], right=True)
-    last = inside.sum(-1, keepdim=True) - 1
+    last = (inside.sum(-1, keepdim=True) - 1).clamp(min=0)  # nothing is inside where the scores are no numbers
     return tokens.gather(1, torch.minimum(place, last))[:, 0]
 
 

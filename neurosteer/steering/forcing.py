@@ -56,7 +56,8 @@ def forced_logits(
     """
     kind = lm.device.type if lm.device.type in _BATCH_TOKENS else "cpu"
     vocabulary = lm.model.config.get_text_config().vocab_size
-    for places in length_batches(texts, min(_BATCH_TOKENS[kind], _MAX_LOGITS[kind] // vocabulary)):
+    counts = [text.count for text in texts]
+    for places in length_batches(texts, _BATCH_TOKENS[kind], counts=counts, most=_MAX_LOGITS[kind] // vocabulary):
         check_cancelled(cancel, what)
         found = _read(lm, [texts[place] for place in places], [recipes[place] for place in places])
         yield ForcedLogits(torch.tensor(places)[found.rows], found.steps, found.targets, found.logits)
@@ -70,7 +71,7 @@ def _read(lm: LanguageModel, texts: Sequence[ForcedText], recipes: Sequence[Reci
         mask[row, : len(text.ids)] = 1
         foretell[row, text.first - 1 : text.end - 1] = True
     plan = compile_plan(lm, recipes, "all")
-    with torch.inference_mode(), applied(lm, plan, prompt_width=ids.shape[1]):
+    with torch.inference_mode(), applied(lm, plan, mask.bool()):
         logits = logits_at(lm, ids, foretell, mask)
     rows, columns = foretell.nonzero(as_tuple=True)
     firsts = torch.tensor([text.first for text in texts])

@@ -11,7 +11,7 @@ whatever the others do to it; then pushes are added, which a clamp at that block
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,54 +21,10 @@ from torch import Tensor
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import Positions, Recipe, Use
 from neurosteer.artifacts.vector import VECTOR_OPERATIONS, SteeringVector, unit
-from neurosteer.models.hooks import CallHook, Hook, InputHook, OutputHook, hooked
+from neurosteer.errors import UsageError
+from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """Per row an orthonormal `basis` `[batch, k, d_model]` and the `shares` of it to take out, `[batch, 1, k]`."""
-
-    basis: Tensor
-    shares: Tensor
-
-
-@dataclass(frozen=True)
-class Clamp:
-    """Per row k SAE features to hold at a value: `encoders` and `directions` `[batch, k, d_model]`; their `biases`,
-    `thresholds`, `values` and the `shares` of the way to go, `[batch, 1, k]`. Share 0 where a row has fewer.
-
-    All are float32 whatever the model computes in, and so is the sum: an activation, and what is left of a stream
-    when a feature is taken out, are small differences of large numbers.
-    """
-
-    encoders: Tensor
-    directions: Tensor
-    biases: Tensor
-    thresholds: Tensor
-    values: Tensor
-    shares: Tensor
-
-    def to(self, device: torch.device) -> "Clamp":
-        if self.encoders.device == device:
-            return self
-        return Clamp(*(getattr(self, entry.name).to(device) for entry in fields(self)))
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """x + share × (value − activation) × direction, `[batch, seq, d_model]` in the dtype of `hidden`."""
-        before = torch.bmm(hidden.float(), self.encoders.transpose(1, 2)) + self.biases
-        active = before.masked_fill(before <= self.thresholds, 0.0)
-        steps = (self.values - active) * self.shares
-        return (hidden + torch.bmm(steps, self.directions)).to(hidden.dtype)
-
-
-@dataclass(frozen=True)
-class NeuronChange:
-    """`neurons` `[n]`; row by row what they are multiplied by and what is added then, both `[batch, 1, n]`."""
-
-    neurons: Tensor
-    multipliers: Tensor
-    shifts: Tensor
+from neurosteer.steering.operations import Clamp, NeuronChange, Projection, join_changes, join_fields, join_tensors
 
 
 @dataclass(frozen=True)
@@ -76,20 +32,23 @@ class Plan:
     """What to write, by layer, for a batch of rows, and where in each. `additions[L]` is `[batch, 1, d_model]`."""
 
     additions: dict[int, Tensor]
-    ablations: dict[int, Ablation]
+    projections: dict[int, Projection]
     clamps: dict[int, Clamp]
     changes: dict[int, NeuronChange]
     positions: tuple[Positions, ...]
 
     @property
     def is_empty(self) -> bool:
-        return not (self.additions or self.ablations or self.clamps or self.changes)
+        return not (self.additions or self.projections or self.clamps or self.changes)
 
 
 def compile_plan(
     lm: LanguageModel, recipes: Sequence[Recipe], positions: Positions | Sequence[Positions] = "all"
 ) -> Plan:
-    """One plan for a batch whose row i follows `recipes[i]`, at the same positions in all rows or at `positions[i]`."""
+    """One plan for a batch whose row i follows `recipes[i]`, at the same positions in all rows or at `positions[i]`.
+
+    Raises `UsageError` for a recipe of which something is too large for the model's dtype.
+    """
     return join_plans(compile_rows(lm, recipes, positions))
 
 
@@ -98,8 +57,7 @@ def compile_rows(
 ) -> list[Plan]:
     """A plan of a single row for each recipe; for `join_plans`, where rows come and go."""
     wanted = [positions] * len(recipes) if isinstance(positions, str) else positions
-    different = {id(recipe): recipe for recipe in recipes}  # many rows often share one
-    compiled = {key: _compile_row(lm, recipe) for key, recipe in different.items()}
+    compiled = {id(recipe): _placed(lm, _checked(lm, recipe)) for recipe in _different(recipes)}
     return [
         replace(compiled[id(recipe)], positions=(position,)) for recipe, position in zip(recipes, wanted, strict=True)
     ]
@@ -114,161 +72,152 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
         return {layer: join([part.get(layer) for part in parts], rows) for layer in sorted(set().union(*parts))}
 
     return Plan(
-        additions=by_layer("additions", _join_tensors),
-        ablations=by_layer("ablations", partial(_join_fields, Ablation)),
-        clamps=by_layer("clamps", partial(_join_fields, Clamp)),
-        changes=by_layer("changes", _join_changes),
+        additions=by_layer("additions", join_tensors),
+        projections=by_layer("projections", partial(join_fields, Projection)),
+        clamps=by_layer("clamps", partial(join_fields, Clamp)),
+        changes=by_layer("changes", join_changes),
         positions=tuple(position for plan in plans for position in plan.positions),
     )
 
 
-@contextmanager
-def applied(lm: LanguageModel, plan: Plan, *, prompt_width: int | Sequence[int]) -> Iterator[None]:
-    """Steer what the calling thread runs through `lm.model` inside the `with` block.
+def check_recipes(lm: LanguageModel, recipes: Sequence[Recipe]) -> None:
+    """Raise `UsageError` where something of a recipe is too large for the model's dtype."""
+    for recipe in _different(recipes):
+        _checked(lm, recipe)
 
-    The batch must have the plan's rows. The prompts end, padding on the left included, with column `prompt_width`: the
-    same for all rows or each row's own. Padding (0 in the attention mask) is never steered. Works with and without a
-    KV cache.
+
+def can_hold(lm: LanguageModel, recipe: Recipe) -> bool:
+    """Whether all that `recipe` writes is finite in the model's dtype."""
+    return _is_finite(_compile_row(lm, recipe))
+
+
+# --- applying --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def applied(lm: LanguageModel, plan: Plan, where: Tensor | None = None) -> Iterator[None]:
+    """Steer what the calling thread runs through `lm.model` inside the `with` block, a batch of the plan's rows.
+
+    `where` `[batch, seq]` says which positions of a pass are steered (see `steered_places`); without it all are, which
+    is right for plans whose positions are "all": what is written at padding is read nowhere.
     """
-    if plan.is_empty:
+    if where is None and any(position != "all" for position in plan.positions):
+        raise ValueError("This plan steers some positions only; say which columns those are (`where`).")
+    if plan.is_empty or (where is not None and not where.any()):
         yield
         return
-    window = _Window(plan.positions, prompt_width)
-    hooks: list[Hook] = [CallHook(lm.decoder, window.begin)]
-    for layer in sorted({*plan.additions, *plan.ablations, *plan.clamps}):
-        hooks.append(OutputHook(lm.blocks[layer], _residual_writer(plan, layer, window)))
-    for layer, change in plan.changes.items():
-        hooks.append(InputHook(lm.down_projections[layer], _neuron_writer(change, window)))
+    blend = _Blend(where)
+    hooks: list[Hook] = [
+        OutputHook(lm.blocks[layer], _residual_writer(plan, layer, blend))
+        for layer in sorted({*plan.additions, *plan.projections, *plan.clamps})
+    ]
+    hooks += [
+        InputHook(lm.down_projections[layer], _neuron_writer(change, blend)) for layer, change in plan.changes.items()
+    ]
     with hooked(hooks):
         yield
 
 
-class _Window:
-    """Which of the positions in the forward pass under way are to be steered."""
+def steered_places(
+    positions: Sequence[Positions], columns: range, starts: Sequence[int], prompt_ends: Sequence[int]
+) -> Tensor:
+    """Which of `columns` of a batch are steered, bool `[batch, len(columns)]`.
 
-    def __init__(self, positions: Sequence[Positions], prompt_width: int | Sequence[int]) -> None:
-        self.everywhere = all(position == "all" for position in positions)
-        self.in_prompts = torch.tensor([position != "generated" for position in positions])[:, None]
-        self.in_texts = torch.tensor([position != "prompt" for position in positions])[:, None]
-        self.prompt_width = torch.tensor(prompt_width).reshape(-1, 1)
-        self.steers_any = True
-        self.mask: Tensor | None = None  # [batch, seq, 1], None when every position is steered
-
-    def begin(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs = named.get("input_ids")
-        if inputs is None:
-            inputs = named["inputs_embeds"] if named.get("inputs_embeds") is not None else arguments[0]
-        width = inputs.shape[1]
-        attention = named.get("attention_mask")
-        if isinstance(attention, Tensor) and attention.dim() == 2:
-            total = attention.shape[1]
-            kept = attention[:, total - width :].bool()
-        else:
-            cache = named.get("cache", named.get("past_key_values"))
-            total = width + (cache.get_seq_length() if cache is not None else 0)
-            kept = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        if not self.everywhere:
-            in_prompt = torch.arange(total - width, total) < self.prompt_width
-            kept = kept & torch.where(in_prompt, self.in_prompts, self.in_texts).to(kept.device)
-        self.steers_any = bool(kept.any())
-        self.mask = None if kept.all() else kept[..., None]
-
-    def blend(self, hidden: Tensor, changed: Tensor) -> Tensor:
-        """`changed` where steered, `hidden` elsewhere."""
-        return changed if self.mask is None else torch.where(self.mask.to(hidden.device), changed, hidden)
+    Row i has its first token in column `starts[i]` (before that is padding, which is never steered) and the first token
+    after its prompt in column `prompt_ends[i]`; `positions[i]` says which of the two parts is steered, or both.
+    """
+    column = torch.arange(columns.start, columns.stop)
+    in_prompt = column < torch.tensor(prompt_ends)[:, None]
+    of_prompts = torch.tensor([position != "generated" for position in positions])[:, None]
+    of_texts = torch.tensor([position != "prompt" for position in positions])[:, None]
+    return (column >= torch.tensor(starts)[:, None]) & torch.where(in_prompt, of_prompts, of_texts)
 
 
-def _residual_writer(plan: Plan, layer: int, window: _Window) -> Callable[[Tensor], Tensor | None]:
-    addition = plan.additions.get(layer)
-    ablation = plan.ablations.get(layer)
+class _Blend:
+    """What is written where a pass is steered, and what was there elsewhere."""
+
+    def __init__(self, where: Tensor | None) -> None:
+        self._where = where[..., None] if where is not None and not where.all() else None
+
+    def __call__(self, hidden: Tensor, changed: Tensor) -> Tensor:
+        if self._where is None:
+            return changed
+        self._where = self._where.to(hidden.device)  # once a pass, or once for each device
+        return torch.where(self._where, changed, hidden)
+
+
+def _residual_writer(plan: Plan, layer: int, blend: _Blend) -> Callable[[Tensor], Tensor]:
+    projection = plan.projections.get(layer)
     clamp = plan.clamps.get(layer)
+    addition = plan.additions.get(layer)
 
-    def write(hidden: Tensor) -> Tensor | None:
-        nonlocal addition, ablation, clamp
-        if not window.steers_any:
-            return None
+    def write(hidden: Tensor) -> Tensor:
         changed = hidden
-        if ablation is not None:
-            ablation = Ablation(ablation.basis.to(hidden.device), ablation.shares.to(hidden.device))
-            along = torch.bmm(changed, ablation.basis.transpose(1, 2)) * ablation.shares
-            changed = changed - torch.bmm(along, ablation.basis)
+        if projection is not None:
+            changed = projection.to(hidden.device, hidden.dtype)(changed)
         if clamp is not None:
-            clamp = clamp.to(hidden.device)
-            changed = clamp(changed)
+            changed = clamp.to(hidden.device)(changed)
         if addition is not None:
-            addition = addition.to(hidden.device)
-            changed = changed + addition
-        return window.blend(hidden, changed)
+            changed = changed + addition.to(hidden)
+        return blend(hidden, changed)
 
     return write
 
 
-def _neuron_writer(change: NeuronChange, window: _Window) -> Callable[[Tensor], Tensor | None]:
-    def write(hidden: Tensor) -> Tensor | None:
-        nonlocal change
-        if not window.steers_any:
-            return None
-        if change.neurons.device != hidden.device:
-            device = hidden.device
-            change = NeuronChange(change.neurons.to(device), change.multipliers.to(device), change.shifts.to(device))
-        old = hidden[..., change.neurons]
-        new = window.blend(old, old * change.multipliers + change.shifts)
-        return hidden.index_copy(-1, change.neurons, new)
+def _neuron_writer(change: NeuronChange, blend: _Blend) -> Callable[[Tensor], Tensor]:
+    def write(hidden: Tensor) -> Tensor:
+        here = change.to(hidden.device, hidden.dtype)
+        old = hidden[..., here.neurons]
+        return hidden.index_copy(-1, here.neurons, blend(old, old * here.multipliers + here.shifts))
 
     return write
-
-
-# --- joining ---------------------------------------------------------------------------------------------------------
-
-
-def _join_tensors(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:
-    """`[rows[i], a, b]` tensors one after another, with zeros where one is smaller or missing."""
-    present = [part for part in parts if part is not None]
-    sizes = [max(part.shape[dim] for part in present) for dim in (1, 2)]
-    whole = present[0].new_zeros(sum(rows), *sizes)
-    for part, place in zip(parts, whole.split(list(rows)), strict=True):
-        if part is not None:
-            place[:, : part.shape[1], : part.shape[2]] = part
-    return whole
-
-
-def _join_fields(kind: type, parts: Sequence[Any], rows: Sequence[int]) -> Any:
-    """An `Ablation` or a `Clamp`, tensor by tensor: zeros stand for none."""
-    named = [entry.name for entry in fields(kind)]
-    return kind(*(_join_tensors([getattr(part, name, None) for part in parts], rows) for name in named))
-
-
-def _join_changes(parts: Sequence[NeuronChange | None], rows: Sequence[int]) -> NeuronChange:
-    """Over the union of the neurons; where a part does not name one, it stays as it is."""
-    present = [part for part in parts if part is not None]
-    neurons = torch.unique(torch.cat([part.neurons for part in present]))
-    multipliers = present[0].multipliers.new_ones(sum(rows), 1, len(neurons))
-    shifts = torch.zeros_like(multipliers)
-    each = zip(parts, multipliers.split(list(rows)), shifts.split(list(rows)), strict=True)
-    for part, its_multipliers, its_shifts in each:
-        if part is not None:
-            places = torch.searchsorted(neurons, part.neurons)
-            its_multipliers[..., places] = part.multipliers
-            its_shifts[..., places] = part.shifts
-    return NeuronChange(neurons, multipliers, shifts)
 
 
 # --- compiling a row -------------------------------------------------------------------------------------------------
 
 
+def _different(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Many rows often share a recipe."""
+    return list({id(recipe): recipe for recipe in recipes}.values())
+
+
+def _checked(lm: LanguageModel, recipe: Recipe) -> Plan:
+    plan = _compile_row(lm, recipe)
+    if not _is_finite(plan):
+        use = max(recipe.uses, key=lambda use: abs(use.strength if use.multiplier is None else use.multiplier))
+        what = f"strength {use.strength:g}" if use.multiplier is None else f"multiplier {use.multiplier:g}"
+        raise UsageError(
+            f"{use.artifact.name!r} at {what} comes to more than {str(lm.dtype).removeprefix('torch.')} can hold; "
+            "use a smaller one."
+        )
+    return plan
+
+
+def _is_finite(plan: Plan) -> bool:
+    operations = (*plan.projections.values(), *plan.clamps.values(), *plan.changes.values())
+    tensors = [*plan.additions.values(), *(tensor for operation in operations for tensor in operation.tensors)]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _placed(lm: LanguageModel, plan: Plan) -> Plan:
+    """The plan with what is written at a layer on that layer's device, so that no step copies it there."""
+    named = ("additions", "projections", "clamps", "changes")
+    return replace(
+        plan, **{name: {at: part.to(lm.layer_device(at)) for at, part in getattr(plan, name).items()} for name in named}
+    )
+
+
 def _compile_row(lm: LanguageModel, recipe: Recipe) -> Plan:
+    """On the CPU, in the dtype in which it is written."""
     uses = [use for use in recipe.uses if use.has_effect]
     vectors = {name: [use for use in uses if use.artifact.operation == name] for name in VECTOR_OPERATIONS}
     circuits = [use for use in uses if isinstance(use.artifact, NeuronCircuit)]
-    width, device, dtype = lm.shape.d_model, lm.device, lm.dtype
+    width, dtype, cpu = lm.shape.d_model, lm.dtype, torch.device("cpu")
     return Plan(
-        additions={layer: push.to(device, dtype) for layer, push in _additions(vectors["add"], width).items()},
-        ablations={
-            layer: Ablation(found.basis.to(device, dtype), found.shares.to(device, dtype))
-            for layer, found in _ablations(vectors["ablate"], width).items()
-        },
-        clamps={layer: clamp.to(device) for layer, clamp in _clamps(vectors["clamp"], width).items()},
-        changes=_changes(circuits, device, dtype),
+        additions={layer: push.to(dtype) for layer, push in _additions(vectors["add"], width).items()},
+        projections={layer: found.to(cpu, dtype) for layer, found in _projections(vectors["ablate"], width).items()},
+        clamps=_clamps(vectors["clamp"], width),
+        changes={layer: change.to(cpu, dtype) for layer, change in _changes(circuits).items()},
         positions=("all",),
     )
 
@@ -285,7 +234,7 @@ def _additions(uses: Sequence[Use], width: int) -> dict[int, Tensor]:
     return dict(sums)
 
 
-def _ablations(uses: Sequence[Use], width: int) -> dict[int, Ablation]:
+def _projections(uses: Sequence[Use], width: int) -> dict[int, Projection]:
     by_layer: dict[int, list[tuple[Tensor, float]]] = defaultdict(list)
     for use in uses:
         assert isinstance(use.artifact, SteeringVector)
@@ -294,7 +243,7 @@ def _ablations(uses: Sequence[Use], width: int) -> dict[int, Ablation]:
     return {layer: _basis(found, width) for layer, found in by_layer.items()}
 
 
-def _basis(directions: Sequence[tuple[Tensor, float]], width: int) -> Ablation:
+def _basis(directions: Sequence[tuple[Tensor, float]], width: int) -> Projection:
     """Gram-Schmidt, so that two overlapping directions are not taken out twice."""
     basis, shares = torch.zeros(1, len(directions), width), torch.zeros(1, 1, len(directions))
     for place, (direction, share) in enumerate(directions):
@@ -303,7 +252,7 @@ def _basis(directions: Sequence[tuple[Tensor, float]], width: int) -> Ablation:
         if rest.norm() > 1e-4:  # else it lies within the directions before it
             basis[0, place] = rest / rest.norm()
             shares[0, 0, place] = share
-    return Ablation(basis, shares)
+    return Projection(basis, shares)
 
 
 def _clamps(uses: Sequence[Use], width: int) -> dict[int, Clamp]:
@@ -325,12 +274,12 @@ def _clamp(layer: int, uses: Sequence[Use], width: int) -> Clamp:
         directions[0, place] = use.artifact.directions[layer]
         biases[0, 0, place] = encoder.bias
         thresholds[0, 0, place] = max(encoder.threshold, 0.0)
-        values[0, 0, place] = torch.tensor(use.amount)  # beyond what float32 holds it is infinite
+        values[0, 0, place] = torch.tensor(use.amount)  # beyond what float32 holds it is infinite, and refused
         shares[0, 0, place] = use.share
     return Clamp(encoders, directions, biases, thresholds, values, shares)
 
 
-def _changes(uses: Sequence[Use], device: torch.device, dtype: torch.dtype) -> dict[int, NeuronChange]:
+def _changes(uses: Sequence[Use]) -> dict[int, NeuronChange]:
     """Per layer the union of the circuits' neurons; multipliers of circuits that share one multiply, shifts add up."""
     wanted: dict[int, set[int]] = defaultdict(set)
     for use in uses:
@@ -343,7 +292,7 @@ def _changes(uses: Sequence[Use], device: torch.device, dtype: torch.dtype) -> d
         multipliers, shifts = torch.ones(1, 1, len(ordered)), torch.zeros(1, 1, len(ordered))
         for use in uses:
             _apply_circuit(use, layer, ordered, multipliers[0, 0], shifts[0, 0])
-        changes[layer] = NeuronChange(ordered.to(device), multipliers.to(device, dtype), shifts.to(device, dtype))
+        changes[layer] = NeuronChange(ordered, multipliers, shifts)
     return changes
 
 

@@ -11,8 +11,9 @@ from neurosteer.artifacts.recipes import POSITIONS, UNSTEERED, Positions, Recipe
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
-from neurosteer.steering.batches import Batch, Writing
+from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
+from neurosteer.steering.plans import check_recipes
 from neurosteer.validation import check_count
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Begun:
     """A row to write, and its text under way."""
 
     row: Row
-    writing: Writing
+    writing: RowInFlight
 
     @property
     def filled(self) -> Row:
@@ -84,7 +85,7 @@ class Begun:
         return replace(self.row, text=text.text, tokens=len(text.ids), finish=finish, ids=tuple(text.ids))
 
 
-Decode = Callable[[int, Sequence[Writing]], Generator[Step, None, None]]
+Decode = Callable[[int, Sequence[RowInFlight]], Generator[Step, None, None]]
 """Writes texts until they have ended or it is told to stop, a step at a time; the first is row number `first`."""
 
 
@@ -122,13 +123,15 @@ class Session:
         under way; the texts so far are kept.
 
         Raises:
-            UsageError: an option out of its range, or a prompt that is too long for the model.
+            UsageError: an option out of its range, a prompt that is too long for the model, a strength beyond what the
+                model's dtype can hold; or, after the other rows, one that was pushed to where the model's scores are no
+                longer finite.
             MismatchError: an artifact was made on a model of another shape.
         """
         check_count("batch_rows", batch_rows, 1, MAX_BATCH_ROWS)
         begun = self.begin(rows, recipe, Options(max_new_tokens, sampling or Sampling(), positions, raw))
 
-        def decode(first: int, writings: Sequence[Writing]) -> Generator[Step, None, None]:
+        def decode(first: int, writings: Sequence[RowInFlight]) -> Generator[Step, None, None]:
             """In the consumer's own thread, a step for each time it asks.
 
             Hooks are on the model only while a step runs: a consumer that pauses, leaves, or goes on in another
@@ -145,6 +148,7 @@ class Session:
         """The rows, checked, with their prompts as tokens. Raises as `stream` does."""
         todo = _as_rows(rows, recipe)
         self._check_artifacts(todo)
+        check_recipes(self.lm, [row.recipe for row in todo])
         prompts = [self._prompt_ids(row.prompt, options) for row in todo]
         return [self._begun(row, ids, options) for row, ids in zip(todo, prompts, strict=True)]
 
@@ -187,19 +191,25 @@ class Session:
         # The same prompt and sample draw the same random numbers under every recipe and in every batch.
         sampler = Sampler(options.sampling, f"{row.prompt}/{row.sample}")
         text = RowText(self.lm.tokenizer, stop_ids(self.lm))
-        return Begun(row, Writing(prompt, row.recipe, options.positions, options.max_new_tokens, sampler, text))
+        return Begun(row, RowInFlight(prompt, row.recipe, options.positions, options.max_new_tokens, sampler, text))
 
 
 def in_parts(
     begun: Sequence[Begun], part_rows: int, decode: Decode, cancel: threading.Event | None, progress: Progress
 ) -> Generator[Step, None, list[Row]]:
-    """Write rows `part_rows` at a time; yields the steps of `decode` and what a text held back till its end."""
+    """Write rows `part_rows` at a time; yields the steps of `decode` and what a text held back till its end.
+
+    A row that fails ends; its error is raised when the others that were written with it have ended, too.
+    """
     finished: list[Row] = []
     for first in range(0, len(begun), part_rows):
         part = begun[first : first + part_rows]
         if not is_set(cancel):
             yield from decode(first, [one.writing for one in part])
             yield Step(first, tuple(one.writing.text.finish() for one in part))
+            failure = next((one.writing.failure for one in part if one.writing.failure is not None), None)
+            if failure is not None:
+                raise failure
             progress(f"Wrote {first + len(part)} of {len(begun)} texts", (first + len(part)) / len(begun))
         finished += [one.filled for one in part]
     return finished

@@ -13,9 +13,10 @@ from typing import Any
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe
+from neurosteer.models.caching import can_change
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
-from neurosteer.steering.batches import Batch, Writing, can_change
+from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Options, Row, Session, Step, drained, in_parts, is_set, sweep_rows
 from neurosteer.validation import check_count
@@ -53,7 +54,7 @@ class SharedSession:
         self._max_rows = max_rows
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._queue: deque[_Request] = deque()
+        self._queue: deque[_RowsAsked] = deque()
         self._worker: threading.Thread | None = None
 
     @property
@@ -99,12 +100,12 @@ class SharedSession:
         """
         begun = self.session.begin(rows, recipe, Options(max_new_tokens, sampling or Sampling(), positions, raw))
         part_rows = max(1, self._max_rows // 2)
-        at_once = _Request(0, [one.writing for one in begun[:part_rows]], cancel)
+        at_once = _RowsAsked(0, [one.writing for one in begun[:part_rows]], cancel)
         at_once.left = time.monotonic()
         self._enlist(at_once)
 
-        def decode(first: int, writings: Sequence[Writing]) -> Generator[Step, None, None]:
-            request = _Request(first, writings, cancel) if first else at_once
+        def decode(first: int, writings: Sequence[RowInFlight]) -> Generator[Step, None, None]:
+            request = _RowsAsked(first, writings, cancel) if first else at_once
             try:
                 while (step := self._next(request)) is not None:
                     yield step
@@ -113,7 +114,7 @@ class SharedSession:
 
         return in_parts(begun, part_rows, decode, cancel, progress)
 
-    def _next(self, request: "_Request") -> Step | None:
+    def _next(self, request: "_RowsAsked") -> Step | None:
         """What comes next of a request, None at its end. Waits for it."""
         request.left = None
         self._enlist(request)
@@ -123,7 +124,7 @@ class SharedSession:
             raise message
         return message
 
-    def _enlist(self, request: "_Request") -> None:
+    def _enlist(self, request: "_RowsAsked") -> None:
         """Have a request waiting or decoding, unless there is something of it to be read yet."""
         with self._changed:
             if not request.enlisted and request.inbox.empty():
@@ -167,10 +168,10 @@ class SharedSession:
         return True
 
 
-class _Request:
+class _RowsAsked:
     """Rows of one caller, `first` and those after it, which decode in one batch; and what their reader is to get."""
 
-    def __init__(self, first: int, writings: Sequence[Writing], cancel: threading.Event | None) -> None:
+    def __init__(self, first: int, writings: Sequence[RowInFlight], cancel: threading.Event | None) -> None:
         self.first = first
         self.writings = writings
         self.cancel = cancel
@@ -179,11 +180,12 @@ class _Request:
         self.left: float | None = None  # when the reader took the last step; None while it waits for the next
         self.enlisted = False  # waiting or decoding; else nothing happens until the reader asks
         self.started = False
-        self.alone = False  # after a failure: in a batch of its own
+        self.failures = 0  # of steps that it was part of, with others
+        self.alone_for = 0  # so many more good steps it does in a batch of its own
         self._told: int | None = None
 
     @property
-    def live(self) -> list[Writing]:
+    def live(self) -> list[RowInFlight]:
         return [writing for writing in self.writings if not writing.ended]
 
     def leaves(self, patience: float) -> bool:
@@ -203,7 +205,15 @@ class _Request:
             self._told = place
             self.inbox.put(Step(self.first, ("",) * len(self.writings), waiting=place))
 
-    def deliver(self, pieces: Mapping[Writing, str]) -> None:
+    def set_apart(self) -> None:
+        """After a step with others that failed: in a batch of its own, for longer each time, as when only the joint
+        batch is too large."""
+        self.started = False
+        self.failures += 1
+        self.alone_for = 2 ** (self.failures - 1)
+
+    def deliver(self, pieces: Mapping[RowInFlight, str]) -> None:
+        self.alone_for = max(0, self.alone_for - 1)
         self.inbox.put(Step(self.first, tuple(pieces.get(writing, "") for writing in self.writings)))
 
 
@@ -212,7 +222,7 @@ class _Group:
     """A batch and the requests whose rows it holds."""
 
     batch: Batch
-    requests: list[_Request]
+    requests: list[_RowsAsked]
     reading: bool = True  # the prompts; until the first step is done
 
     def step(self) -> None:
@@ -231,7 +241,7 @@ class _Decoder:
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self.requests: list[_Request] = []
+        self.requests: list[_RowsAsked] = []
         self._groups: list[_Group] = []
         self._can_join = can_change(lm)
         self._prompt_columns = _PROMPT_COLUMNS.get(lm.device.type, _OTHER_PROMPT_COLUMNS)
@@ -245,14 +255,14 @@ class _Decoder:
         """A token more for every row under way; before that, something of the prompts of newcomers."""
         self._read_prompts()
         for group in list(self._groups):
-            if not group.reading and not group.batch.ended:
-                self._attempt(group.step, group.requests)
+            if not group.reading and not group.batch.ended and group in self._groups:
+                self._step(group)
         for request in [request for request in self.requests if request.started and not request.live]:
             request.inbox.put(None)
             self.requests.remove(request)
         self._forget_ended()
 
-    def release(self, leaving: Collection[_Request]) -> None:
+    def release(self, leaving: Collection[_RowsAsked]) -> None:
         """Free the rows of those of the requests that are under way."""
         self.requests = [request for request in self.requests if request not in leaving]
         gone = {writing for request in leaving for writing in request.writings}
@@ -280,7 +290,7 @@ class _Decoder:
         for group in [group for group in self._groups if group.reading]:
             self._attempt(partial(self._read, group), group.requests)
 
-    def _newcomers(self) -> list[_Request]:
+    def _newcomers(self) -> list[_RowsAsked]:
         """The first request that has not begun, and others whose prompts can well be read with its own."""
         new = [request for request in self.requests if not request.started]
         chosen = new[:1]
@@ -290,7 +300,7 @@ class _Decoder:
                 chosen.append(request)
         return chosen
 
-    def _begin(self, requests: list[_Request]) -> None:
+    def _begin(self, requests: list[_RowsAsked]) -> None:
         for request in requests:
             request.started = True
         self._groups.append(_Group(Batch(self.lm, [one for request in requests for one in request.live]), requests))
@@ -301,6 +311,16 @@ class _Decoder:
             group.batch.read(columns)
             return
         group.step()
+        self._join_others(group)
+
+    def _step(self, group: _Group) -> None:
+        was_alone = any(request.alone_for for request in group.requests)
+        self._attempt(group.step, group.requests)
+        if was_alone and group in self._groups:
+            self._join_others(group)
+
+    def _join_others(self, group: _Group) -> None:
+        """Have the rows of `group` go on in another batch, where there is one that they fit in."""
         for other in self._groups:
             together = [*other.requests, *group.requests]
             if other is not group and not other.reading and self._may_join(together, _MOST_PADDING):
@@ -308,14 +328,14 @@ class _Decoder:
                 self._attempt(partial(other.join, group), together)
                 return
 
-    def _may_join(self, requests: Sequence[_Request], most_padding: int) -> bool:
+    def _may_join(self, requests: Sequence[_RowsAsked], most_padding: int) -> bool:
         lengths = _lengths(requests)
         fits = _columns(requests) - sum(lengths) <= most_padding
-        return self._can_join and fits and not any(request.alone for request in requests)
+        return self._can_join and fits and not any(request.alone_for for request in requests)
 
-    def _attempt(self, work: Callable[[], None], requests: Sequence[_Request]) -> None:
-        """Do `work` on the batch of `requests`. Where it fails, each goes on from its tokens in a batch of its own, so
-        that what one of them causes does not reach the others; one that is alone already gets the error."""
+    def _attempt(self, work: Callable[[], None], requests: Sequence[_RowsAsked]) -> None:
+        """Do `work` on the batch of `requests`. Where it fails, each goes on from its tokens in a batch of its own for
+        a while, so that what one of them causes does not reach the others; one that is alone already gets the error."""
         try:
             work()
         except Exception as error:
@@ -328,7 +348,7 @@ class _Decoder:
                 logger.warning("A step of %d requests failed (%s); each goes on alone", len(requests), kind)
             self._groups = [group for group in self._groups if not any(one in requests for one in group.requests)]
             for request in requests:
-                request.started, request.alone = False, True
+                request.set_apart()
 
     def _forget_ended(self) -> None:
         for group in self._groups:
@@ -336,11 +356,11 @@ class _Decoder:
         self._groups = [group for group in self._groups if group.requests]
 
 
-def _lengths(requests: Sequence[_Request]) -> list[int]:
+def _lengths(requests: Sequence[_RowsAsked]) -> list[int]:
     return [len(writing) for request in requests for writing in request.live]
 
 
-def _columns(requests: Sequence[_Request]) -> int:
+def _columns(requests: Sequence[_RowsAsked]) -> int:
     """Of a batch of all their rows, padding included."""
     lengths = _lengths(requests)
     return len(lengths) * max(lengths, default=0)

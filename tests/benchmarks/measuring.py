@@ -91,6 +91,6 @@ def kl_p95(lm: LanguageModel, continuation: Continuation, recipe: Recipe) -> flo
 
 def _logprobs(lm: LanguageModel, ids: Tensor, mask: Tensor, width: int, recipe: Recipe | None) -> Tensor:
     plan = compile_plan(lm, [recipe or Recipe()] * len(ids))
-    with torch.inference_mode(), applied(lm, plan, prompt_width=width):
+    with torch.inference_mode(), applied(lm, plan, mask.bool()):
         logits = lm.model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - width + 1).logits
     return torch.log_softmax(logits[:, :-1].float(), -1)

@@ -107,7 +107,7 @@ def check_logits(lm: LanguageModel, name: str, directions: Directions, steer: St
         with steer(lm, directions, multiplier):
             theirs = lm.model(ids).logits.float()
         plan = compile_plan(lm, [Recipe.of((as_ours(lm, directions), multiplier))])
-        with applied(lm, plan, prompt_width=ids.shape[1]):
+        with applied(lm, plan):
             ours = lm.model(ids).logits.float()
     moved, apart = float((theirs - plain).abs().max()), float((theirs - ours).abs().max())
     if not apart < 1e-3 < 0.1 < moved:

@@ -139,7 +139,7 @@ def _probabilities(lm: LanguageModel, ids: Sequence[int], recipes: Sequence[Reci
     found = []
     for first in range(0, len(recipes), _ROWS):
         part = recipes[first : first + _ROWS]
-        with torch.inference_mode(), applied(lm, compile_plan(lm, part), prompt_width=len(ids)):
+        with torch.inference_mode(), applied(lm, compile_plan(lm, part)):
             found.append(last_logits(lm, [ids] * len(part)).softmax(-1).cpu())
     return torch.cat(found)
 
