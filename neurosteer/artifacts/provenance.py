@@ -19,7 +19,8 @@ class Provenance:
 
     `candidates` are the choices of layers that were compared at equal KL, a mapping of figures each; `hold_out` is the
     share of each class that took no part in building (`ContrastSet.parts` with `HOLD_OUT_SEED` tells which). `warnings`
-    are sentences about what made the method weak on these examples.
+    are sentences about what made the method weak on these examples; `template_options` are what the model's chat
+    template was given.
     """
 
     created: Line = ""
@@ -38,8 +39,10 @@ class Provenance:
     hold_out: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
     parents: Annotated[Sequence[Line], _MANY] = ()
     warnings: Annotated[tuple[Line, ...], _FEW] = ()
+    template_options: Annotated[Mapping[str, Any], _FEW] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_json("provenance's template options", dict(self.template_options))
         check_json("provenance's candidates", [dict(one) for one in self.candidates])
 
 

@@ -12,6 +12,10 @@ from neurosteer.validation import is_finite
 Positions = Literal["all", "prompt", "generated"]
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
 
+MAX_STRENGTH = 100
+"""The largest strength, of either sign, that pages, endpoints and the command line take. In Python any will do that the
+model's dtype can hold."""
+
 
 @dataclass(frozen=True)
 class Use:

@@ -10,7 +10,7 @@ from torch import Tensor
 from neurosteer.artifacts.common import check_common, check_tensor, safe_name
 from neurosteer.artifacts.features import Feature, FeatureEncoder
 from neurosteer.artifacts.provenance import Provenance, Receipt
-from neurosteer.artifacts.strength import DEFAULT_DOSE, Calibration
+from neurosteer.artifacts.strength import DEFAULT_DOSE, Calibration, default_calibration
 from neurosteer.errors import ArtifactError, MismatchError
 from neurosteer.models.reference import ModelReference, same_shape, shape_text
 from neurosteer.text import shown
@@ -75,11 +75,17 @@ class SteeringVector:
         return sorted(self.directions)
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
-        """The sum of two vectors of one model, over the layers of either; strength 1 is the default dose again."""
+        """The sum of two vectors of one model and operation, over the layers of either; strength 1 means the default
+        again."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         _check_is_push(self, "added")
         _check_is_push(other, "added")
+        if self.operation != other.operation:
+            raise ArtifactError(
+                f"{self.name!r} has the operation {self.operation} and {other.name!r} {other.operation}; only vectors "
+                "of one operation can be added. Put both into a recipe instead."
+            )
         if not same_shape(self.model, other.model):
             raise MismatchError(
                 f"{self.name!r} ({shape_text(self.model)}) and {other.name!r} ({shape_text(other.model)}) "
@@ -96,7 +102,7 @@ class SteeringVector:
             features=(),
             directions=directions,
             norms={**other.norms, **self.norms},
-            calibration=Calibration(DEFAULT_DOSE),
+            calibration=default_calibration(self.operation),
             provenance=Provenance(parents=(self.name, other.name), version=self.provenance.version),
             receipts=(),
         )

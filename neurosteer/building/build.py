@@ -13,7 +13,7 @@ from neurosteer.artifacts.provenance import Provenance
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building.layer_choice import Candidate, best_single_layers, compare, neutral_places, reason
 from neurosteer.building.layers import LayerChoice
-from neurosteer.building.plan import HELD_OUT_SHARE, BuildPlan, make_plan, read_plan
+from neurosteer.building.plan import HELD_OUT_SHARE, BuildPlan, make_plan, read_plan, without_short
 from neurosteer.building.separation import choose, separations
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.files import calibration_prompts
@@ -83,6 +83,7 @@ def build(
     for warning in plan.warnings(examples):
         logger.warning(warning)
     training = examples.parts(hold_out, seed=HOLD_OUT_SEED)[0] if hold_out else examples
+    training = without_short(lm, training, plan, progress)
     compared_on = None
     if calibrate and plan.leaves_a_choice and min(len(training.positive), len(training.negative)) >= _FEWEST_TO_COMPARE:
         training, compared_on = training.parts(HELD_OUT_SHARE, seed=HOLD_OUT_SEED, at_most=_COMPARED_ON)
@@ -125,14 +126,15 @@ def build_each(
     job = Job(progress, cancel)
     plan = make_plan(lm, method, layers, framing, tokens, parameters, progress)
     plan = replace(plan, layers=plan.candidates, reason="every layer by itself")
-    work = _Work(lm, examples, plan, job)
+    work = _Work(lm, without_short(lm, examples, plan, progress), plan, job)
     activations = work.read(every_residual=True)
     artifacts = {}
     for layer in plan.method.usable(plan.candidates, plan.parameters):
         job.check("Building")
         progress(f"Computing {method} at layer {layer}")
         artifact = work.computed(activations, (layer,), safe_name(f"{examples.name}-{method}-{layer}"))
-        artifacts[layer] = work.finished(_Made(artifact, activations, plan.reason))
+        artifact = work.finished(_Made(artifact, activations, plan.reason))
+        artifacts[layer] = replace(artifact, provenance=replace(artifact.provenance, examples_sha256=examples.sha256))
     return artifacts
 
 
@@ -242,4 +244,5 @@ class _Work:
             separation={layer: round(value, 4) for layer, value in separations(made.activations).items()},
             candidates=made.candidates,
             warnings=plan.warnings(examples),
+            template_options=dict(self.lm.template_options) if self.lm.chat else {},
         )

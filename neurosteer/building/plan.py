@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from neurosteer.building.layers import LayerChoice, layers_shown, parse_layers
-from neurosteer.errors import UsageError
-from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.errors import ExamplesError, UsageError
+from neurosteer.examples.contrast_set import MIN_PER_CLASS, ContrastSet
 from neurosteer.methods import find_method
 from neurosteer.methods.base import Method
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress
-from neurosteer.reading.loop import read_activations
+from neurosteer.reading.loop import read_activations, readable
 from neurosteer.reading.request import Request, Tokens
 from neurosteer.reading.statistics import Activations
 from neurosteer.saes.autoencoder import SparseAutoencoder
@@ -23,6 +23,7 @@ HELD_OUT_SHARE = 0.2
 HELD_OUT_AT_MOST = 100
 AUTO_RANGE = (0.2, 0.8)
 MAX_ROW_BYTES = 1 << 30
+TOO_SHORT = "too short to be read"
 _SPLIT_SEED = 0
 
 
@@ -116,6 +117,27 @@ def _saes(
             f"layers is {layers_shown(layers)}, but the SAEs named read {layers_shown(tuple(sorted(saes)))}."
         )
     return dict(sorted(saes.items()))
+
+
+def without_short(lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, progress: Progress) -> ContrastSet:
+    """The examples without those that are too short to be read under the plan's framing, which `dropped` counts.
+
+    Raises `ExamplesError` where fewer than 2 of a class are left.
+    """
+    sides = (examples.positive, examples.negative)
+    kept = readable(lm, *sides, plan.request(), paired=examples.paired)
+    n_short = sum(map(len, sides)) - sum(map(len, kept))
+    if not n_short:
+        return examples
+    if min(map(len, kept)) < MIN_PER_CLASS:
+        raise ExamplesError(
+            f"Only {len(kept[0])} positive and {len(kept[1])} negative texts of {examples.name!r} are long enough to "
+            f"be read (of one token none is); {MIN_PER_CLASS} of each are needed: give longer texts."
+        )
+    progress(f"Left out {n_short} texts that are too short to be read")
+    positive, negative = (tuple(side[place] for place in places) for side, places in zip(sides, kept, strict=True))
+    dropped = {**examples.dropped, TOO_SHORT: examples.dropped.get(TOO_SHORT, 0) + n_short}
+    return replace(examples, positive=positive, negative=negative, dropped=dropped)
 
 
 def read_plan(

@@ -212,7 +212,12 @@ def _steered_model(lm: LanguageModel, batch_size: int, cancel: threading.Event |
     # The harness may give the tokenizer a padding token and turn its padding side: it gets one of its own. And it
     # warns that a model which is loaded already should not be spread over processes, which nobody asks for here.
     with _quiet(HFLM.__module__):
-        return SteeredModel(pretrained=lm.model, tokenizer=deepcopy(lm.tokenizer), batch_size=batch_size)
+        return SteeredModel(
+            pretrained=lm.model,
+            tokenizer=deepcopy(lm.tokenizer),
+            batch_size=batch_size,
+            chat_template_args=lm.framer.template_variables,
+        )
 
 
 @contextmanager

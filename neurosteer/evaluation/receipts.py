@@ -1,7 +1,7 @@
 """Receipts of evaluations as plain JSON data.
 
     {"schema_version": 1, "kind": "evaluation",
-     "model": {"name", "revision", "fingerprint", "dtype"},
+     "model": {"name", "revision", "fingerprint", "dtype", "template_options"},
      "recipe": [{"name", "kind", "method", "operation", "strength", "multiplier", "amount_up", "amount_down",
                  "calibrated"}],
      "judge": {"name", "accuracy", "n_accuracy", "is_weak"},
@@ -82,6 +82,7 @@ def receipt_of(
             "revision": reference.revision,
             "fingerprint": reference.fingerprint,
             "dtype": str(lm.dtype).removeprefix("torch."),
+            "template_options": dict(lm.template_options),
         },
         "recipe": [_use_data(use) for use in recipe.uses],
         "judge": {

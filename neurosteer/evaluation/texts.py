@@ -57,7 +57,8 @@ class Writing:
             [group.kind, group.strength, group.instruction, *map(_recipe_data, group.recipes)] for group in self.groups
         ]
         sampling = vars(self.sampling)
-        model = [lm.name, lm.fingerprint, str(lm.dtype), lm.chat]
+        model: list[Any] = [lm.name, lm.fingerprint, str(lm.dtype), lm.chat]
+        model += [dict(lm.template_options)] if lm.template_options else []
         content = [model, groups, self.prompts, self.samples, self.max_new_tokens, sampling, PART_ROWS]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 

@@ -36,8 +36,9 @@ class Split:
 class ContrastSet:
     """Texts that show a behaviour (`positive`) and texts that don't (`negative`).
 
-    `paired` means that row i of both belong together. `dropped` counts the rows that reading left out, under exactly
-    `"blank"` and `"duplicate"`; `source` says in words what the texts were read from. Neither takes part in equality.
+    `paired` means that row i of both belong together. `dropped` counts the rows that were left out, under `"blank"`,
+    `"duplicate"` and whatever other reason there was; `source` says in words what the texts were read from. Neither
+    takes part in equality.
 
     Raises `ExamplesError` unless each class has 2 to 20,000 texts, no text is blank, and no text is in both classes
     (compared after Unicode NFC and with runs of whitespace as one space; see `key`).
@@ -60,7 +61,7 @@ class ContrastSet:
         if self.paired and len(self.positive) != len(self.negative):
             counts = f"{len(self.positive)} positive and {len(self.negative)} negative"
             refuse(self.name, f"paired texts need as many of each class, not {counts}: pass paired=False")
-        if set(self.dropped) != {"blank", "duplicate"}:
+        if not {"blank", "duplicate"} <= set(self.dropped):
             refuse(self.name, f"dropped needs the keys blank and duplicate, not {listed(self.dropped)}")
         object.__setattr__(self, "dropped", dict(self.dropped))
 

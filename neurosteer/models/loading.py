@@ -1,6 +1,9 @@
 """Loading models: by catalog name, Hub id, folder or GGUF file."""
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.models.adapters import merge_adapter
 from neurosteer.models.catalog import default_model
-from neurosteer.models.language_model import LanguageModel, ModelShape
+from neurosteer.models.framing import template_options as complete_options
+from neurosteer.models.language_model import LanguageModel, ModelShape, fingerprint_of
 from neurosteer.models.parts import find_blocks, find_decoder, find_down_projection, find_final_norm, input_width
 from neurosteer.models.sources import Source, locate
 from neurosteer.progress import Progress, silent
@@ -27,6 +31,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> LanguageModel:
     """Load a model by catalog name, Hub id, folder or GGUF file.
@@ -37,11 +42,13 @@ def load_model(
         device: `cuda` if there is one, else `cpu`; with several GPUs the model is spread over them.
         dtype: `float32`, `bfloat16` or `float16`; by default bfloat16 where the device computes it fast, else float32.
         chat: whether prompts get the tokenizer's chat template; by default if it has one.
+        template_options: what the chat template is given; by default `enable_thinking=False` where it knows that, and
+            a fixed date where it prints one (see `framing.template_options`).
         progress: told what is being fetched and loaded.
 
     Raises:
         ModelError: no such model, it cannot be fetched, or it lacks a part that steering needs.
-        UsageError: an unknown device or dtype.
+        UsageError: an unknown device or dtype, or template options that JSON cannot hold.
     """
     chosen = _choose_device(device)
     wanted = _choose_dtype(dtype, chosen)
@@ -49,20 +56,23 @@ def load_model(
     progress(f"Loading {source.name}")
     transformers_logging.disable_progress_bar()
     spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
-    placed = "auto" if spread else None
-    if source.adapter is None:
-        model, tokenizer = _read(source, wanted, placed)
+    rounded_later = source.adapter is not None or wanted == torch.float16
+    if rounded_later:
+        model, tokenizer, fingerprint = _read_and_round(source, wanted, "auto" if spread else None)
     else:
-        model, tokenizer = _read_merged(source, source.adapter, wanted, placed)
+        model, tokenizer = _read(source, wanted, "auto" if spread else _straight_to(source, chosen))
+        fingerprint = None
     if not spread:
         _move(model, chosen)
-    return describe_model(
+    lm = describe_model(
         model,
         tokenizer,
         name=source.name,
         revision=source.revision,
         chat=chat if chat is not None else source.chat,
+        template_options=template_options,
     )
+    return replace(lm, known_fingerprint=fingerprint)
 
 
 def describe_model(
@@ -72,6 +82,7 @@ def describe_model(
     name: str,
     revision: str | None = None,
     chat: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Wrap a model and tokenizer that are loaded already. Raises `ModelError` naming the part that was not found."""
     if tokenizer.is_fast is False:
@@ -94,10 +105,20 @@ def describe_model(
         down_projections=projections,
         final_norm=find_final_norm(decoder, name),
         shape=shape,
+        template_options=complete_options(tokenizer, template_options),
     )
 
 
-def _read(source: Source, dtype: torch.dtype, device_map: str | None) -> tuple[PreTrainedModel, Any]:
+DeviceMap = str | dict[str, torch.device] | None
+
+
+def _straight_to(source: Source, device: torch.device) -> DeviceMap:
+    """Weights go to a GPU as they are read, without a copy of them all in the computer's memory; a GGUF file's are
+    unpacked there first."""
+    return None if device.type == "cpu" or source.gguf_file else {"": device}
+
+
+def _read(source: Source, dtype: torch.dtype | str, device_map: DeviceMap) -> tuple[PreTrainedModel, Any]:
     named: dict[str, Any] = {"local_files_only": True}
     packed: dict[str, Any] = {}
     if source.gguf_file:
@@ -117,17 +138,25 @@ def _read(source: Source, dtype: torch.dtype, device_map: str | None) -> tuple[P
     return model, tokenizer
 
 
-def _read_merged(
-    source: Source, adapter: Path, dtype: torch.dtype, device_map: str | None
-) -> tuple[PreTrainedModel, Any]:
-    """Merged in float32 and only then rounded, so that the weights, and their fingerprint, do not depend on rounding
-    them twice. Buffers keep the precision that the model gave them."""
-    model, tokenizer = _read(source, torch.float32, device_map)
-    merge_adapter(model, adapter)
+def _read_and_round(
+    source: Source, dtype: torch.dtype, device_map: DeviceMap
+) -> tuple[PreTrainedModel, Any, str | None]:
+    """The model, its tokenizer and, for float16, its fingerprint.
+
+    An adapter is merged in float32 and only then rounded, so that the weights, and their fingerprint, do not depend on
+    rounding them twice. float16 cannot hold what bfloat16 can, so the fingerprint is taken of what the file holds.
+    Buffers keep the precision that the model gave them.
+    """
+    first = torch.float32 if source.adapter is not None or source.gguf_file else "auto"
+    model, tokenizer = _read(source, first, device_map)
+    if source.adapter is not None:
+        merge_adapter(model, source.adapter)
+    fingerprint = fingerprint_of(model) if dtype == torch.float16 else None
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    return model, tokenizer
+    return model, tokenizer, fingerprint
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
@@ -137,13 +166,21 @@ def _choose_device(device: str | torch.device | None) -> torch.device:
         raise UsageError(f"There is no device {str(device)!r}; use cpu, cuda or cuda:N.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"The device {str(device)!r} was asked for, but no GPU is available; use cpu.")
+    with _device_errors(chosen):
+        torch.empty(1, device=chosen)
     return chosen
 
 
 def _move(model: Any, device: torch.device) -> None:
-    try:
+    with _device_errors(device):
         model.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+
+
+@contextmanager
+def _device_errors(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise UsageError(
             f"The device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:200]})."
         ) from error
@@ -156,8 +193,13 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         if dtype not in DTYPES:
             raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
         return DTYPES[dtype]
-    fast = device.type == "cuda" or cpu_has_fast_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":  # older GPUs (T4, V100, RTX 20) emulate it, and slowly
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has_fast_bfloat16()
 
 
 def cpu_has_fast_bfloat16() -> bool:

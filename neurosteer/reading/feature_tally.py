@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from neurosteer.reading.request import STRONGEST_TEXTS, Encoder, Request
-from neurosteer.reading.sink import HELD_OUT, TextBatch
+from neurosteer.reading.sink import HELD_OUT, TextBatch, sum_device
 from neurosteer.reading.statistics import FeatureStatistics, SparseRows
 
 
@@ -60,10 +60,10 @@ class FeatureTally:
     def _add_sums(self, features: Tensor, of_class: Tensor) -> None:
         chosen = torch.nn.functional.one_hot(of_class, 2).T.to(features.device, features.dtype)
         self.n_tokens += torch.bincount(of_class, minlength=2).cpu()
-        self.sums = self.sums.to(features.device)
-        self.sums[0] += chosen @ (features > 0).to(features.dtype)
-        self.sums[1] += chosen @ features
-        self.sums[2] += chosen @ features.square()
+        self.sums = self.sums.to(sum_device(features.device))
+        parts = ((features > 0).to(features.dtype), features, features.square())
+        for total, part in zip(self.sums, parts, strict=True):
+            total += (chosen @ part).to(total.device)
 
     def _keep_strongest(self, values: Tensor, tokens: Tensor, indices: Tensor) -> None:
         """`values` and `tokens` `[n_texts, n_features]`: each text's strongest activations and where they are in it."""

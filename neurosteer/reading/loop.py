@@ -1,21 +1,23 @@
 """Texts to activations: the one batched reading loop."""
 
-import copy
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
+from neurosteer.errors import ExamplesError
 from neurosteer.models.batching import length_batches
+from neurosteer.models.caching import read_beginning, repeated
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 from neurosteer.models.language_model import FramedText, LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.reading.request import Request
-from neurosteer.reading.sink import HELD_OUT, NEGATIVE, POSITIVE, Sink, read_mask
+from neurosteer.reading.sink import HELD_OUT, NEGATIVE, POSITIVE, Sink, is_readable, read_mask
 from neurosteer.reading.statistics import Activations
 from neurosteer.reading.tally import Tally
 
@@ -39,17 +41,43 @@ def read_activations(
 
     Held-out texts (given by position) count in the class means like all others; besides, their rows are kept, and the
     class difference without them, so that separation can be measured on texts it was not computed from. Memory grows
-    with their number and with `request.rows`, not with the number of texts.
+    with their number and with `request.rows`, not with the number of texts. Texts that are too short to be read (see
+    `readable`) are left out of everything, and counted in `n_short`.
 
-    Raises `Cancelled` between two batches when `cancel` is set.
+    Raises `Cancelled` between two batches when `cancel` is set, `ExamplesError` where a class has no text to read.
     """
     progress("Splitting texts into tokens")
-    framed = frame_texts(lm, [*positive, *negative], request)
-    groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)
+    everything = frame_texts(lm, [*positive, *negative], request)
+    kept = torch.tensor(_readable(everything, len(positive), paired), dtype=torch.long)
+    n_positive = int((kept < len(positive)).sum())
+    if not 0 < n_positive < len(kept):
+        side = "positive" if n_positive == 0 else "negative"
+        raise ExamplesError(f"Every {side} text is too short to be read; give texts of at least two tokens.")
+    framed = [everything[place] for place in kept.tolist()]
+    groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)[kept]
     total, n_cut = sum(len(item.ids) for item in framed), sum(item.cut for item in framed)
-    tally = Tally(lm, request, groups, len(positive))
+    tally = Tally(lm, request, groups, n_positive)
     _read(lm, framed, tally, request.residual, request.neurons, request.batch_tokens, progress, cancel)
-    return tally.result(lm.reference, total, n_cut, paired)
+    found = tally.result(lm.reference, total, n_cut, paired)
+    features = {layer: replace(one, text_of=kept[one.text_of]) for layer, one in found.features.items()}
+    return replace(found, features=features, n_short=len(everything) - len(framed))
+
+
+def readable(
+    lm: LanguageModel, positive: Sequence[str], negative: Sequence[str], request: Request, *, paired: bool
+) -> tuple[list[int], list[int]]:
+    """Positions of the texts of each class that are long enough to be read; of a pair both or neither."""
+    kept = _readable(frame_texts(lm, [*positive, *negative], request), len(positive), paired)
+    return [place for place in kept if place < len(positive)], [
+        place - len(positive) for place in kept if place >= len(positive)
+    ]
+
+
+def _readable(framed: Sequence[FramedText], n_positive: int, paired: bool) -> list[int]:
+    fit = [is_readable(item) for item in framed]
+    if paired:
+        fit = [one and other for one, other in zip(fit[:n_positive], fit[n_positive:], strict=True)] * 2
+    return [place for place, is_fit in enumerate(fit) if is_fit]
 
 
 def frame_texts(lm: LanguageModel, texts: Sequence[str], request: Request) -> list[FramedText]:
@@ -74,7 +102,8 @@ def read_tokens(
 ) -> dict[int, Tensor]:
     """The residual stream of every token after each of `layers`, `[n_tokens, d_model]` in the model's dtype.
 
-    Which tokens count is as in `read_activations`: a text's own, never padding or the sequence's first. They come
+    Which tokens count is as in `read_activations`: a text's own, never padding or the sequence's first; of a text
+    without such tokens none. They come
     grouped by text, in the order in which batches of similar length are read. Raises `Cancelled`.
     """
     collected = _TokenRows(lm, layers)
@@ -93,8 +122,7 @@ def _read(
     cancel: threading.Event | None,
 ) -> None:
     """One pass over the texts, every batch of which `sink` is shown."""
-    with torch.inference_mode():
-        prefix, framed = _shared_prefix(lm, list(framed))
+    prefix, framed = _shared_prefix(lm, list(framed))
     done, to_do = 0, sum(len(item.ids) for item in framed)
     with torch.inference_mode(), hooked(_reading_hooks(lm, sink, residual, neurons)):
         for indices in length_batches(framed, batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
@@ -114,7 +142,8 @@ def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held
 def _shared_prefix(lm: LanguageModel, framed: list[FramedText]) -> tuple[Cache | None, list[FramedText]]:
     """Keys and values of what precedes the text in every row, and the rows without it.
 
-    Nothing where there is no such prefix: what is read stays the same, it is only not computed again for each text.
+    Nothing where there is no such prefix, or the model cannot repeat it: what is read stays the same, it is only not
+    computed again for each text.
     """
     first = framed[0]
     length = min(item.start for item in framed)
@@ -122,9 +151,9 @@ def _shared_prefix(lm: LanguageModel, framed: list[FramedText]) -> tuple[Cache |
         item.ids[:length] != first.ids[:length] or len(item.ids) <= length for item in framed
     ):
         return None, framed
-    ids = torch.tensor([first.ids[:length]], device=lm.device)
-    cache = DynamicCache(config=lm.model.config)
-    lm.decoder(input_ids=ids, cache=cache, use_cache=True)
+    cache = read_beginning(lm, first.ids[:length])
+    if cache is None:
+        return None, framed
     return cache, [FramedText(item.ids[length:], item.start - length, item.cut) for item in framed]
 
 
@@ -147,9 +176,7 @@ def _read_batch(
     sink.begin(indices, batch, longest, skip_first=prefix is None)
     named: dict[str, Any] = {"use_cache": False}
     if prefix is not None:
-        cache = copy.deepcopy(prefix)  # the pass appends to its cache
-        cache.batch_repeat_interleave(len(batch))
-        named = {"cache": cache, "use_cache": True}
+        named = {"cache": repeated(prefix, len(batch)), "use_cache": True}
     with suppress(_Finished):
         lm.decoder(input_ids=ids.to(lm.device), **named)
     sink.end()

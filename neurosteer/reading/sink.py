@@ -24,14 +24,26 @@ class Sink(Protocol):
     def end(self) -> None: ...
 
 
+def is_readable(item: FramedText) -> bool:
+    """Whether a text has a token to read: one of its own, and not the sequence's first, where models keep what has
+    nothing to do with the text (the attention sink)."""
+    return len(item.ids) > max(item.start, 1)
+
+
 def read_mask(items: Sequence[FramedText], longest: int, *, skip_first: bool) -> Tensor:
-    """Which positions of a batch are read, `[batch, longest]`: a text's own, the sequence's first only if it is all
-    there is, no padding."""
+    """Which positions of a batch are read, `[batch, longest]`: a text's own, but not the sequence's first; no padding.
+
+    Without `skip_first` the rows are what follows a beginning that was read before.
+    """
     lengths = torch.tensor([len(item.ids) for item in items])
-    skipped = 1 if skip_first else 0
-    starts = torch.tensor([min(max(item.start, skipped), max(len(item.ids) - 1, 0)) for item in items])
+    starts = torch.tensor([max(item.start, 1 if skip_first else 0) for item in items])
     positions = torch.arange(longest)
     return (positions >= starts[:, None]) & (positions < lengths[:, None])
+
+
+def sum_device(device: torch.device) -> torch.device:
+    """Where float64 sums of what is on `device` are kept: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass

@@ -99,7 +99,8 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a method sees, by layer. `norms` are median norms of the residual stream over tokens."""
+    """What a method sees, by layer. `norms` are median norms of the residual stream over tokens; `n_short` texts were
+    too short to be read and are in nothing else."""
 
     model: ModelReference
     residual: Mapping[int, ClassMeans]
@@ -112,4 +113,5 @@ class Activations:
     n_cut: int
     paired: bool = False
     n_positive: int = 0
+    n_short: int = 0
     features: Mapping[int, FeatureStatistics] = field(default_factory=dict)

@@ -9,9 +9,10 @@ from neurosteer.models.language_model import FramedText, LanguageModel
 from neurosteer.models.reference import ModelReference
 from neurosteer.reading.feature_tally import FeatureTally
 from neurosteer.reading.request import Request
-from neurosteer.reading.sink import HELD_OUT, TextBatch, read_mask
+from neurosteer.reading.sink import HELD_OUT, TextBatch, read_mask, sum_device
 from neurosteer.reading.statistics import Activations, ClassMeans, ClassMoments, ClassRows, HeldOut
 
+_POOLED_AT_ONCE = 1 << 24  # numbers, since each part is copied to float32: 64 MB
 _HISTOGRAM_BINS, _HISTOGRAM_LOW, _HISTOGRAM_HIGH = 1 << 14, -24.0, 40.0  # of log2(norm): bins of 0.3%
 
 
@@ -51,8 +52,8 @@ class Tally:
     def add_residual(self, layer: int, hidden: Tensor) -> None:
         batch = self._batch()
         pooled = self._pool(hidden)
-        self.residual[layer] = self.residual[layer].to(hidden.device)
-        self.residual[layer].index_add_(0, batch.groups.to(hidden.device), pooled.double())
+        sums = self.residual[layer] = self.residual[layer].to(sum_device(hidden.device))
+        sums.index_add_(0, batch.groups.to(sums.device), pooled.to(sums.device).double())
         batch.norms[layer] = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
         if layer in self.rows:
             self.rows[layer][batch.indices] = pooled.cpu()
@@ -64,11 +65,11 @@ class Tally:
             self.held_rows[layer][places] = pooled.cpu()[held]
 
     def add_neurons(self, layer: int, hidden: Tensor) -> None:
-        pooled = self._pool(hidden).double()
-        classes = self._batch().groups.to(hidden.device) % HELD_OUT
-        self.neurons[layer] = self.neurons[layer].to(hidden.device)
-        self.neurons[layer][0].index_add_(0, classes, pooled)
-        self.neurons[layer][1].index_add_(0, classes, pooled.square())
+        sums = self.neurons[layer] = self.neurons[layer].to(sum_device(hidden.device))
+        pooled = self._pool(hidden).to(sums.device).double()
+        classes = self._batch().groups.to(sums.device) % HELD_OUT
+        sums[0].index_add_(0, classes, pooled)
+        sums[1].index_add_(0, classes, pooled.square())
 
     def end(self) -> None:
         batch = self._batch()
@@ -90,7 +91,9 @@ class Tally:
         if self.request.tokens == "last":
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             return hidden[rows, batch.last.to(hidden.device)].float()
-        return torch.bmm(batch.weights.to(hidden.device), hidden.float())[:, 0]
+        rows = max(1, _POOLED_AT_ONCE // hidden[0].numel())
+        parts = zip(batch.weights.to(hidden.device).split(rows), hidden.split(rows), strict=True)
+        return torch.cat([torch.bmm(weights, part.float()) for weights, part in parts])[:, 0]
 
     # --- results ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,151 @@
+"""Prompts and texts as token ids: the one place that renders chat templates, and what those are given."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Literal
+
+from neurosteer.errors import ModelError, UsageError
+
+Framing = Literal["raw", "prompt", "answer"]
+FRAMINGS: tuple[Framing, ...] = ("raw", "prompt", "answer")
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+
+TODAY = "2024-07-26"
+"""The date that templates which print one are given, so that the same seed gives the same text on any day. It is the
+one that Llama's templates fall back to themselves."""
+
+_TOKENIZE_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class FramedText:
+    """A text as token ids; its own tokens begin at `start`. `cut` says that it was longer than allowed."""
+
+    ids: list[int]
+    start: int
+    cut: bool
+
+
+def template_options(tokenizer: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a tokenizer's chat template is given: `given`, over what it would otherwise decide by itself.
+
+    By default a template that knows `enable_thinking` gets False, so that what is measured is the answer and not the
+    thinking; and one that prints the date gets `today`, a date as in `TODAY` (it reaches the template as `date_string`
+    and as `strftime_now`). Raises `UsageError` for options that JSON cannot hold, or a `today` that is no date.
+    """
+    source = _template_source(tokenizer)
+    options: dict[str, Any] = {}
+    if "enable_thinking" in source:
+        options["enable_thinking"] = False
+    if "strftime_now" in source or "date_string" in source:
+        options["today"] = TODAY
+    options.update(given or {})
+    try:
+        json.dumps(options, allow_nan=False)
+        _variables(options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"template_options is {options!r:.200}: {error}; give names with JSON values.") from error
+    return options
+
+
+def _template_source(tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # several templates, none of which is the default one
+        return ""
+
+
+def _variables(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` as variables of the template."""
+    variables = {name: value for name, value in options.items() if name != "today"}
+    if "today" in options:
+        today = date.fromisoformat(options["today"])
+        variables = {"date_string": today.strftime("%d %b %Y"), "strftime_now": today.strftime, **variables}
+    return variables
+
+
+@dataclass(frozen=True)
+class Framer:
+    """Turns prompts and texts into token ids for the model called `name`; `chat` says whether it has a template."""
+
+    tokenizer: Any
+    name: str
+    chat: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given beside the conversation."""
+        return _variables(self.options)
+
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, seed_response: str = "") -> list[int]:
+        """As `LanguageModel.prompt_ids`."""
+        if raw or not self.chat:
+            if not isinstance(prompt, str):
+                raise UsageError(f"{self.name} is used without a chat template: give the prompt as one text.")
+            return self.ids(prompt + seed_response)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        return self.ids(self._rendered(messages) + seed_response, special=False)
+
+    def frame(
+        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[str] | None = None
+    ) -> list[FramedText]:
+        """As `LanguageModel.frame`."""
+        if framing not in FRAMINGS:
+            raise UsageError(f"framing is {framing!r}; it must be one of {', '.join(FRAMINGS)}.")
+        if framing != "raw" and not self.chat:
+            raise UsageError(f"framing {framing!r} needs a chat model; {self.name} is a base model, use 'raw'.")
+        plain = self._batch_ids(texts, special=framing == "raw")
+        cut = [len(ids) > max_tokens for ids in plain]
+        plain = [ids[:max_tokens] for ids in plain]
+        if framing == "raw":
+            return [FramedText(ids, 0, was_cut) for ids, was_cut in zip(plain, cut, strict=True)]
+        if framing == "answer":
+            turns = {turn: self.prompt_ids(turn) for turn in dict.fromkeys(prompts or [""])}
+            starts = [turns[turn] for turn in (prompts or [""] * len(texts))]
+            return [
+                FramedText(start + ids, len(start), was_cut)
+                for start, ids, was_cut in zip(starts, plain, cut, strict=True)
+            ]
+        kept = [
+            self.tokenizer.decode(ids) if was_cut else text
+            for text, ids, was_cut in zip(texts, plain, cut, strict=True)
+        ]
+        start = self._user_turn_start()
+        rendered = self._batch_ids([self._user_turn(text) for text in kept], special=False)
+        return [FramedText(ids, start, was_cut) for ids, was_cut in zip(rendered, cut, strict=True)]
+
+    def ids(self, text: str, *, special: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    def _user_turn(self, text: str) -> str:
+        return self._rendered([{"role": "user", "content": text}])
+
+    def _user_turn_start(self) -> int:
+        """Where the chat template's fixed beginning ends, in tokens: up to there two different prompts are alike."""
+        one, other = (self.ids(self._user_turn(text), special=False) for text in ("A", "?"))
+        return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.template_variables
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise ModelError(f"The chat template of {self.name} refused the conversation: {error}") from error
+
+    def _batch_ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """A few hundred texts at a time, since what a tokenizer returns beside the ids is many times their size; and
+        one object per different id, or 20,000 texts would cost a number object for each of their tokens."""
+        found: list[list[int]] = []
+        known: dict[int, int] = {}
+        for first in range(0, len(texts), _TOKENIZE_AT_ONCE):
+            chunk = list(texts[first : first + _TOKENIZE_AT_ONCE])
+            rows = self.tokenizer(chunk, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+            found += [[known.setdefault(token, token) for token in ids] for ids in rows]
+        return found
