@@ -6,12 +6,28 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import D_MODEL, N_LAYERS, Tiny, hook_count, make_tiny, naive_states, own_hooks, pool, positions_read, texts
+from tiny import (
+    D_MODEL,
+    N_LAYERS,
+    Tiny,
+    hook_count,
+    make_tiny,
+    naive_states,
+    own_hooks,
+    pool,
+    positions_read,
+    texts,
+    tiny_next,
+)
 from torch import Tensor
 
-from neurosteer.errors import Cancelled, UsageError
+from neurosteer.errors import Cancelled, ExamplesError, UsageError
+from neurosteer.models.batching import length_batches
+from neurosteer.models.framing import FramedText
+from neurosteer.reading import tally
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
+from neurosteer.reading.sink import sum_device
 from neurosteer.reading.statistics import Activations
 
 ALL = tuple(range(N_LAYERS))
@@ -145,11 +161,71 @@ def test_framed_texts_are_read_where_the_framing_says(
             assert close(found.neurons[layer].negative, naive.neurons[1][layer].mean(0))
 
 
-def test_a_text_of_one_token_is_read_at_that_token(llama: Tiny) -> None:
-    one, two = ["a", "b"], ["c", "the cat sings"]
-    assert llama.lm.tokenizer("a")["input_ids"].__len__() == 1
-    found = read_activations(llama.lm, one, two, request())
-    agree(found, Naive(llama, one, two, "mean"))
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_text_without_a_token_to_read_is_in_nothing_and_counted(llama: Tiny, tokens: Literal["mean", "last"]) -> None:
+    """In raw framing without a BOS, the one token of a text is where models keep what has nothing to do with it."""
+    assert [len(llama.lm.tokenizer(text)["input_ids"]) for text in ("a", "b", "")] == [1, 1, 0]
+    positive, negative = [POSITIVE[0], "a", *POSITIVE[1:], ""], ["b", *NEGATIVE]
+    held = {"held_out_positive": (1, 2, 5), "held_out_negative": (0, 1)}
+    left = {"held_out_positive": (1, 4), "held_out_negative": (0,)}
+    found = read_activations(llama.lm, positive, negative, request(tokens=tokens), **held)
+    wanted = read_activations(llama.lm, POSITIVE, NEGATIVE, request(tokens=tokens), **left)
+    naive = Naive(llama, POSITIVE, NEGATIVE, tokens)
+    agree(found, naive)
+    assert (found.n_texts, found.n_positive, found.n_tokens, found.n_short) == (16, 7, naive.n_tokens, 3)
+    for layer in ALL:
+        assert close(found.rows[layer].positive, naive.residual[0][layer])
+        assert close(found.rows[layer].negative, naive.residual[1][layer])
+        assert close(found.neurons[layer].positive_variance, wanted.neurons[layer].positive_variance)
+        assert close(found.held_out[layer].difference, wanted.held_out[layer].difference)
+        assert close(found.held_out[layer].rows.positive, wanted.held_out[layer].rows.positive)
+        assert close(found.held_out[layer].rows.negative, wanted.held_out[layer].rows.negative)
+
+
+def test_of_a_pair_with_a_text_too_short_neither_is_read(llama: Tiny) -> None:
+    found = read_activations(llama.lm, ["a", *POSITIVE], ["we sing", *NEGATIVE[:7]], request(), paired=True)
+    wanted = read_activations(llama.lm, POSITIVE, NEGATIVE[:7], request(), paired=True)
+    assert found.n_short == 2
+    assert close(found.rows[1].positive - found.rows[1].negative, wanted.rows[1].positive - wanted.rows[1].negative)
+
+
+def test_a_class_of_texts_too_short_is_refused(llama: Tiny) -> None:
+    with pytest.raises(ExamplesError, match="Every negative text is too short"):
+        read_activations(llama.lm, POSITIVE, ["a", "b"], request())
+
+
+@pytest.mark.parametrize("framing", ["prompt", "answer"])
+def test_a_beginning_is_shared_only_where_the_model_can_repeat_what_it_remembers(
+    framing: Literal["prompt", "answer"],
+) -> None:
+    this = tiny_next()
+    naive = Naive(this, POSITIVE, NEGATIVE, "mean", framing)
+    found = read_activations(this.lm, POSITIVE, NEGATIVE, request(framing=framing, batch_tokens=1))
+    agree(found, naive)
+
+
+def test_pooling_in_parts_is_pooling_at_once(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "_POOLED_AT_ONCE", 3 * 12 * D_MODEL)
+    agree(
+        read_activations(llama.lm, POSITIVE, NEGATIVE, request(batch_tokens=10_000)),
+        Naive(llama, POSITIVE, NEGATIVE, "mean"),
+    )
+
+
+def test_sums_of_what_an_apple_gpu_computes_are_kept_where_float64_is() -> None:
+    assert sum_device(torch.device("mps")) == torch.device("cpu")
+    assert sum_device(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+def test_the_longest_texts_come_first_and_batches_keep_to_both_budgets() -> None:
+    items = [FramedText([0] * length, 0, False) for length in (3, 9, 1, 9, 4, 30, 2)]
+    counts = [1, 5, 1, 5, 1, 2, 1]
+    batches = list(length_batches(items, 18, counts=counts, most=6))
+    assert sorted(place for batch in batches for place in batch) == list(range(7))
+    assert batches[0] == [5] and batches[1] == [1]  # too long by itself; then the two of 9 count 10 together
+    for batch in batches[1:]:
+        assert len(batch) * max(len(items[place].ids) for place in batch) <= 18
+        assert sum(counts[place] for place in batch) <= 6
 
 
 def test_a_subset_of_layers_is_read_as_it_is_among_all(each: Tiny) -> None:

@@ -690,3 +690,23 @@ def test_a_features_weight_follows_the_length_of_its_direction() -> None:
     length = float(torch.linalg.vector_norm(one.directions[1]))
     assert (vector * -2.0).features[0].weight == -1.0
     assert vector.normalised().features[0].weight == pytest.approx(0.5 / length)
+
+
+def test_what_is_projected_out_adds_to_what_is_projected_out_whole() -> None:
+    total = make_vector((1,), operation="ablate") + make_vector((1, 2), seed=2, operation="ablate")
+    assert total.operation == "ablate" and total.calibration == default_calibration("ablate")
+    for one, other in (("add", "ablate"), ("ablate", "add")):
+        with pytest.raises(ArtifactError, match="only vectors of one operation can be added") as error:
+            _ = make_vector(operation=one) + make_vector(seed=2, operation=other)
+        one_line(error)
+
+
+def test_template_options_survive_saving_and_artifacts_without_them_stay_readable(tmp_path: Path) -> None:
+    options = {"enable_thinking": False, "today": "2024-07-26"}
+    artifact = make_vector(provenance=Provenance(template_options=options))
+    save(artifact, tmp_path / "with")
+    assert load(tmp_path / "with").provenance.template_options == options
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    del config["provenance"]["template_options"]
+    (tmp_path / "with" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "with").provenance.template_options == {}

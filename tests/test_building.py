@@ -3,6 +3,7 @@
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.storage import load, save
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building import plan
+from neurosteer.building.build import build_each
 from neurosteer.building.layers import parse_layers
 from neurosteer.building.separation import separation_of
 from neurosteer.errors import ArtifactError, Cancelled, ExamplesError, UsageError
@@ -455,3 +457,50 @@ def test_a_build_says_what_it_is_doing(llama: Tiny) -> None:
     messages: list[str] = []
     build(llama.lm, EXAMPLES, progress=lambda message, fraction=None: messages.append(message))
     assert any("60 texts" in message for message in messages) and any("caa" in message for message in messages)
+
+
+# --- texts too short to be read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["caa", "pca", "probe", "cna"])
+def test_texts_too_short_to_be_read_change_nothing_and_are_recorded(method: str) -> None:
+    this = make_tiny("llama", chat=False)
+    positive, negative = texts(12, seed=51), texts(12, seed=52)
+    plain = ContrastSet(tuple(positive), tuple(negative), name="plain")
+    mixed = ContrastSet(("a", *positive), (*negative, "b"), name="mixed", dropped={"blank": 1, "duplicate": 0})
+    heard: list[str] = []
+    told = build(
+        this.lm, mixed, method=method, layers=[1, 2], progress=lambda message, fraction=None: heard.append(message)
+    )
+    wanted = build(this.lm, plain, method=method, layers=[1, 2])
+    if isinstance(wanted, SteeringVector):
+        assert isinstance(told, SteeringVector)
+        assert all(torch.allclose(told.directions[layer], wanted.directions[layer], atol=1e-6) for layer in (1, 2))
+    else:
+        assert torch.equal(told.neurons, wanted.neurons)  # type: ignore[union-attr]
+    source = told.provenance
+    assert source.dropped == {"blank": 1, "duplicate": 0, "too short to be read": 2}
+    assert (source.n_positive, source.n_negative, source.examples_sha256) == (12, 12, mixed.sha256)
+    assert source.separation == wanted.provenance.separation
+    assert "Left out 2 texts that are too short to be read" in heard
+    each = build_each(this.lm, mixed, method="caa", layers=[1, 2])
+    assert (
+        each[1].provenance.dropped["too short to be read"] == 2 and each[1].provenance.examples_sha256 == mixed.sha256
+    )
+
+
+def test_examples_of_which_too_few_can_be_read_are_refused_in_one_line() -> None:
+    this = make_tiny("llama", chat=False)
+    short = ContrastSet(("a", "b", "the cat sings"), ("we run", "they never sing"), name="letters")
+    with pytest.raises(ExamplesError, match="Only 1 positive and 2 negative texts of 'letters'") as error:
+        build(this.lm, short, layers=1)
+    assert "\n" not in str(error.value)
+    assert build(make_tiny("llama").lm, short, layers=1).provenance.dropped == {"blank": 0, "duplicate": 0}
+
+
+def test_what_the_chat_template_was_given_is_recorded() -> None:
+    this = make_tiny("llama")
+    lm = replace(this.lm, template_options={"enable_thinking": False})
+    examples = ContrastSet(tuple(texts(4, seed=51)), tuple(texts(4, seed=52)), name="few")
+    assert build(lm, examples, layers=1).provenance.template_options == {"enable_thinking": False}
+    assert build(replace(lm, chat=False), examples, layers=1).provenance.template_options == {}

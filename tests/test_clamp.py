@@ -34,7 +34,7 @@ from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe, Use
 from neurosteer.artifacts.storage import load, pack, save, unpack
 from neurosteer.artifacts.strength import Calibration
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.errors import ArtifactError
+from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.models.loading import describe_model
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.plans import applied, compile_plan
@@ -251,9 +251,10 @@ def test_a_plan_without_clamps_has_no_trace_of_them(llama: Tiny) -> None:
     assert plan.clamps[2].shares.tolist() == [[[1.0, 0.0]], [[0.0, 0.0]], [[1.0, pytest.approx(0.7)]]]
 
 
-def test_a_strength_beyond_all_bounds_does_not_raise(llama: Tiny) -> None:
+def test_a_strength_beyond_all_bounds_is_refused_in_one_line(llama: Tiny) -> None:
     recipe = Recipe.of((replace(CLAMP, model=llama.lm.reference), 1e300))
-    assert compile_plan(llama.lm, [recipe]).clamps
+    with pytest.raises(UsageError, match=r"strength 1e\+300 comes to more than float32 can hold"):
+        compile_plan(llama.lm, [recipe])
 
 
 # --- positions, padding, the cache -----------------------------------------------------------------------------------

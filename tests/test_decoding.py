@@ -14,7 +14,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from neurosteer.errors import UsageError
 from neurosteer.steering import decoding
-from neurosteer.steering.decoding import RowText, Sampler, Sampling, draw, next_tokens
+from neurosteer.steering.decoding import NOT_FINITE, RowText, Sampler, Sampling, draw, next_tokens
 from neurosteer.steering.session import Row, Session
 
 
@@ -343,3 +343,21 @@ def test_ids_beyond_the_tokenizer_are_no_text() -> None:
     tokenizer: Any = byte_tokenizer()
     ab = tokenizer("ab")["input_ids"]
     assert stream_of(tokenizer, [ab[0], len(tokenizer) + 5, *ab[1:]], [])[0].text == "ab"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(greedy=True), Sampling(), Sampling(repetition_penalty=1.5)], ids=repr)
+def test_scores_that_are_no_numbers_give_no_token_and_change_no_other_rows(sampling: Sampling) -> None:
+    scores = torch.randn(5, 700, generator=torch.Generator().manual_seed(9))
+    wanted = next_tokens(scores, samplers(sampling, range(5)), [[0]] * 5).tolist()
+    scores[1] = float("nan")
+    scores[2, 30] = float("nan")
+    scores[3, 600] = float("inf")
+    scores[4] = -float("inf")
+    found = next_tokens(scores, samplers(sampling, range(5)), [[0]] * 5).tolist()
+    assert found == [wanted[0], NOT_FINITE, NOT_FINITE, NOT_FINITE, NOT_FINITE]
+
+
+def test_a_temperature_next_to_0_is_greedy() -> None:
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(10)) * 5
+    cold = Sampling(temperature=1e-300)
+    assert next_tokens(scores, samplers(cold, range(3)), [[0]] * 3).tolist() == scores.argmax(-1).tolist()

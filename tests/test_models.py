@@ -1,5 +1,8 @@
 """Models: the parts that are found, what is refused and how, fingerprints, and prompts and texts as token ids."""
 
+import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
 
 from neurosteer.errors import ModelError, UsageError
+from neurosteer.models import loading
 from neurosteer.models.language_model import LanguageModel, ModelShape
 from neurosteer.models.loading import describe_model, load_model
+from neurosteer.models.sources import Source
 
 
 def wrap(model: Any, **named: Any) -> LanguageModel:
@@ -290,6 +295,96 @@ def test_a_slow_tokenizer_is_refused(llama: Tiny) -> None:
 
     with pytest.raises(ModelError, match="Slow"):
         describe_model(llama.model, Slow(), name="slow")
+
+
+def test_the_fingerprint_is_the_same_in_every_dtype_and_that_of_float32(tmp_path: Path) -> None:
+    """float16 rounds differently, and loses the smallest weights."""
+    model = random_model(tiny_config("llama"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-4)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = {dtype: load_model(tmp_path, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16", "float16")}
+    assert loaded["float16"].dtype == torch.float16
+    assert all(weight.dtype == torch.float16 for weight in loaded["float16"].model.parameters())
+    assert {lm.fingerprint for lm in loaded.values()} == {describe_model(model, byte_tokenizer(), name="m").fingerprint}
+
+
+@pytest.mark.parametrize(("supported", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_the_default_only_on_gpus_that_compute_it(
+    supported: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return supported
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert loading._choose_dtype(None, torch.device("cuda")) == wanted and asked == [False]
+
+
+def test_weights_go_straight_to_a_gpu_but_for_a_gguf_files(saved: Path) -> None:
+    source = Source(saved, "m")
+    gpu = torch.device("cuda", 0)
+    assert loading._straight_to(source, torch.device("cpu")) is None
+    assert loading._straight_to(source, gpu) == {"": gpu}
+    assert loading._straight_to(replace(source, gguf_file="m.gguf"), gpu) is None
+
+
+def test_a_model_that_refuses_to_be_moved_is_one_clear_line() -> None:
+    class Quantised:
+        def to(self, device: torch.device) -> None:
+            raise ValueError("`.to` is not supported for 8-bit models.\nUse the model as it is.")
+
+    with pytest.raises(UsageError, match="'mps' cannot be used here") as error:
+        loading._move(Quantised(), torch.device("mps"))
+    one_line(error)
+
+
+# --- what chat templates are given -----------------------------------------------------------------------------------
+
+THINKING = (
+    "{% for m in messages %}<user> {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}<bot>"
+    "{% if enable_thinking is defined and not enable_thinking %} seven{% endif %}{% endif %}"
+)
+DATED = {
+    "date_string": "{% if not date_string is defined %}{% set date_string = 'never' %}{% endif %}{{ date_string }}",
+    "strftime_now": "{{ strftime_now('%d %b %Y') }}",
+}
+
+
+def with_template(template: str, **given: Any) -> LanguageModel:
+    tokenizer = copy.deepcopy(word_tokenizer())
+    tokenizer.chat_template = template
+    return describe_model(random_model(tiny_config("llama")), tokenizer, name="words", **given)
+
+
+def test_a_model_that_can_think_is_told_not_to_unless_asked() -> None:
+    lm = with_template(THINKING)
+    assert lm.template_options == {"enable_thinking": False}
+    assert lm.prompt_ids("one") == [2, 6, 3, 4, 12]  # the template's own way to say that there is no thinking
+    assert lm.frame(["two"], "answer", max_tokens=9)[0].ids == [2, 3, 4, 12, 7]
+    thinking = with_template(THINKING, template_options={"enable_thinking": True})
+    assert thinking.template_options == {"enable_thinking": True} and thinking.prompt_ids("one") == [2, 6, 3, 4]
+
+
+@pytest.mark.parametrize("kind", DATED)
+def test_a_template_that_prints_the_date_prints_the_same_one_on_every_day(kind: str) -> None:
+    lm = with_template(DATED[kind])
+    assert lm.template_options == {"today": "2024-07-26"}
+    assert lm.framer._user_turn("one") == "26 Jul 2024"
+    assert with_template(DATED[kind], template_options={"today": "2020-02-03"}).framer._user_turn("x") == "03 Feb 2020"
+    assert json.loads(json.dumps(lm.template_options)) == lm.template_options
+
+
+def test_a_plain_template_is_given_nothing_and_odd_options_are_refused() -> None:
+    assert word_lm().template_options == {} and word_lm(chat=False).template_options == {}
+    for odd in ({"x": object()}, {"today": "yesterday"}, {"today": 3}, {"x": float("nan")}):
+        with pytest.raises(UsageError, match="template_options") as error:
+            with_template(THINKING, template_options=odd)
+        one_line(error)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

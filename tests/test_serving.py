@@ -562,3 +562,63 @@ def test_visitors_of_the_embedded_model_get_the_texts_that_they_get_alone(embedd
     with ThreadPoolExecutor(4) as visitors:
         found = list(visitors.map(lambda row: shared.generate([row], sampling=GREEDY, max_new_tokens=10)[0], rows))
     assert found == wanted and len({row.text for row in found}) == 4
+
+
+def test_those_read_together_with_a_failing_request_decode_together_again(llama: Tiny) -> None:
+    """One poisoned request among several must cost the others little, or anybody could slow down everybody."""
+    session, n, length = Session(llama.lm), 6, 30
+    poisoned = make_vector((1,), seed=3, model=llama.lm.reference)
+    asked = [Row(text) for text in ("we", "they", "bread", "the cat", "the dog", "please")]
+    options: dict[str, Any] = {"max_new_tokens": length, "sampling": GREEDY}
+    wanted = [session.generate([row], **options) for row in asked]
+    shared, began = SharedSession(session, patience_s=60.0), threading.Barrier(n + 1)
+    real = Batch.step
+
+    def step(batch: Batch) -> Any:
+        if any(use.artifact.name == poisoned.name for one in batch.writings for use in one.recipe.uses):
+            raise ZeroDivisionError("poisoned")
+        return real(batch)
+
+    def visit(row: Row) -> list[Row]:
+        began.wait()
+        return shared.generate([row], **options)
+
+    with pytest.MonkeyPatch.context() as patched, slowed(llama, 0.004) as sizes, ThreadPoolExecutor(n + 1) as visitors:
+        patched.setattr(Batch, "step", step)
+        bad = visitors.submit(visit, Row("never", Recipe.of(poisoned)))
+        assert list(visitors.map(visit, asked)) == wanted
+        with pytest.raises(ZeroDivisionError):
+            bad.result()
+    # Alone throughout, the six would take 180 steps of one row each; each is alone for a step or two at most.
+    assert len(sizes) < length + 4 * n, sizes
+    assert sizes.count(n) > length // 2, "they did not decode together again"
+
+
+def test_a_request_whose_logits_are_no_numbers_fails_alone_and_sets_nobody_apart(llama: Tiny) -> None:
+    session = Session(llama.lm)
+    asked = [Row("we"), Row("they"), Row("bread", Recipe.of(make_vector((1,), model=llama.lm.reference)))]
+    options: dict[str, Any] = {"max_new_tokens": 12, "sampling": Sampling(seed=4)}
+    wanted = [session.generate([row], **options) for row in asked]
+    shared, real = SharedSession(session, patience_s=60.0), Batch._next_scores
+
+    def spoiled(batch: Batch) -> torch.Tensor:
+        scores = real(batch)
+        for place, one in enumerate(batch.writings):
+            if one.recipe.uses and len(one.text.ids) == 5:
+                scores[place] = float("nan")
+        return scores
+
+    with pytest.MonkeyPatch.context() as patched, slowed(llama, 0.004), ThreadPoolExecutor(3) as visitors:
+        patched.setattr(Batch, "_next_scores", spoiled)
+        patched.setattr(serving._RowsAsked, "set_apart", lambda self: pytest.fail("nobody is to be set apart"))
+        futures = [visitors.submit(shared.generate, [row], **options) for row in asked]
+        assert [future.result() for future in futures[:2]] == wanted[:2]
+        with pytest.raises(UsageError, match="After 5 tokens"):
+            futures[2].result()
+
+
+def test_a_strength_that_cannot_be_held_is_refused_in_the_callers_thread(llama: Tiny) -> None:
+    recipe = Recipe.of((make_vector((1,), model=llama.lm.reference), 1e300))
+    with pytest.raises(UsageError, match="can hold"):
+        SharedSession(Session(llama.lm)).stream([Row("we", recipe)])
+    assert not decoding_threads()

@@ -23,6 +23,7 @@ from tiny import (
     naive_logits,
     own_hooks,
     tiny,
+    tiny_wrapped,
     word_tokenizer,
     writes_of,
 )
@@ -747,3 +748,93 @@ def test_a_stream_goes_on_in_another_thread_as_if_nothing_had_happened(llama: Ti
             except StopIteration:
                 break
     assert texts == wanted
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["with cache", "without cache"])
+def test_positions_are_the_same_inside_a_multimodal_model(positions: Positions, use_cache: bool) -> None:
+    """It hands its text model masks as a dict, and the cache by another name."""
+    this = tiny_wrapped()
+    names = ["add", "overlapping ablations", "shift"]
+    rows = [Row(prompt, recipe_for(this, name)) for prompt, name in zip(PROMPTS, names, strict=False)]
+    options: dict[str, Any] = {"sampling": GREEDY, "max_new_tokens": 6, "positions": positions, "use_cache": use_cache}
+    for row, name in zip(Session(this.lm).generate(rows, **options), names, strict=True):
+        wanted = naive_greedy(
+            this, this.lm.prompt_ids(row.prompt), writes_of(RECIPES[name]), 6, stop=[], positions=positions
+        )
+        assert list(row.ids) == wanted, name
+
+
+def test_a_plan_for_some_positions_only_must_be_told_the_columns(llama: Tiny) -> None:
+    plan = compile_plan(llama.lm, [recipe_for(llama, "add")], "prompt")
+    with pytest.raises(ValueError, match="columns"), applied(llama.lm, plan):
+        pytest.fail("the block must not be entered")
+
+
+# --- beyond what numbers can hold ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "strength"), [(torch.float32, 1e300), (torch.float16, 1e6), (torch.bfloat16, 1e38)])
+@pytest.mark.parametrize("name", ["add", "shift", "scale"])
+def test_what_the_models_dtype_cannot_hold_is_refused_before_anything_is_written(
+    dtype: torch.dtype, strength: float, name: str
+) -> None:
+    this = make_tiny("llama")
+    this.model.to(dtype)
+    recipe = Recipe((fits(this, {"add": Use(VECTOR), "shift": Use(SHIFTING), "scale": Use(SCALING)}[name]),))
+    too_strong = recipe.scaled(strength * 1e3 if strength < 1e300 else strength)
+    for refused in (compile_plan, lambda lm, recipes: Session(lm).stream([Row("we", recipes[0])])):
+        with pytest.raises(UsageError, match="can hold; use a smaller one") as error:
+            next(refused(this.lm, [too_strong]))  # type: ignore[call-overload]
+        assert "\n" not in str(error.value) and recipe.uses[0].artifact.name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(), Sampling(temperature=1e-300)], ids=["greedy", "drawn", "cold"]
+)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_row_whose_logits_are_no_numbers_ends_alone_with_an_error(
+    llama: Tiny, sampling: Sampling, broken: float
+) -> None:
+    """Logits of the row whose recipe is steered go wrong from its third token on; the others are written to their end."""
+    recipe = recipe_for(llama, "add")
+    rows = [Row("we"), Row("the cat sings", recipe), Row("bread"), Row("they")]
+    options: dict[str, Any] = {"max_new_tokens": 9, "sampling": sampling}
+    wanted = Session(llama.lm).generate(rows, **options)
+    steps = 0
+
+    def spoil(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps > 2:
+            logits = logits.clone()
+            logits[1, :, 7] = broken
+        return logits
+
+    pieces: list[str] = [""] * 4
+    with own_hooks([(llama.model.lm_head, spoil)]), pytest.raises(UsageError, match="After 2 tokens") as error:
+        for step in Session(llama.lm).stream(rows, **options):
+            pieces = [text + piece for text, piece in zip(pieces, step.pieces, strict=True)]
+    assert recipe.uses[0].artifact.name in str(error.value) and "\n" not in str(error.value)
+    assert [pieces[place] for place in (0, 2, 3)] == [wanted[place].text for place in (0, 2, 3)]
+    assert len(pieces[1]) < len(wanted[1].text)
+
+
+def test_a_stream_of_another_dtype_than_the_models_keeps_it(llama: Tiny) -> None:
+    """Some models keep the residual stream in float32 while their weights are in half precision."""
+    recipe = Recipe(tuple(fits(llama, use) for use in RECIPES["everything"]))
+    seen: list[torch.dtype] = []
+
+    def note(_module: Any, inputs: Any) -> None:
+        seen.append(inputs[0].dtype)
+
+    this = make_tiny("llama")
+    this.model.to(torch.bfloat16)
+    plan = compile_plan(this.lm, [recipe])
+    hidden = torch.randn(1, 3, D_MODEL, dtype=torch.float16)
+    for layer in plan.additions:
+        block = torch.nn.Identity()
+        lm = replace(this.lm, blocks=tuple(block if at == layer else other for at, other in enumerate(this.lm.blocks)))
+        with applied(lm, plan):
+            seen.append(block(hidden).dtype)
+    assert set(seen) == {torch.float16}

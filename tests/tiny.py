@@ -17,6 +17,7 @@ from torch.nn import Module
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -268,6 +269,27 @@ def tiny_next() -> Tiny:
     return Tiny("next", lm, blocks, [block.mlp.down_proj for block in blocks], model.model.norm)
 
 
+@cache
+def tiny_wrapped() -> Tiny:
+    """A text model inside a multimodal one, which calls it with other arguments than its own causal model does (what
+    every Gemma 3 from 4B on is loaded as)."""
+    text = tiny_config("gemma3").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+        tie_word_embeddings=False,
+    )
+    model = random_model(config)
+    model.generation_config.eos_token_id = None
+    lm = describe_model(model, byte_tokenizer(bos=True), name="tiny/wrapped", revision="r1")
+    inner = model.model.language_model
+    blocks = list(inner.layers)
+    return Tiny("wrapped", lm, blocks, [block.mlp.down_proj for block in blocks], inner.norm)
+
+
 def hook_count(model: Module) -> int:
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
@@ -324,8 +346,8 @@ def naive_states(this: Tiny, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def positions_read(length: int, start: int = 0) -> list[int]:
-    """Where a text is read: everything of its own but the first position, unless that is all there is."""
-    return [place for place in range(start, length) if place > 0] or [length - 1]
+    """Where a text is read: everything of its own but the first position."""
+    return [place for place in range(start, length) if place > 0]
 
 
 def pool(states: Tensor, length: int, tokens: str, start: int = 0) -> Tensor:

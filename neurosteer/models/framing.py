@@ -42,8 +42,8 @@ def template_options(tokenizer: Any, given: Mapping[str, Any] | None = None) -> 
         options["enable_thinking"] = False
     if "strftime_now" in source or "date_string" in source:
         options["today"] = TODAY
-    options.update(given or {})
     try:
+        options.update(given or {})
         json.dumps(options, allow_nan=False)
         _variables(options)
     except (TypeError, ValueError) as error:

@@ -101,9 +101,8 @@ class Batch:
 
         An exception leaves every writing as it was, but not the batch: its writings can go on in another one.
         """
-        ended = [writing for writing in self.writings if writing.ended]
-        if self._can_change and len(ended) * _ENDED_SHARE >= len(self.writings):
-            self.leave(ended)
+        if self._can_change and len(self._ended_rows) * _ENDED_SHARE >= len(self.writings):
+            self.let_ended_go()
         scores = self._next_scores()
         samplers = [writing.sampler for writing in self.writings]
         tokens = next_tokens(scores, samplers, [writing.ids for writing in self.writings])
@@ -151,6 +150,14 @@ class Batch:
         self.writings += other.writings
         self._plans += other._plans
         self.plan = join_plans(self._plans)
+
+    @property
+    def _ended_rows(self) -> list[RowInFlight]:
+        return [writing for writing in self.writings if writing.ended]
+
+    def let_ended_go(self) -> None:
+        """Let go of the rows that have ended, without waiting until they are a quarter of all."""
+        self.leave(self._ended_rows)
 
     @torch.inference_mode()
     def leave(self, writings: Collection[RowInFlight]) -> None:

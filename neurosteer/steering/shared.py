@@ -161,7 +161,7 @@ class SharedSession:
             self._queue = deque(request for request in self._queue if request not in leaving)
             for request in leaving:
                 request.leave()
-            while self._queue and decoder.rows + len(self._queue[0].live) <= self._max_rows:
+            while self._queue and decoder.has_room(len(self._queue[0].live), self._max_rows):
                 decoder.requests.append(self._queue.popleft())
             for place, request in enumerate(self._queue):
                 request.tell(place)
@@ -248,8 +248,17 @@ class _Decoder:
 
     @property
     def rows(self) -> int:
-        """How many rows are being written or about to be."""
-        return sum(len(request.live) for request in self.requests)
+        """How many rows are in batches, those that have ended but are still there included, or about to be."""
+        held = sum(len(group.batch.writings) for group in self._groups)
+        return held + sum(len(request.live) for request in self.requests if not request.started)
+
+    def has_room(self, rows: int, most: int) -> bool:
+        """Whether so many rows more are at most `most`, once those that have ended make room where they are needed."""
+        if self.rows + rows > most and self._can_join:
+            for group in list(self._groups):
+                if not group.reading:
+                    self._attempt(group.batch.let_ended_go, group.requests)
+        return self.rows + rows <= most
 
     def step(self) -> None:
         """A token more for every row under way; before that, something of the prompts of newcomers."""
