@@ -796,7 +796,7 @@ def test_what_the_models_dtype_cannot_hold_is_refused_before_anything_is_written
 def test_a_row_whose_logits_are_no_numbers_ends_alone_with_an_error(
     llama: Tiny, sampling: Sampling, broken: float
 ) -> None:
-    """Logits of the row whose recipe is steered go wrong from its third token on; the others are written to their end."""
+    """Those of the steered row, from its third token on; the others are written to their end."""
     recipe = recipe_for(llama, "add")
     rows = [Row("we"), Row("the cat sings", recipe), Row("bread"), Row("they")]
     options: dict[str, Any] = {"max_new_tokens": 9, "sampling": sampling}
