@@ -469,7 +469,7 @@ def test_texts_too_short_to_be_read_change_nothing_and_are_recorded(method: str)
     plain = ContrastSet(tuple(positive), tuple(negative), name="plain")
     mixed = ContrastSet(("a", *positive), (*negative, "b"), name="mixed", dropped={"blank": 1, "duplicate": 0})
     heard: list[str] = []
-    told = build(this.lm, mixed, method=method, layers=[1, 2], progress=lambda message, _=None: heard.append(message))
+    told = build(
         this.lm, mixed, method=method, layers=[1, 2], progress=lambda message, fraction=None: heard.append(message)
     )
     wanted = build(this.lm, plain, method=method, layers=[1, 2])
