@@ -13,8 +13,9 @@ from transformers import Cache
 from neurosteer.errors import ExamplesError
 from neurosteer.models.batching import length_batches
 from neurosteer.models.caching import read_beginning, repeated
+from neurosteer.models.framing import FramedText
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
-from neurosteer.models.language_model import FramedText, LanguageModel
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.reading.request import Request
 from neurosteer.reading.sink import HELD_OUT, NEGATIVE, POSITIVE, Sink, is_readable, read_mask

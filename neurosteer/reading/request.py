@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from neurosteer.errors import UsageError
-from neurosteer.models.language_model import Framing
+from neurosteer.models.framing import Framing
 
 Tokens = Literal["mean", "last"]
 TOKENS: tuple[Tokens, ...] = ("mean", "last")

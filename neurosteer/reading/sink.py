@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neurosteer.models.language_model import FramedText
+from neurosteer.models.framing import FramedText
 
 POSITIVE, NEGATIVE, HELD_OUT = 0, 1, 2  # group of a text: its class, plus 2 when held out
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neurosteer.models.language_model import FramedText, LanguageModel
+from neurosteer.models.framing import FramedText
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.reference import ModelReference
 from neurosteer.reading.feature_tally import FeatureTally
 from neurosteer.reading.request import Request

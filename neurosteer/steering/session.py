@@ -9,7 +9,8 @@ from typing import Any
 from neurosteer.artifacts.artifact import Artifact, check_model
 from neurosteer.artifacts.recipes import POSITIONS, UNSTEERED, Positions, Recipe
 from neurosteer.errors import UsageError
-from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.models.framing import Prompt
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import RowText, Sampler, Sampling

@@ -14,7 +14,8 @@ from typing import Any
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe
 from neurosteer.models.caching import can_change
-from neurosteer.models.language_model import LanguageModel, Prompt
+from neurosteer.models.framing import Prompt
+from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import Sampling
