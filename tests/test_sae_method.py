@@ -100,6 +100,7 @@ def framed(this: Tiny, text: str, framing: str) -> tuple[list[int], int]:
 class ReadText:
     """The tokens read of a text: their places in the text, and per layer their features `[n, n_features]`."""
 
+    positive: bool
     own: list[int]
     places: list[int]
     features: dict[int, np.ndarray]
@@ -108,15 +109,19 @@ class ReadText:
 @cache
 def read_naively(architecture: str, framing: str) -> tuple[ReadText, ...]:
     this, found = tiny(architecture), []
-    for text in ALL_TEXTS:
+    for number, text in enumerate(ALL_TEXTS):
         ids, start = framed(this, text, framing)
         states, _ = naive_states(this, ids)
         positions = positions_read(len(ids), start)
+        if not positions:  # too short to be read
+            continue
         features = {
             layer: np.stack([sae_of(architecture, layer).encode(states[layer, place]) for place in positions])
             for layer in LAYERS
         }
-        found.append(ReadText(ids[start:], [place - start for place in positions], features))
+        found.append(
+            ReadText(number < len(EXAMPLES.positive), ids[start:], [place - start for place in positions], features)
+        )
     return tuple(found)
 
 
@@ -134,8 +139,8 @@ class Naive:
         self.texts = [text.features[layer][kept] for text in read]
         self.places = [text.places[kept] for text in read]
         self.own = [text.own for text in read]
-        n = len(EXAMPLES.positive)
-        self.labels = np.arange(len(read)) < n
+        self.labels = np.array([text.positive for text in read])
+        n = int(self.labels.sum())
         self.sides = [np.concatenate(self.texts[:n]), np.concatenate(self.texts[n:])]
         self.rates = np.stack([(side > 0).mean(0) for side in self.sides])
         self.means = np.stack([side.mean(0) for side in self.sides])

@@ -51,9 +51,9 @@ def read_activations(
     everything = frame_texts(lm, [*positive, *negative], request)
     kept = torch.tensor(_readable(everything, len(positive), paired), dtype=torch.long)
     n_positive = int((kept < len(positive)).sum())
-    if not 0 < n_positive < len(kept):
-        side = "positive" if n_positive == 0 else "negative"
-        raise ExamplesError(f"Every {side} text is too short to be read; give texts of at least two tokens.")
+    for side, given, left in (("positive", positive, n_positive), ("negative", negative, len(kept) - n_positive)):
+        if given and not left:
+            raise ExamplesError(f"Every {side} text is too short to be read; give texts of at least two tokens.")
     framed = [everything[place] for place in kept.tolist()]
     groups = _groups(len(positive), len(negative), held_out_positive, held_out_negative)[kept]
     total, n_cut = sum(len(item.ids) for item in framed), sum(item.cut for item in framed)
