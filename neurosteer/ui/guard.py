@@ -129,7 +129,11 @@ class Guard:
         room = self._room_for_uploads(scope["neurosteer.caller"].address) if uploading else None
         most = limits.MAX_UPLOAD_BYTES if uploading else limits.MAX_BODY_BYTES
         body = _Body(receive, send, most if room is None else min(most, room))
-        body.check_announced(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        body.check_announced(headers)
+        is_form = headers.get("content-type", "").startswith("multipart/")
+        if scope["method"] not in _SAFE_METHODS and not is_form:
+            await body.read_json()
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
@@ -150,6 +154,7 @@ class _Body:
         self._receive, self._send, self._most = receive, send, most
         self.size = self._quotes = 0
         self.too_large = self.answered = False
+        self._read: Message | None = None
 
     @property
     def n_files(self) -> int:
@@ -164,7 +169,23 @@ class _Body:
         if length.isdecimal() and int(length[:20]) > self._most:
             raise self.refusal()
 
+    async def read_json(self) -> None:
+        """Read all of it, for gradio to read again; raises `Refused` where it would be too much work to parse."""
+        parts: list[bytes] = []
+        while True:
+            message = await self.receive()
+            parts.append(message.get("body", b""))
+            if self.too_large:
+                raise self.refusal()
+            if not message.get("more_body", False):
+                break
+        self._read = {**message, "body": b"".join(parts)} if message["type"] == "http.request" else message
+        check_json(b"".join(parts))
+
     async def receive(self) -> Message:
+        if self._read is not None:
+            message, self._read = self._read, None
+            return message
         message = await self._receive()
         self.size += len(message.get("body", b""))
         if self.size > self._most:
@@ -178,6 +199,20 @@ class _Body:
         self.answered = True
         self._quotes += message.get("body", b"").count(b'"')
         await self._send(message)
+
+
+def check_json(body: bytes) -> None:
+    """Raises `Refused` for JSON of so many values that reading it would take seconds, however few bytes they are."""
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if b"\0" in body or bare.count(b'"') > 4 * limits.MAX_JSON_VALUES:
+        raise _too_many_values()
+    outside = b"".join(bare.split(b'"')[::2])  # of the texts
+    if sum(map(outside.count, (b",", b"[", b"{"))) > limits.MAX_JSON_VALUES:
+        raise _too_many_values()
+
+
+def _too_many_values() -> Refused:
+    return Refused(413, f"The request holds more than {limits.MAX_JSON_VALUES:,} values, which is more than is read.")
 
 
 def check_host(headers: Headers) -> None:

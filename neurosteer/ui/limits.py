@@ -18,6 +18,7 @@ MAX_JUDGE_CHARACTERS = 2_000_000  # of the labelled texts that a judge is traine
 MAX_FILE_BYTES = 25 << 20
 MAX_UPLOAD_BYTES = MAX_FILE_BYTES + (1 << 20)  # of a request that uploads a file
 MAX_BODY_BYTES = 8 << 20  # of every other request
+MAX_JSON_VALUES = 100_000  # in it: two sets of 20,000 texts and more
 
 # Of all visitors together, at the same time.
 MAX_RUNS = 64  # texts are written together, so many cost little more than one

@@ -83,6 +83,7 @@ class Turns(Queue):
         """As gradio's. Refuses with 429 what would take another's place, and with 403 another's session."""
         self._check_login(body.session_hash, request)
         self._check_places(body, request)
+        self._check_values(body)
         return await super().push(body, request, username)
 
     def get_events(self) -> tuple[list[Event], bool, str] | None:
@@ -147,6 +148,13 @@ class Turns(Queue):
             counts.append((sum(event.session_hash == body.session_hash for event in mine), places.session))
         if any(number >= most for number, most in counts):
             raise HTTPException(429, TOO_MANY if len(mine) else BUSY)
+
+    def _check_values(self, body: Any) -> None:
+        """Gradio would write everything that was sent to the log."""
+        function = self.blocks.fns.get(body.fn_index)
+        if function is None or len(body.data) < len(function.inputs):
+            wanted = "no work of the page's" if function is None else f"{len(function.inputs)} values"
+            raise HTTPException(400, f"{len(body.data)} values were sent for {wanted}; see the page's API for them.")
 
     def _check_login(self, session: str | None, request: Any) -> None:
         """A session belongs to whoever began it: another's browser, or another login, has no part in it."""
