@@ -119,7 +119,8 @@ def read_naively(architecture: str, framing: str) -> tuple[ReadText, ...]:
             layer: np.stack([sae_of(architecture, layer).encode(states[layer, place]) for place in positions])
             for layer in LAYERS
         }
-        found.append(
+        places = [place - start for place in positions]
+        found.append(ReadText(number < len(EXAMPLES.positive), ids[start:], places, features))
             ReadText(number < len(EXAMPLES.positive), ids[start:], [place - start for place in positions], features)
         )
     return tuple(found)
