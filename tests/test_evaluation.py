@@ -1,5 +1,6 @@
 """Evaluations: figures that follow from the texts, controls beside them, work that goes on where it was cut."""
 
+import copy
 import csv
 import io
 import json
@@ -32,8 +33,9 @@ from neurosteer.building.build import build
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.evaluation import CallableJudge, Evaluation, TextClassifier, evaluate, write_evaluation
 from neurosteer.evaluation import texts as texts_module
-from neurosteer.evaluation.controls import control_strengths, default_instructions, groups, n_groups
+from neurosteer.evaluation.controls import Group, TwinKind, control_strengths, default_instructions, groups, n_groups
 from neurosteer.evaluation.receipts import receipt_text
+from neurosteer.evaluation.texts import TextPlan
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.hub import push
@@ -78,7 +80,7 @@ def test_every_figure_of_a_share_follows_from_the_texts_as_written(found: Evalua
     plain = [row for row in written if row["kind"] == "unsteered"]
     before = {prompt: score_of(plain, prompt) for prompt in PROMPTS}
     receipt = json.loads((tmp_path / "receipt.json").read_text(encoding="utf-8"))
-    assert len(receipt["rows"]) == 1 + 4 + 2 + 2
+    assert len(receipt["rows"]) == 2 + 4 + 2 + 2
     for figures in receipt["rows"]:
         own = [
             row for row in written if (row["kind"], float(row["strength"])) == (figures["kind"], figures["strength"])
@@ -92,16 +94,17 @@ def test_every_figure_of_a_share_follows_from_the_texts_as_written(found: Evalua
         if figures["kind"] == "unsteered":
             continue
         moved = [score_of(own, prompt) - before[prompt] for prompt in PROMPTS]
-        wrong = [change * figures["strength"] < 0 for change in moved]
+        wrong = [change * (figures["strength"] or 1) < 0 for change in moved]
         assert figures["wrong_way"] == pytest.approx(np.mean(wrong), abs=1e-4)
 
 
 def test_every_text_is_the_one_written_alone(llama: Tiny, found: Evaluation) -> None:
     session, vector = Session(llama.lm), vector_for(llama)
     for text in found.rows[:: len(found.rows) // 12]:
-        recipe = Recipe() if text.kind in ("unsteered", "instruction") else Recipe.of((vector, text.strength))
+        recipe = Recipe.of((vector, text.strength)) if text.kind == "steered" else Recipe()
         if text.kind == "random":
-            recipe = Recipe.of((random_twin(vector, text.draw), text.strength))
+            factor = row_of(found, "random", text.strength)["twins"][text.draw - 1]["factor"]
+            recipe = Recipe.of((random_twin(vector, text.draw), factor * text.strength))
         prompt = text.prompt
         if text.kind == "instruction":
             prompt = f"{found.receipt.data['settings']['instructions'][text.strength < 0]} {prompt}"
@@ -131,11 +134,12 @@ def test_no_steering_random_twins_and_plain_words_stand_in_every_table(found: Ev
     rows = found.receipt.data["table"]["rows"]
     assert [row[:2] for row in rows if row[1] in ("-1", "0", "+1")] == [
         ["sentiment-vector", "-1"],
-        ["random directions (3)", "-1"],
+        ["random directions (6)", "-1"],
         ["the instruction in plain words", "-1"],
         ["no steering", "0"],
+        ["no steering, written again", "0"],
         ["sentiment-vector", "+1"],
-        ["random directions (3)", "+1"],
+        ["random directions (6)", "+1"],
         ["the instruction in plain words", "+1"],
     ]
     assert found.receipt.data["settings"]["instructions"][0].startswith("Write in a very positive")
@@ -175,8 +179,9 @@ def test_random_twins_are_tried_at_plus_and_minus_1_or_the_weakest_there_is(
     strengths: tuple[float, ...], controls: list[float]
 ) -> None:
     assert control_strengths(sorted(strengths)) == controls
-    found = groups(Recipe.of(make_vector()), strengths, ("up", "down"), 2, 0)
-    assert [group.strength for group in found if group.kind == "unsteered"] == [0.0]
+    twins: dict[tuple[TwinKind, float], tuple[Recipe, ...]] = {("random", at): (Recipe(),) * 2 for at in controls}
+    found = groups(Recipe.of(make_vector()), strengths, ("up", "down"), twins)
+    assert [group.strength for group in found if group.kind in ("unsteered", "again")] == [0.0, 0.0]
     assert [(len(one.recipes), one.strength) for one in found if one.kind == "random"] == [
         (2, strength) for strength in controls
     ]
@@ -247,41 +252,57 @@ def test_what_was_cut_goes_on_where_it_was_and_writes_no_text_twice(
     whole = measured(llama, vector)
     total = sum(small_parts)
     small_parts.clear()
-    with pytest.raises(Cancelled, match="64 of 90 texts are kept"):
+    with pytest.raises(Cancelled, match="64 of 100 texts are kept"):
         measured(llama, vector, out=tmp_path, progress=stopping, cancel=stopping.cancel)
     small_parts.clear()
     resumed = measured(llama, vector, out=tmp_path)
     assert sum(small_parts) == total - 64
-    places = [json.loads(line)["place"] for line in (tmp_path / "texts.jsonl").read_bytes().splitlines()]
-    assert sorted(places) == list(range(total))
+    parts = [json.loads(file.read_bytes())["texts"] for file in sorted(tmp_path.glob("texts/*/*.json"))]
+    assert [one["text"] for part in parts for one in part] == [row.text for row in whole.rows]
     assert receipt_text(resumed.receipt) == receipt_text(whole.receipt) and resumed.rows == whole.rows
     small_parts.clear()
     measured(llama, vector, out=tmp_path)
     assert small_parts == []
 
 
-def test_a_file_that_was_cut_within_a_line_is_mended(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
-    vector, file = vector_for(llama), tmp_path / "texts.jsonl"
+def test_a_part_that_was_cut_or_spoilt_is_written_anew(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
+    vector = vector_for(llama)
     whole = measured(llama, vector, out=tmp_path)
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:40]) + lines[40][:25])  # killed while it wrote the third part
+    files = sorted(tmp_path.glob("texts/*/*.json"))
+    assert len(files) == 7
+    files[2].rename(files[2].with_name(f".{files[2].name}.new"))  # killed before the third part got its name
+    files[4].write_bytes(files[4].read_bytes()[:25])
+    files[5].write_text(json.dumps({**json.loads(files[5].read_bytes()), "settings": "of others"}))
     small_parts.clear()
     resumed = measured(llama, vector, out=tmp_path)
-    assert sum(small_parts) == len(lines) - 32
-    assert receipt_text(resumed.receipt) == receipt_text(whole.receipt)
-    assert sorted(json.loads(line)["place"] for line in file.read_bytes().splitlines()) == list(range(len(lines)))
+    assert small_parts == [16, 16, 16]
+    assert receipt_text(resumed.receipt) == receipt_text(whole.receipt) and resumed.rows == whole.rows
 
 
-def test_texts_of_other_settings_and_other_peoples_lines_stay_in_the_file(llama: Tiny, tmp_path: Path) -> None:
-    file = tmp_path / "texts.jsonl"
-    file.write_bytes(b'{"mine": 1}\nplain words\n')
+def test_texts_of_other_settings_and_other_peoples_files_stay_in_the_folder(llama: Tiny, tmp_path: Path) -> None:
+    mine = tmp_path / "texts" / "mine.json"
+    mine.parent.mkdir()
+    mine.write_bytes(b'{"mine": 1}')
     vector = vector_for(llama)
     measured(llama, vector, out=tmp_path)
-    before = file.read_bytes()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
     stronger = replace(vector, calibration=Calibration(0.6))
     assert row_of(measured(llama, stronger, out=tmp_path), "steered", 1.0)["n_texts"] == 10
-    assert file.read_bytes().startswith(before) and before.startswith(b'{"mine": 1}\nplain words\n')
-    assert len(file.read_bytes()) > 1.8 * len(before)
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
+    assert mine in before and after.items() > before.items()
+
+
+def test_prompts_that_the_template_shows_otherwise_are_other_settings(llama: Tiny) -> None:
+    plan = TextPlan((Group("unsteered", 0.0),), PROMPTS, 1, 4, Sampling())
+    once = plan.sha256(llama.lm)
+    assert plan.sha256(llama.lm) == once
+    tokenizer = copy.deepcopy(llama.lm.tokenizer)
+    tokenizer.chat_template = "today is friday " + (tokenizer.chat_template or "")
+    dated = replace(llama.lm, tokenizer=tokenizer, chat=True)
+    assert plan.sha256(dated) != replace(plan, prompts=PROMPTS[:2]).sha256(dated) != once
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("friday", "sunday")
+    assert plan.sha256(replace(dated, tokenizer=other)) != plan.sha256(dated)
 
 
 def test_another_judge_judges_the_same_texts(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
@@ -529,7 +550,8 @@ def test_without_json_the_verb_prints_the_table(run: Run, model_folder: Path, mo
     words = ("--random", "2", "--instructions", "Be glad.", "Be sad.")
     ran = run("evaluate", "--use", mood, "--examples", examples, *options, *words)
     assert ran.code == 0, ran.err
-    for shown in ("text classifier trained on labelled (6 + 6 texts)", "no steering", "random directions (2)", "mood"):
+    judge = "text classifier trained on labelled (6 + 6 texts)"
+    for shown in (judge, "no steering", "random directions (2)", "mood", "points (95% interval"):
         assert shown in ran.out
 
 

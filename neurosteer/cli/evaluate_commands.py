@@ -47,7 +47,7 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option("--instructions", metavar="UP DOWN", help="What asks in plain words for +1 and for −1."),
     ] = None,
-    random: Annotated[int, typer.Option("--random", help="How many random twins.")] = 3,
+    random: Annotated[int, typer.Option("--random", help="How many random twins.")] = 10,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for the receipt, texts and plots; run again, it goes on.")
     ] = None,
@@ -141,6 +141,8 @@ def _print_receipt_table(table: dict[str, Any]) -> None:
     for row in table["rows"]:
         shown.add_row(*row)
     print_table(shown, width=_TABLE_WIDTH)
+    for note in table.get("notes", []):
+        out.print(f"\n{note}")
 
 
 def _folder_to_save(use: Sequence[str]) -> Path:
