@@ -1,7 +1,6 @@
 """The verb that measures what artifacts do and break, and what `sweep` shares with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,9 +27,7 @@ from neurosteer.cli.output import err, new_table, out, print_json, print_table, 
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts.recipes import Recipe
-    from neurosteer.evaluation import Evaluation, Judge
-    from neurosteer.examples.contrast_set import ContrastSet
+    from neurosteer.evaluation import Evaluation, JudgeRequest
 
 _TABLE_WIDTH = 220
 
@@ -67,7 +64,7 @@ def evaluate(
 
     values = floats(strengths, "--strengths")
     place = _folder_to_save(use) if save else None
-    asked = JudgeRequest.of(judge, examples)
+    asked = judge_request(judge, examples)
     uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else sweep_prompts()
     with progress_line(logged=True) as progress:
@@ -76,40 +73,17 @@ def evaluate(
         found = measure(
             lm, recipe, asked.judge(recipe), prompts=texts, strengths=values, samples=samples,
             max_new_tokens=max_new_tokens, instructions=instructions, n_random=random, seed=seed, out=folder,
-            progress=progress,
+            examples=asked.training, progress=progress,
         )  # fmt: skip
     report(found, folder, place, as_json)
 
 
-@dataclass(frozen=True)
-class JudgeRequest:
+def judge_request(name: str | None, examples: str | None) -> "JudgeRequest":
     """What --judge and --examples ask for; mistakes in them show before a model is loaded."""
+    from neurosteer.evaluation import JudgeRequest
+    from neurosteer.examples.reading import read_examples
 
-    name: str | None
-    examples: "ContrastSet | None"
-
-    @staticmethod
-    def of(name: str | None, examples: str | None) -> "JudgeRequest":
-        from neurosteer.evaluation import named_judge
-        from neurosteer.examples.reading import read_examples
-
-        if name is None and examples is None:
-            raise UsageError(
-                "There is no judge; give labelled texts with --examples FILE, or --judge refusal or regex:PATTERN."
-            )
-        if name == "refusal" and examples is not None:
-            raise UsageError("--judge refusal brings its own labelled texts; leave --examples out.")
-        if name is not None:
-            named_judge(name)
-        return JudgeRequest(name, read_examples(examples) if examples is not None else None)
-
-    def judge(self, recipe: "Recipe") -> "Judge":
-        from neurosteer.evaluation import judge_for, named_judge
-
-        if self.name is not None:
-            return named_judge(self.name, self.examples)
-        assert self.examples is not None
-        return judge_for(recipe, self.examples)
+    return JudgeRequest(name or "", read_examples(examples) if examples is not None else None, "--examples")
 
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:

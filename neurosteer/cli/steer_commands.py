@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.cli.evaluate_commands import JudgeRequest, report
+from neurosteer.cli.evaluate_commands import judge_request, report
 from neurosteer.cli.inputs import floats, model_of, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
     DeviceOption,
@@ -125,7 +125,7 @@ def sweep(
     from neurosteer.steering.decoding import Sampling
     from neurosteer.steering.session import Session
 
-    asked = JudgeRequest.of(judge, examples) if judge or examples else None
+    asked = judge_request(judge, examples) if judge or examples else None
     if asked is not None and (raw or positions != "all"):
         raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
     values = floats(strengths, "--strengths")

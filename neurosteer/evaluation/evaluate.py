@@ -1,6 +1,5 @@
 """What a recipe does and breaks at several strengths, beside its controls: the one measurement that receipts hold."""
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from neurosteer.evaluation.judges import Judge
 from neurosteer.evaluation.metrics import KL_PERCENTILE, Sampled, difference, difference_from_twins, figures_of
 from neurosteer.evaluation.receipts import Compared, Measured, receipt_of
 from neurosteer.evaluation.texts import TextPlan, write_texts
-from neurosteer.evaluation.twins import MATCHED_ON, TwinMaker, Twins, why_not
+from neurosteer.evaluation.twins import MATCHED_ON, TwinMaker, Twins
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import sweep_prompts
 from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
@@ -27,6 +26,8 @@ from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row
+from neurosteer.text import one_line, shown
+from neurosteer.validation import check_count, is_finite
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 MAX_STRENGTHS, MAX_PROMPTS, MAX_SAMPLES, MAX_TWINS, MAX_TOKENS = 41, 1000, 100, 100, 1024
@@ -185,23 +186,16 @@ def _check(asked: EvaluationSettings) -> None:
     if len(set(prompts)) < len(prompts):
         raise UsageError("A prompt stands twice; give each once, and ask for more samples instead.")
     for strength in asked.strengths:
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-            raise UsageError(f"A strength is {strength!r:.60}; it must be a finite number.")
+        if not is_finite(strength):
+            raise UsageError(f"A strength is {shown(strength)}; it must be a finite number.")
     if not any(asked.strengths):
         raise UsageError("The strengths hold no other than 0; give at least one, like -1,0,1.")
-    counts = (
-        ("strengths", len(asked.strengths), 1, MAX_STRENGTHS),
-        ("prompts", len(prompts), 1, MAX_PROMPTS),
-        ("samples", asked.samples, 1, MAX_SAMPLES),
-        ("max_new_tokens", asked.max_new_tokens, 1, MAX_TOKENS),
-        ("n_random", asked.n_random, 1, MAX_TWINS),
-        ("n_permuted", asked.n_permuted, 0, MAX_TWINS),
-    )
-    for name, count, least, most in counts:
-        if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
-            raise UsageError(
-                f"The number of {name} is {count!r:.40}; it must be a whole number from {least} to {most}."
-            )
+    check_count("the number of strengths", len(asked.strengths), 1, MAX_STRENGTHS)
+    check_count("the number of prompts", len(prompts), 1, MAX_PROMPTS)
+    check_count("samples", asked.samples, 1, MAX_SAMPLES)
+    check_count("max_new_tokens", asked.max_new_tokens, 1, MAX_TOKENS)
+    check_count("n_random", asked.n_random, 1, MAX_TWINS)
+    check_count("n_permuted", asked.n_permuted, 0, MAX_TWINS)
     if instructions is not None and not (len(instructions) == 2 and all(one.strip() for one in instructions)):
         raise UsageError("The instructions must be two texts: what asks for the behaviour, and for its opposite.")
 
@@ -219,7 +213,7 @@ def _twins(maker: TwinMaker, asked: EvaluationSettings, examples: ContrastSet | 
     try:
         return found | maker.permuted(min(asked.n_permuted, asked.turns), examples), ""
     except (ExamplesError, ModelError, UsageError) as error:
-        return found, why_not(error)
+        return found, one_line(error)
 
 
 def _nats(

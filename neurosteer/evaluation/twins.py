@@ -13,7 +13,7 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.twins import random_recipe
 from neurosteer.building.build import build
-from neurosteer.errors import ExamplesError, ModelError, UsageError
+from neurosteer.errors import UsageError
 from neurosteer.evaluation.controls import TwinKind
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.measuring.calibration import PERCENTILE, kl_percentile
@@ -131,11 +131,6 @@ def with_permuted_labels(examples: ContrastSet, seed: int) -> ContrastSet:
     texts = rng.sample([*examples.positive, *examples.negative], len(examples.positive) + len(examples.negative))
     count = len(examples.positive)
     return replace(examples, positive=tuple(texts[:count]), negative=tuple(texts[count:]))
-
-
-def why_not(error: ExamplesError | ModelError | UsageError) -> str:
-    """Why there are no label-permuted twins, as one line for the receipt."""
-    return " ".join(str(error).split())[:300]
 
 
 def _shifted(artifact: Artifact) -> list[int]:
