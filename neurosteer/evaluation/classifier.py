@@ -2,6 +2,7 @@
 
 import random
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,46 @@ _BUCKETS = 1 << 18  # for words and for characters; what is not known beforehand
 
 
 class Fitted:
-    """Words (1 to 2) and characters (2 to 5) weighted by TF-IDF, and logistic regression on both."""
+    """Words (1 to 2) and characters (2 to 5) weighted by TF-IDF, and logistic regression on both; those that none of
+    the texts holds which it was fitted to do not count. Made from those texts' `counts` and labels."""
 
-    def __init__(self, features: Any, columns: np.ndarray, regression: Any) -> None:
-        self._features, self._columns, self._regression = features, columns, regression
+    def __init__(self, counts: Sequence[Any], labels: np.ndarray) -> None:
+        from sklearn.feature_extraction.text import TfidfTransformer
+        from sklearn.linear_model import LogisticRegression
 
-    def probabilities(self, texts: list[str]) -> np.ndarray:
+        self._columns = [np.unique(kind.indices) for kind in counts]
+        self._weights = [
+            TfidfTransformer(sublinear_tf=True).fit(kind[:, columns])
+            for kind, columns in zip(counts, self._columns, strict=True)
+        ]
+        self._regression = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+        self._regression.fit(self._weighted(counts), labels)
+
+    def probabilities(self, counts: Sequence[Any]) -> np.ndarray:
         """Of the positive class, `[n_texts]`."""
-        return self._regression.predict_proba(self._features.transform(texts)[:, self._columns])[:, 1]
+        return self._regression.predict_proba(self._weighted(counts))[:, 1]
+
+    def _weighted(self, counts: Sequence[Any]) -> Any:
+        from scipy.sparse import hstack
+
+        kinds = zip(counts, self._columns, self._weights, strict=True)
+        return hstack([weights.transform(kind[:, columns]) for kind, columns, weights in kinds], format="csr")
+
+
+def counted(texts: Sequence[str]) -> list[Any]:
+    """How often each text holds words and characters: two sparse matrices `[n_texts, buckets]`."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    raw: dict[str, Any] = {"alternate_sign": False, "norm": None, "n_features": _BUCKETS}
+    words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **raw)
+    characters = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 5), **raw)
+    return [kind.transform(list(texts)) for kind in (words, characters)]
 
 
 def fit(examples: ContrastSet, seed: int, cancel: threading.Event | None) -> tuple[Fitted, np.ndarray]:
-    """A classifier trained on all of `examples`, and for each of its texts (positive ones first) what another said of
-    it that was trained without its part: one of up to 5 parts, drawn with `seed`, in which pairs stay together. Words
-    are counted once for all of them: how rare a word is says nothing about labels.
+    """A classifier fitted to all of `examples`, and for each of its texts (positive ones first) what another said of it
+    that was fitted without its part: one of up to 5 parts, drawn with `seed`, in which pairs stay together. Words are
+    counted once for all of them.
 
     Raises `UsageError` where the texts hold no word, or too many; `Cancelled` when `cancel` is set between two fits.
     """
@@ -40,20 +67,19 @@ def fit(examples: ContrastSet, seed: int, cancel: threading.Event | None) -> tup
         raise UsageError(
             f"The labelled texts have {size:,} characters; give at most {MAX_CHARACTERS:,} to train a judge on."
         )
-    features = _features()
-    counted = features.fit_transform(texts)
-    if counted[:, :_BUCKETS].nnz == 0:  # nothing but punctuation
+    counts = counted(texts)
+    if not all(kind.nnz for kind in counts):  # nothing but punctuation
         raise UsageError(f"No judge can be trained on the texts of {examples.name[:60]!r}: they hold no word.")
-    columns = np.unique(counted.indices)
-    counted = counted[:, columns]
     verdicts = np.zeros(len(texts), dtype=bool)
     for part in folds(examples, seed):
         check_cancelled(cancel, "Training the judge")
         rest = np.setdiff1d(np.arange(len(texts)), part)
-        other = _regression().fit(counted[rest], labels[rest])
-        verdicts[part] = other.predict_proba(counted[part])[:, 1] >= 0.5
+        if not counts[0][rest].nnz:
+            continue  # whose words are all in the part: nothing can be said of it
+        other = Fitted([kind[rest] for kind in counts], labels[rest])
+        verdicts[part] = other.probabilities([kind[part] for kind in counts]) >= 0.5
     check_cancelled(cancel, "Training the judge")
-    return Fitted(features, columns, _regression().fit(counted, labels)), verdicts
+    return Fitted(counts, labels), verdicts
 
 
 def folds(examples: ContrastSet, seed: int) -> list[np.ndarray]:
@@ -73,19 +99,3 @@ def folds(examples: ContrastSet, seed: int) -> list[np.ndarray]:
 
 def labels_of(examples: ContrastSet) -> np.ndarray:
     return np.array([1] * len(examples.positive) + [0] * len(examples.negative))
-
-
-def _features() -> Any:
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-    from sklearn.pipeline import make_pipeline, make_union
-
-    raw: dict[str, Any] = {"alternate_sign": False, "norm": None, "n_features": _BUCKETS}
-    words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **raw)
-    characters = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 5), **raw)
-    return make_union(*(make_pipeline(one, TfidfTransformer(sublinear_tf=True)) for one in (words, characters)))
-
-
-def _regression() -> Any:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")

@@ -15,7 +15,7 @@ import numpy as np
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import UsageError
-from neurosteer.evaluation.classifier import Fitted, fit, labels_of
+from neurosteer.evaluation.classifier import Fitted, counted, fit, labels_of
 from neurosteer.evaluation.openings import is_refusal, labelled_openings
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.files import bundled_sets
@@ -109,7 +109,7 @@ class TextClassifier(_Measured):
         return judge
 
     def scores(self, texts: Sequence[str]) -> list[float]:
-        return self._fitted.probabilities(list(texts)).tolist() if texts else []
+        return self._fitted.probabilities(counted(texts)).tolist() if texts else []
 
 
 class RefusalDetector(_Measured):
