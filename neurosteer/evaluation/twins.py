@@ -16,8 +16,8 @@ from neurosteer.building.build import build
 from neurosteer.errors import UsageError
 from neurosteer.evaluation.controls import TwinKind
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
-from neurosteer.measuring.calibration import PERCENTILE, kl_percentile
-from neurosteer.measuring.divergence import UnsteeredTexts
+from neurosteer.measuring.calibration import PERCENTILE
+from neurosteer.measuring.divergence import UnsteeredTexts, kl_percentile
 from neurosteer.measuring.equal_kl import AtKL, at_kl
 from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.methods import METHODS

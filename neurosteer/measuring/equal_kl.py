@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.measuring.calibration import PERCENTILE, kl_percentile
-from neurosteer.measuring.divergence import UnsteeredTexts, divergences
+from neurosteer.measuring.calibration import PERCENTILE
+from neurosteer.measuring.divergence import UnsteeredTexts, divergences, kl_percentile
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
 
