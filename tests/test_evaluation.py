@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import json
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -17,7 +18,19 @@ import torch
 from checks import Run, assert_one_clear_line, refused
 from hub_server import FakeHub
 from PIL import Image
-from tiny import Tiny, Writes, clamping, make_circuit, make_vector, naive_greedy, naive_logits, writes_of
+from tiny import (
+    D_MODEL,
+    Tiny,
+    Writes,
+    clamping,
+    make_circuit,
+    make_vector,
+    naive_greedy,
+    naive_logits,
+    naive_states,
+    texts,
+    writes_of,
+)
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.cards import render_card
@@ -36,13 +49,19 @@ from neurosteer.evaluation import texts as texts_module
 from neurosteer.evaluation.controls import Group, TwinKind, control_strengths, default_instructions, groups, n_groups
 from neurosteer.evaluation.receipts import receipt_text
 from neurosteer.evaluation.texts import TextPlan
+from neurosteer.evaluation.twins import permuted_twin, with_permuted_labels
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.hub import push
+from neurosteer.measuring.divergence import divergences, unsteered_texts
+from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.models.loading import load_model
+from neurosteer.progress import silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
+from neurosteer.ui.show import evaluation as shown
 
+VECTORS = Path(__file__).parent.parent / "vectors"
 PROMPTS = ("the cat runs", "a dog sings slowly", "we never thank you", "bread and cheese", "under the river")
 E_SHARE = CallableJudge("many e", lambda text: min(1.0, 8 * text.count("e") / max(1, len(text))))
 
@@ -145,20 +164,164 @@ def test_no_steering_random_twins_and_plain_words_stand_in_every_table(found: Ev
     assert found.receipt.data["settings"]["instructions"][0].startswith("Write in a very positive")
 
 
-def test_a_random_twin_pushes_as_hard_in_another_direction() -> None:
-    vector, circuit = make_vector((0, 2)), make_circuit()
+def grams(vector: SteeringVector) -> torch.Tensor:
+    rows = torch.stack([vector.directions[layer].double() for layer in vector.layers])
+    return rows @ rows.T
+
+
+def test_a_vectors_random_twin_is_the_vector_rotated_as_a_whole() -> None:
+    spread = torch.randn(3, D_MODEL) * 0.3 + torch.randn(D_MODEL)  # layers that point nearly the same way
+    vector = make_vector((0, 1, 2), directions=dict(enumerate(spread)))
     twin, other = random_twin(vector, 1), random_twin(vector, 2)
     assert isinstance(twin, SteeringVector) and isinstance(other, SteeringVector)
     assert (twin.norms, twin.calibration, twin.layers) == (vector.norms, vector.calibration, vector.layers)
+    assert torch.allclose(grams(twin), grams(vector), rtol=1e-4, atol=1e-4), "lengths, and angles between layers"
     for layer in vector.layers:
-        assert float(twin.directions[layer].norm()) == pytest.approx(float(vector.directions[layer].norm()), rel=1e-5)
         assert abs(float(unit(twin.directions[layer]) @ unit(vector.directions[layer]))) < 0.6
         assert not torch.equal(twin.directions[layer], other.directions[layer])
-    drawn = random_twin(circuit, 1)
-    assert isinstance(drawn, NeuronCircuit)
-    assert torch.equal(drawn.neuron_layers, circuit.neuron_layers) and not torch.equal(drawn.neurons, circuit.neurons)
+    again = random_twin(vector, 1)
+    assert isinstance(again, SteeringVector) and torch.equal(again.directions[0], twin.directions[0])
     held = random_twin(clamping((1,), seed=0), 3)
     assert isinstance(held, SteeringVector) and held.encoders  # it still reads the feature, but writes elsewhere
+
+
+def test_twins_point_everywhere_alike() -> None:
+    vector = make_vector((0, 1))
+    twins = [random_twin(vector, seed) for seed in range(400)]
+    drawn = torch.stack([unit(twin.directions[1]) for twin in twins if isinstance(twin, SteeringVector)])
+    assert float(drawn.mean(0).norm()) < 4 / math.sqrt(400)
+    covariance = drawn.T @ drawn / 400 * D_MODEL
+    assert float((covariance - torch.eye(D_MODEL)).abs().max()) < 0.5
+
+
+def test_layers_that_point_the_very_same_way_and_more_layers_than_dimensions_have_twins_too() -> None:
+    row = torch.randn(D_MODEL)
+    same = make_vector((0, 1, 2), directions={0: row, 1: 2 * row, 2: -row})
+    twin = random_twin(same, 0)
+    assert isinstance(twin, SteeringVector) and torch.allclose(grams(twin), grams(same), rtol=1e-3, atol=1e-3)
+    reference = replace(same.model, n_layers=8, d_model=4)
+    many = make_vector(range(8), model=reference, directions={layer: torch.randn(4) for layer in range(8)})
+    twin = random_twin(many, 0)
+    assert isinstance(twin, SteeringVector) and torch.allclose(grams(twin), grams(many), rtol=1e-3, atol=1e-3)
+
+
+def test_a_circuits_twin_has_other_neurons_shifted_by_as_much_of_their_own_spread() -> None:
+    circuit = make_circuit([(0, 3), (0, 5), (2, 60)], seed=3, operation="shift")
+    generator = torch.Generator().manual_seed(0)
+    spreads = {layer: torch.rand(circuit.model.d_mlp, generator=generator) + 0.1 for layer in (0, 2)}
+    twin = random_twin(circuit, 7, spreads=spreads)
+    assert isinstance(twin, NeuronCircuit) and torch.equal(twin.neuron_layers, circuit.neuron_layers)
+    assert not torch.equal(twin.neurons, circuit.neurons)
+    for place, layer in enumerate(circuit.neuron_layers.tolist()):
+        own, drawn = (float(spreads[layer][int(some.neurons[place])]) for some in (circuit, twin))
+        assert float(twin.differences[place]) / drawn == pytest.approx(float(circuit.differences[place]) / own)
+    as_it_was = random_twin(circuit, 7)
+    assert isinstance(as_it_was, NeuronCircuit) and torch.equal(as_it_was.differences, circuit.differences)
+    assert torch.equal(as_it_was.neurons, twin.neurons)
+
+
+def test_spreads_are_standard_deviations_over_the_tokens_of_unsteered_texts(llama: Tiny) -> None:
+    texts = unsteered_texts(llama.lm, PROMPTS[:2], 5)
+    found = neuron_spreads(llama.lm, [1], texts)
+    rows = torch.cat([naive_states(llama, text.ids)[1][1][1:] for text in texts.texts])
+    assert torch.allclose(found[1], rows.std(0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("operation", ["vector", "shift", "scale", "ablate"])
+def test_twins_come_to_the_artifacts_kl_or_say_that_they_cannot(llama: Tiny, operation: str) -> None:
+    if operation in ("vector", "ablate"):
+        changes = {"operation": "ablate", "calibration": Calibration(0.5)} if operation == "ablate" else {}
+        artifact: Artifact = vector_for(llama, **changes)
+    else:
+        places = [(layer, neuron) for layer in (1, 2) for neuron in range(0, 40, 4)]
+        artifact = make_circuit(places, model=llama.lm.reference, operation=operation)
+    found = measured(llama, artifact, strengths=(-1, 1), samples=1, max_new_tokens=2, n_random=3)
+    texts = unsteered_texts(llama.lm, PROMPTS, 20)
+    spreads = neuron_spreads(llama.lm, artifact.layers, texts) if operation == "shift" else None
+    for strength in (-1.0, 1.0):
+        (target,) = divergences(llama.lm, texts, [Recipe.of((artifact, strength))])
+        row = row_of(found, "random", strength)
+        assert row["n_random"] == 3
+        for draw, twin in enumerate(row["twins"], start=1):
+            recipe = Recipe.of((random_twin(artifact, draw, spreads=spreads), strength)).scaled(twin["factor"])
+            (nats,) = divergences(llama.lm, texts, [recipe])
+            assert float(nats.flatten().quantile(0.95)) == pytest.approx(twin["kl"], rel=1e-2, abs=2e-4)
+            wanted = float(target.flatten().quantile(0.95))
+            assert twin["reached"] == (abs(twin["kl"] / wanted - 1) <= 0.1 + 1e-3)
+        missed = any(not twin["reached"] for twin in row["twins"])
+        notes = [note for note in found.receipt.data["table"]["notes"] if "could not be brought" in note]
+        assert missed == any(f"At strength {strength:+g}" in note for note in notes)
+        if operation in ("vector", "shift"):
+            assert not missed
+
+
+def test_the_same_method_on_shuffled_labels_is_a_control_where_the_examples_are_given(llama: Tiny) -> None:
+    examples = ContrastSet(tuple(texts(12, seed=1)), tuple(texts(12, seed=2)), "two kinds")
+    built = build(llama.lm, examples, layers=[1, 2], calibrate=False)
+    found = measured(llama, built, strengths=(-1, 1), samples=1, max_new_tokens=3, examples=examples, n_permuted=2)
+    assert [row["n_random"] for row in found.receipt.data["rows"] if row["kind"] == "permuted"] == [2, 2]
+    assert found.receipt.data["settings"]["permuted"] == {"n": 2, "why_not": ""}
+    assert ["built from shuffled labels (2)", "+1"] in [row[:2] for row in found.receipt.data["table"]["rows"]]
+    assert {one["from"] for one in found.receipt.data["differences"]} == {"steered", "random", "permuted"}
+    mixed = with_permuted_labels(examples, 1)
+    assert sorted([*mixed.positive, *mixed.negative]) == sorted([*examples.positive, *examples.negative])
+    assert len(mixed.positive) == 12 and 0 < len(set(mixed.positive) & set(examples.positive)) < 12
+    twin = permuted_twin(llama.lm, built, examples, 1, silent, None)
+    other = build(llama.lm, mixed, layers=[1, 2], calibrate=False)
+    assert isinstance(twin, SteeringVector) and isinstance(other, SteeringVector)
+    assert all(torch.equal(twin.directions[layer], other.directions[layer]) for layer in (1, 2))
+
+
+def test_without_the_examples_the_receipt_says_why_there_are_no_shuffled_labels(llama: Tiny, found: Evaluation) -> None:
+    assert found.receipt.data["settings"]["permuted"]["why_not"] == "no labelled texts were given"
+    assert not [row for row in found.receipt.data["rows"] if row["kind"] == "permuted"]
+    examples = ContrastSet(tuple(texts(6, seed=1)), tuple(texts(6, seed=2)), "others")
+    given = measured(llama, vector_for(llama), strengths=(1,), samples=1, max_new_tokens=2, examples=examples)
+    assert "other texts than 'others'" in given.receipt.data["settings"]["permuted"]["why_not"]
+
+
+def test_a_pair_that_is_shuffled_stays_a_pair() -> None:
+    examples = ContrastSet(tuple(f"good {n}" for n in range(40)), tuple(f"bad {n}" for n in range(40)), paired=True)
+    mixed = with_permuted_labels(examples, 0)
+    assert mixed.paired and all(
+        {one.split()[1]} == {other.split()[1]} for one, other in zip(mixed.positive, mixed.negative, strict=True)
+    )
+    assert 8 < sum(text.startswith("good") for text in mixed.positive) < 32
+
+
+def test_no_steering_is_written_twice_to_show_what_chance_does(found: Evaluation) -> None:
+    first, again = (
+        {(row.prompt, place): row.text for place, row in enumerate(one for one in found.rows if one.kind == kind)}
+        for kind in ("unsteered", "again")
+    )
+    assert first.keys() == again.keys() and first != again
+    assert row_of(found, "again", 0.0)["wrong_way"] is not None
+
+
+def test_differences_are_those_between_the_texts_as_written(found: Evaluation) -> None:
+    def share(kind: str, strength: float) -> float:
+        return float(np.mean([row.score >= 0.5 for row in found.rows if (row.kind, row.strength) == (kind, strength)]))
+
+    said = {(one["from"], one["strength"]): one for one in found.receipt.data["differences"]}
+    assert said.keys() == {("steered", 1.0), ("random", -1.0), ("random", 1.0)}
+    between = share("steered", 1.0) - share("steered", -1.0)
+    assert said["steered", 1.0]["share"] == pytest.approx(between, abs=1e-4)
+    for strength in (-1.0, 1.0):
+        one = said["random", strength]
+        assert one["share"] == pytest.approx(share("steered", strength) - share("random", strength), abs=1e-4)
+        assert one["share_low"] <= one["share"] <= one["share_high"]
+        assert one["is_clear"] == (one["share_low"] > 0 if strength > 0 else one["share_high"] < 0)
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in VECTORS.iterdir()))
+def test_receipts_on_released_artifacts_are_drawn_and_told_as_they_are(folder: str) -> None:
+    artifact = load(VECTORS / folder)
+    for receipt in artifact.receipts:
+        card = render_card(artifact, plots=["evaluation.png"])
+        assert receipt.data["table"]["rows"][0][2].split(" (")[0] in card
+        assert receipt_plot(receipt.data) is not None
+        page = shown.summary(receipt, 10, 1.0) + shown.table(receipt)
+        assert "random twins" in page and shown.effect_figure(receipt).data and shown.damage_figure(receipt).data
 
 
 def test_each_artifact_of_a_recipe_gets_a_twin_of_its_own() -> None:

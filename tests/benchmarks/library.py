@@ -7,8 +7,8 @@ with `train.csv`, `jbb.csv` and `benign_eval.csv`; formality and gratitude are b
 and judged by the other. For a vector, the methods named below are compared at strength ±1 on prompts of their own and
 the one that moves the judge most is kept (what they came to is printed); circuits are `cna`. Every artifact gets a
 receipt on other prompts: five strengths, ten random twins, one built from shuffled labels and the instruction in plain
-words, 16 neutral prompts × `--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal and ordinary request, once each). Gemma-3-270M
-comes from the package index (`gemma.py`), or from a folder.
+words, 16 neutral prompts × `--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal
+and ordinary request, once each). Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
 """
 
 import argparse

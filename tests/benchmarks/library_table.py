@@ -4,8 +4,8 @@
 
 The last two columns say, sign by sign, whether the effect is at least 20 points in the intended direction and its
 difference from the random twins' clear of 0 (with how many of their standard deviations lie between; older receipts,
-whose twins had the same dose instead of the same KL, do not tell), and whether wrong-way prompts are at most 15%, perplexity at most 1.5 × and
-4-gram quality at least .95.
+whose twins had the same dose instead of the same KL, do not tell), and whether wrong-way prompts are at most
+15%, perplexity at most 1.5 × and 4-gram quality at least .95.
 """
 
 import argparse
