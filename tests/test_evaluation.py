@@ -59,7 +59,7 @@ from neurosteer.models.loading import load_model
 from neurosteer.progress import silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
-from neurosteer.ui.show import evaluation as shown
+from neurosteer.ui.show import evaluation as on_page
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 PROMPTS = ("the cat runs", "a dog sings slowly", "we never thank you", "bread and cheese", "under the river")
@@ -320,8 +320,8 @@ def test_receipts_on_released_artifacts_are_drawn_and_told_as_they_are(folder: s
         card = render_card(artifact, plots=["evaluation.png"])
         assert receipt.data["table"]["rows"][0][2].split(" (")[0] in card
         assert receipt_plot(receipt.data) is not None
-        page = shown.summary(receipt, 10, 1.0) + shown.table(receipt)
-        assert "random twins" in page and shown.effect_figure(receipt).data and shown.damage_figure(receipt).data
+        page = on_page.summary(receipt, 10, 1.0) + on_page.table(receipt)
+        assert "random twins" in page and on_page.effect_figure(receipt).data and on_page.damage_figure(receipt).data
 
 
 def test_each_artifact_of_a_recipe_gets_a_twin_of_its_own() -> None:
