@@ -14,6 +14,7 @@ from scipy import stats
 N_RESAMPLES = 2000
 LEVEL = 0.95
 _TAIL = (1 - LEVEL) / 2
+_NORMAL_QUANTILE = float(stats.norm.ppf(1 - _TAIL))
 _UNSEEN = 0.05
 """The likeness of texts of one prompt shows too little in few prompts: by such a part of the way from what is found to
 its largest value, texts are taken to be more alike."""
@@ -37,7 +38,7 @@ def share_interval(verdicts: np.ndarray, twins: np.ndarray | None = None) -> Est
     independent = share * (1 - share) / n_texts
     effect = largest if independent == 0 else min(max(_variance(verdicts, twins) / independent, 1.0), largest)
     effect += _UNSEEN * (largest - effect)
-    quantile = stats.norm.ppf(1 - _TAIL) if largest == 1 else _t_quantile(n_clusters)
+    quantile = _NORMAL_QUANTILE if largest == 1 else _t_quantile(n_clusters)
     return _wilson(share, n_texts / effect, quantile)
 
 
@@ -60,7 +61,7 @@ def difference_interval(differences: np.ndarray, seed: int, twins: np.ndarray | 
     """
     mean, fewest = float(differences.mean()), _fewest(differences, twins)
     if fewest < 2 or np.ptp(differences) == 0:
-        found = _wilson((mean + 1) / 2, fewest, stats.norm.ppf(1 - _TAIL))
+        found = _wilson((mean + 1) / 2, fewest, _NORMAL_QUANTILE)
         return Estimate(mean, 2 * found.low - 1, 2 * found.high - 1)
     moved = _drawn(differences, np.indices(differences.shape)[0], seed)
     if twins is not None:
