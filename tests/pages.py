@@ -17,7 +17,7 @@ from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.steering.batches import Batch
 from neurosteer.steering.session import Session
-from neurosteer.ui.gpu import Here
+from neurosteer.ui.gpu import LocalSession
 from neurosteer.ui.loading import ModelHolder, Status
 from neurosteer.ui.mixer import MOST
 from neurosteer.ui.page import create_app, launch
@@ -41,7 +41,7 @@ class Ready(ModelHolder):
 
     def __init__(self, session: Session) -> None:
         super().__init__()
-        self._begun, self._session = True, Here(session)
+        self._begun, self._session = True, LocalSession(session)
         self._status = Status("tiny on CPU, float32", ready=True)
         self._imported.set()
 

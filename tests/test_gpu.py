@@ -53,7 +53,7 @@ def test_off_zero_gpu_nothing_is_wrapped(llama: Tiny) -> None:
     assert not hasattr(gpu._work, "__wrapped__")
     holder = ModelHolder("tiny", lambda name, progress: llama.lm)
     session = holder.wait()
-    assert type(session) is gpu.Here and session.lm is llama.lm
+    assert type(session) is gpu.LocalSession and session.lm is llama.lm
 
 
 def test_in_this_process_a_model_writes_builds_and_colours_as_the_library_does(llama: Tiny) -> None:
@@ -151,7 +151,7 @@ def test_the_model_is_placed_before_the_page_is_served_and_known_without_reading
 ) -> None:
     assert found["start"] == {
         "status": "tiny-llama on ZeroGPU, bfloat16",
-        "kind": "OnZeroGPU",
+        "kind": "ZeroGpuSession",
         "device": "cuda:0",
         "dtype": "torch.bfloat16",
         "fingerprint": lm.fingerprint,

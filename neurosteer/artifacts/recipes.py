@@ -7,10 +7,13 @@ from typing import Literal
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.errors import UsageError
-from neurosteer.validation import is_finite
+from neurosteer.validation import check_number, is_finite
 
 Positions = Literal["all", "prompt", "generated"]
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
+
+MAX_STRENGTH = 100.0
+"""Far beyond what any model withstands; more only makes numbers that are none."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Use:
             left_out = value is None and what == "multiplier"
             if not left_out and not is_finite(value):
                 raise UsageError(f"The {what} of {self.artifact.name!r} is {value!r:.60}; it must be a finite number.")
+        check_number(f"The strength of {self.artifact.name!r}", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
         if self.multiplier is not None and self.artifact.operation != "scale":
             raise UsageError(f"{self.artifact.name!r} does not scale neurons; give it a strength, not a multiplier.")
 

@@ -60,6 +60,11 @@ class SharedSession:
     def lm(self) -> LanguageModel:
         return self.session.lm
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether anything is being written, or was until a moment ago."""
+        return self._worker is not None
+
     def generate(self, rows: Sequence[Row] | Prompt, recipe: Recipe = UNSTEERED, **options: Any) -> list[Row]:
         """As `Session.generate`. Options as for `stream`."""
         return drained(self.stream(rows, recipe, **options))

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
@@ -50,7 +50,7 @@ Task = Callable[..., Generator[Any, None, Any]]
 """Work with a model: gets its session and what else was handed over, tells how far it is, and returns a result."""
 Result = TypeVar("Result")
 
-_HEARD = ("progress", "cancel")
+_CALLBACKS = ("progress", "cancel")
 """Options that stay with the caller."""
 
 
@@ -68,19 +68,47 @@ def load(name: str | None, progress: Progress) -> LanguageModel:
 
 def session_of(lm: LanguageModel, name: str | None) -> "ModelSession":
     """What handlers use of a model, which `load` knows by `name`."""
-    return OnZeroGPU(lm, name) if on_zero_gpu() else Here(Session(lm))
+    return ZeroGpuSession(lm, name) if on_zero_gpu() else LocalSession(Session(lm))
 
 
-class Here(SharedSession):
+class _Counted:
+    """Knows whether anybody works with it."""
+
+    _n_users = 0
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        with _counting:
+            self._n_users += 1
+        try:
+            yield
+        finally:
+            with _counting:
+                self._n_users -= 1
+
+    @property
+    def in_use(self) -> bool:
+        return self._n_users > 0
+
+
+_counting = threading.Lock()
+
+
+class LocalSession(_Counted, SharedSession):
     """A model in this process."""
+
+    @property
+    def in_use(self) -> bool:
+        return super().in_use or self.is_decoding
 
     def run(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """`function` with the model and what else is given, of which `progress` and `cancel` may be part."""
-        return function(self.lm, *arguments, **options)
+        with self._used():
+            return function(self.lm, *arguments, **options)
 
 
-class OnZeroGPU:
-    """A model that works in processes lent a GPU, one for each request at a time. Does what `Here` does.
+class ZeroGpuSession(_Counted):
+    """A model that works in processes lent a GPU, one for each request at a time. Does what `LocalSession` does.
 
     All raise `NeuroSteerError` when no GPU can be had, too, or when it was had for too short.
     """
@@ -103,7 +131,7 @@ class OnZeroGPU:
         options = Options(max_new_tokens, sampling or Sampling(), "all", raw)
         self._session.begin(rows, UNSTEERED, options)  # a mistake costs no GPU time
         written, steps_of = [replace(row, text="", tokens=0, finish="cancelled") for row in rows], Counter[int]()
-        with closing(_answers(_write, self._name, tuple(rows), options)) as steps:
+        with self._used(), closing(_answers(_write, self._name, tuple(rows), options)) as steps:
             while not is_set(cancel):
                 try:
                     step = next(steps)
@@ -118,11 +146,12 @@ class OnZeroGPU:
         return written
 
     def run(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-        """As `Here.run`. `function` is one of a module's, and it and its result can be pickled; tensors on the CPU."""
+        """As `LocalSession.run`. `function` is one of a module's, and it and its result can be pickled; tensors on the
+        CPU."""
         progress, cancel = options.get("progress", silent), options.get("cancel")
-        heard = tuple(name for name in _HEARD if options.pop(name, None) is not None)
+        callbacks = tuple(name for name in _CALLBACKS if options.pop(name, None) is not None)
         check_cancelled(cancel, "This")
-        with closing(_answers(_call, self._name, function, arguments, options, heard)) as told:
+        with self._used(), closing(_answers(_call, self._name, function, arguments, options, callbacks)) as told:
             while True:
                 try:
                     message, fraction = next(told)
@@ -132,7 +161,7 @@ class OnZeroGPU:
                 check_cancelled(cancel, "This")
 
 
-ModelSession = Here | OnZeroGPU
+ModelSession = LocalSession | ZeroGpuSession
 
 
 def _answers(task: Task, model: str | None, *arguments: Any) -> Generator[Any, None, Any]:
@@ -192,7 +221,7 @@ def _call(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     options: dict[str, Any],
-    heard: tuple[str, ...],
+    callbacks: tuple[str, ...],
 ) -> Generator[_Told, None, Any]:
     """In a thread of its own, because `function` calls back to tell how far it is; closing the generator cancels it."""
     told: SimpleQueue[_Told | None] = SimpleQueue()
@@ -201,7 +230,7 @@ def _call(
     def tell(message: str, fraction: float | None = None) -> None:
         told.put(_Told(message, fraction))
 
-    hearing = {name: value for name, value in zip(_HEARD, (tell, cancel), strict=True) if name in heard}
+    hearing = {name: value for name, value in zip(_CALLBACKS, (tell, cancel), strict=True) if name in callbacks}
     with ThreadPoolExecutor(1) as executor:
         working = executor.submit(function, session.lm, *arguments, **options, **hearing)
         working.add_done_callback(lambda _: told.put(None))
@@ -239,7 +268,7 @@ def _writing_s(rows: Sequence[Row], options: Options) -> float:
 
 
 def _calling_s(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], heard: tuple[str, ...]
+    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], callbacks: tuple[str, ...]
 ) -> float:
     if function is build:
         (examples,) = arguments

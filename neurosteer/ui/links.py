@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from neurosteer.errors import UsageError
-from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
+from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT, MAX_STRENGTH
 
 MOST_USES = 4
 
@@ -87,7 +87,7 @@ def _use(text: str) -> tuple[str, float]:
         number = float(position)
     except ValueError:
         number = math.nan
-    if not (_NAME.fullmatch(name) or _HUB.fullmatch(name)) or ".." in name or not abs(number) <= 100:
+    if not (_NAME.fullmatch(name) or _HUB.fullmatch(name)) or ".." in name or not abs(number) <= MAX_STRENGTH:
         raise UsageError(f"The link says {text[:120]!r}, which is no artifact at a strength, like user/repo:1.")
     return name, number
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import gradio as gr
 from gradio.themes import Base, Default
+from starlette.middleware import Middleware
 
 from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.models.catalog import find_model
+from neurosteer.ui import limits
 from neurosteer.ui.api.circuits import CircuitEndpoints, serve_circuits
 from neurosteer.ui.api.endpoints import Endpoints, serve
 from neurosteer.ui.api.evaluate import EvaluateEndpoint, serve_evaluate
+from neurosteer.ui.guard import Guard
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_VISITORS, on_a_space
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.show import html as render
 from neurosteer.ui.tabs import about as about_tab
@@ -28,8 +30,8 @@ from neurosteer.ui.tabs.circuits import CircuitHandlers
 from neurosteer.ui.tabs.evaluate import EvaluateHandlers
 from neurosteer.ui.tabs.library import LibraryHandlers
 from neurosteer.ui.tabs.steer_handlers import SteerHandlers
+from neurosteer.ui.turns import give_turns
 
-MAX_UPLOAD = "64mb"
 _STATUS_EVERY_S = 1.0
 _CACHE_S = (3600, 24 * 3600)
 _SANS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -46,7 +48,7 @@ class PageHandlers:
     def status(self, model: str | None = None) -> list[Any]:
         """The model's line; the timer that asks for it (until loading is over); the button to try again."""
         try:
-            status = self.models.holder(model).status
+            status = self.models.status(model)
         except NeuroSteerError:  # not on offer: choosing it said so
             return [gr.skip(), gr.Timer(_STATUS_EVERY_S, active=False), gr.skip()]
         return [
@@ -65,8 +67,20 @@ class PageHandlers:
         self.jobs.leave(request.session_hash)
 
 
-def create_app(model_name: str | None = None, *, holder: ModelHolder | None = None) -> gr.Blocks:
-    """The page. The model begins to load here, in a thread of its own; the page answers meanwhile."""
+def create_app(
+    model_name: str | None = None,
+    *,
+    holder: ModelHolder | None = None,
+    host: str | None = None,
+    trust_visitors: bool | None = None,
+) -> gr.Blocks:
+    """The page. The model begins to load here, in a thread of its own; the page answers meanwhile.
+
+    Beyond this machine visitors are strangers: they are not lent its login of the Hub, nor patterns and autoencoders
+    of their own choice. `trust_visitors` (None: as NEUROSTEER_TRUST_VISITORS says) treats them as its owner. `host` and
+    it have to be those given to `launch`, because they decide what the page offers.
+    """
+    limits.serve_at(host, trust_visitors)
     models, jobs = Models(model_name) if holder is None else Models.of(holder, model_name), Jobs()
     building = BuildHandlers(models, jobs)
     steering = SteerHandlers(models, jobs, building)
@@ -135,25 +149,36 @@ def model_label(name: str) -> str:
     return f"{known.name} ({'chat' if known.chat else 'base'}, {known.memory_gb:g} GB)"
 
 
-def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None, **options: Any) -> Any:
+def launch(
+    page: gr.Blocks,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    trust_visitors: bool | None = None,
+    **options: Any,
+) -> Any:
     """Serve the page. Host and port: as given, else GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, else this machine only
-    (everywhere on a Space) and the first free port from 7860. `options` are gradio's own.
+    (everywhere on a Space) and the first free port from 7860. `trust_visitors` is as for `create_app`; `options` are
+    gradio's own.
 
     Raises `UsageError` when it cannot be served there.
     """
-    everywhere = "0.0.0.0" if on_a_space() else "127.0.0.1"
-    server = host or os.environ.get("GRADIO_SERVER_NAME") or everywhere
+    limits.serve_at(host, trust_visitors)
+    server = limits.bound_to()
+    listeners = give_turns(page.queue(max_size=limits.MAX_QUEUED, api_open=False))
     try:
-        return page.queue(max_size=2 * MAX_VISITORS).launch(
+        return page.launch(
             server_name=server,
             server_port=port,
             theme=_theme(),
             css_paths=Path(__file__).with_name("style.css"),
-            max_file_size=MAX_UPLOAD,
+            max_file_size=limits.MAX_FILE_BYTES,
+            max_threads=limits.MAX_EVENTS,  # threads of their own: else the page itself would wait behind all events
             footer_links=[],
             run_history=False,
             ssr_mode=False,
             mcp_server=find_spec("mcp") is not None,  # an extra of gradio's
+            app_kwargs={"middleware": [Middleware(Guard, listeners=listeners)]},
             **options,
         )
     except OSError as error:

@@ -7,7 +7,7 @@ from neurosteer.errors import Cancelled, UsageError
 from neurosteer.progress import Progress, silent
 from neurosteer.ui.api.endpoints import Endpoint, add, handed_over, working
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_BUILDS, MAX_PROMPT, MAX_SECONDS
+from neurosteer.ui.limits import MAX_CIRCUITS, MAX_PROMPT, MAX_SECONDS
 from neurosteer.ui.loading import Models
 from neurosteer.ui.tabs.circuits import KIND, MAX_TOKENS, MOST_NEURONS
 
@@ -159,8 +159,8 @@ def serve_circuits(endpoints: CircuitEndpoints) -> None:
     """Add the endpoints to the page that is being laid out."""
     add(
         endpoints.models,
-        Endpoint("attribute", endpoints.attribute, KIND, MAX_BUILDS),
-        Endpoint("edges", endpoints.edges, KIND, MAX_BUILDS),
+        Endpoint("attribute", endpoints.attribute, KIND, MAX_CIRCUITS),
+        Endpoint("edges", endpoints.edges, KIND, MAX_CIRCUITS),
     )
 
 

@@ -13,7 +13,7 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import bundled_sets
 from neurosteer.progress import Progress
 from neurosteer.ui.jobs import BUSY, Jobs, guarded, problem
-from neurosteer.ui.limits import MAX_BUILDS, on_a_space
+from neurosteer.ui.limits import MAX_BUILDS, strangers
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put, zip_file
@@ -121,7 +121,7 @@ def check_sae(named: str, lm: "LanguageModel") -> None:
     from neurosteer.saes.offers import EMBEDDED, embedded_saes, released_for
 
     known = (EMBEDDED, *released_for(lm))
-    if not on_a_space() or any(f"{named}/".startswith(f"{name}/") for name in known):
+    if not strangers() or any(f"{named}/".startswith(f"{name}/") for name in known):
         return
     offered = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *(f"{name}/…" for name in released_for(lm))]
     raise UsageError(

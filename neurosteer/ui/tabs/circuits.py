@@ -9,7 +9,7 @@ import gradio as gr
 from neurosteer.errors import UsageError
 from neurosteer.progress import Progress, silent
 from neurosteer.ui.jobs import BUSY, Jobs, problem
-from neurosteer.ui.limits import MAX_BUILDS, MAX_PROMPT
+from neurosteer.ui.limits import MAX_CIRCUITS, MAX_PROMPT
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST, MULTIPLIERS, Mix, Mixer, unchanged
 from neurosteer.ui.shelf import put
@@ -331,7 +331,7 @@ def wire(tab: CircuitsTab, mixer: Mixer, handlers: CircuitHandlers) -> None:
         tab.outputs,
         show_progress_on=tab.summary,
         concurrency_id=KIND,
-        concurrency_limit=MAX_BUILDS,
+        concurrency_limit=MAX_CIRCUITS,
         api_visibility="private",
     ).failure(handlers.give_up, None, tab.error, queue=False, **quiet)
     tab.stop.click(handlers.stop, None, None, queue=False, **quiet)

@@ -20,16 +20,16 @@ from neurosteer.examples.files import bundled_sets, neutral_prompts
 from neurosteer.examples.reading import parse_examples, read_examples
 from neurosteer.ui.jobs import BUSY, Jobs, problem
 from neurosteer.ui.limits import (
-    MAX_BUILDS,
     MAX_EVALUATED_PROMPTS,
     MAX_EVALUATED_SAMPLES,
     MAX_EVALUATED_STRENGTHS,
     MAX_EVALUATED_TEXTS,
     MAX_EVALUATED_TOKENS,
+    MAX_EVALUATIONS,
     MAX_JUDGE_CHARACTERS,
     MAX_PROMPT,
     MAX_SECONDS,
-    on_a_space,
+    strangers,
 )
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix, Mixer, unchanged
@@ -288,7 +288,7 @@ class EvaluateHandlers:
             if not words:
                 raise UsageError("There are no words to look for; write some, with commas between them.")
             return PatternJudge(words)
-        if asked.kind == PATTERN and not on_a_space():
+        if asked.kind == PATTERN and not strangers():
             return PatternJudge(asked.pattern)
         raise UsageError("Choose a judge first.")
 
@@ -509,7 +509,7 @@ def lay_out() -> EvaluateTab:
 
 
 def _judge_inputs() -> tuple[tuple[Any, ...], gr.HTML]:
-    offered = _JUDGES if on_a_space() else [*_JUDGES, _PATTERNS]
+    offered = _JUDGES if strangers() else [*_JUDGES, _PATTERNS]
     kind = gr.Radio(offered, value=BUNDLED, label="Who judges", elem_classes="ns-stacked", elem_id="judge")
     names = list(bundled_sets())
     bundled = gr.Dropdown(names, value=names[0] if names else None, label="Ready-made set", elem_id="judge-set")
@@ -573,7 +573,7 @@ def wire(tab: EvaluateTab, mixer: Mixer, source: Sequence[Any], entry: gr.Tab, h
         tab.outputs,
         show_progress_on=tab.summary,
         concurrency_id=KIND,
-        concurrency_limit=MAX_BUILDS,
+        concurrency_limit=MAX_EVALUATIONS,
         api_visibility="private",
     ).failure(handlers.give_up, None, buttons, queue=False, **quiet)
     tab.cancel.click(handlers.cancel, None, None, queue=False, **quiet)

@@ -8,12 +8,13 @@ import gradio as gr
 
 from neurosteer.errors import UsageError
 from neurosteer.ui.jobs import BUSY, problem
-from neurosteer.ui.limits import on_a_space, visitors_token
+from neurosteer.ui.limits import on_a_space, strangers, visitors_token
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST, Mix, Mixer, unchanged
 from neurosteer.ui.shelf import OWN, origin, zip_file
 from neurosteer.ui.show import html as render
 from neurosteer.ui.show import library as shown
+from neurosteer.ui.turns import Caller
 from neurosteer.ui.work import PROGRESS
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ _NOT_LOGGED_IN_SPACE = "You are not logged in: press “Sign in with Hugging Fac
 _NOT_LOGGED_IN_HERE = (
     "You are not logged in to the Hugging Face Hub: run “hf auth login” in a terminal, or set HF_TOKEN, and start the "
     "page again."
+)
+_STRANGERS = (
+    "Nobody publishes from here: the page is open to others than this machine's owner. If they are all to use the "
+    "owner's login of the Hub, start it with --trust-visitors."
 )
 
 
@@ -85,8 +90,8 @@ class LibraryHandlers:
             from neurosteer import hub
 
             name = model or self.models.default
-            holder = self.models.holder(name)
-            reference = holder.wait().lm.reference if holder.status.ready else None
+            ready = self.models.status(name).ready
+            reference = self.models.holder(name).wait().lm.reference if ready else None
             found = hub.search(
                 text.strip(),
                 author=author.strip() or None,
@@ -137,7 +142,7 @@ class LibraryHandlers:
         """As whom things are published: `[line, repo]`."""
         name = self._user(oauth)
         if name is None:
-            return [render.note_line(_NOT_LOGGED_IN_SPACE if on_a_space() else _NOT_LOGGED_IN_HERE), gr.skip()]
+            return [render.note_line(_not_logged_in()), gr.skip()]
         return [render.note_line(f"You publish as {name}."), gr.update(placeholder=f"{name}/my-vector")]
 
     def _user(self, oauth: gr.OAuthToken | None) -> str | None:
@@ -149,17 +154,25 @@ class LibraryHandlers:
         except Exception:  # the Hub is away: publishing says so
             return None
 
-    def push(self, oauth: gr.OAuthToken | None, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
-        """Publish one artifact: `[note, error]`. Whatever goes wrong, it stays on the shelf."""
+    def push(
+        self, request: gr.Request, oauth: gr.OAuthToken | None, progress: gr.Progress = PROGRESS, *values: Any
+    ) -> list[Any]:
+        """Publish one artifact: `[note, error]`. Whatever goes wrong, it stays on the shelf.
+
+        Only the page itself may ask for it: another web page could send a visitor's browser here with an artifact of
+        its own.
+        """
         ask, mix = Publication(*values[: len(Publication._fields)]), Mix.of(values[len(Publication._fields) :])
         try:
             from neurosteer import hub
 
+            if not Caller.of(request.request).from_page:
+                raise UsageError("Publishing has to be asked for on NeuroSteer's own page; nothing was published.")
             if not ask.label or ask.label not in mix.shelf:
                 raise UsageError("Choose what to publish first: something you built or uploaded.")
             token = visitors_token(oauth)
             if token is False:
-                raise UsageError(_NOT_LOGGED_IN_SPACE)
+                raise UsageError(_not_logged_in())
             artifact = mix.shelf[ask.label]
             if ask.description.strip():
                 artifact = replace(artifact, description=ask.description.strip())
@@ -172,6 +185,12 @@ class LibraryHandlers:
 
     def give_up(self) -> str:
         return render.error_line(BUSY)
+
+
+def _not_logged_in() -> str:
+    if on_a_space():
+        return _NOT_LOGGED_IN_SPACE
+    return _STRANGERS if strangers() else _NOT_LOGGED_IN_HERE
 
 
 def _named(reference: str, name: str | None) -> str:

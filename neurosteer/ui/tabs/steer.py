@@ -9,7 +9,7 @@ from neurosteer.errors import NeuroSteerError
 from neurosteer.examples.files import neutral_prompts
 from neurosteer.ui import mixer as mixing
 from neurosteer.ui.jobs import guarded
-from neurosteer.ui.limits import MAX_BUILDS, MAX_NEW_TOKENS, MAX_PROMPT, MAX_VISITORS
+from neurosteer.ui.limits import MAX_BUILDS, MAX_NEW_TOKENS, MAX_PROMPT, MAX_RUNS
 from neurosteer.ui.mixer import Mixer
 from neurosteer.ui.presets import PRESETS
 from neurosteer.ui.show import colours
@@ -187,7 +187,7 @@ def _settings_inputs() -> tuple[Any, ...]:
 def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
     """Connect the components with the handlers."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    writing = {**quiet, "concurrency_limit": MAX_VISITORS, "concurrency_id": KIND}
+    writing = {**quiet, "concurrency_limit": MAX_RUNS, "concurrency_id": KIND}
     mixer = tab.mixer
     given, mixed = [*tab.ask, *mixer.inputs], [tab.mix_error, tab.mix_note, *mixer.outputs]
     starting = [tab.run.click, tab.again.click, tab.prompt.submit, *(button.click for button in tab.presets)]
