@@ -22,6 +22,16 @@ from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST
 from neurosteer.ui.show import library as shown
 from neurosteer.ui.tabs.library import LibraryHandlers, Publication
+from neurosteer.ui.turns import Caller
+
+
+def asking(from_page: bool) -> Any:
+    """A request as the guard at the door marks it."""
+    scope = {"neurosteer.caller": Caller("127.0.0.1", from_page)}
+    return SimpleNamespace(request=SimpleNamespace(scope=scope), session_hash="anna")
+
+
+FROM_PAGE = asking(True)
 
 
 @pytest.fixture
@@ -34,7 +44,7 @@ def publication(**given: Any) -> Publication:
 
 
 def push(tab: LibraryHandlers, mood: Any, ask: Publication, login: Any = None) -> list[str]:
-    return tab.push(login, told, *ask, *mix_values({"mood": mood}, []))
+    return tab.push(FROM_PAGE, login, told, *ask, *mix_values({"mood": mood}, []))
 
 
 # --- the shelf -------------------------------------------------------------------------------------------------------
@@ -126,6 +136,22 @@ def test_publishing_needs_a_login_and_a_choice(
     monkeypatch.delenv("HF_TOKEN")
     assert "not logged in" in tab.who(None)[0] and "not logged in" in push(tab, mood, publication())[1]
     assert not hub.repos
+
+
+def test_only_the_page_itself_publishes(tab: LibraryHandlers, mood: Any, hub: FakeHub) -> None:
+    note, error = tab.push(asking(False), None, told, *publication(), *mix_values({"mood": mood}, []))
+    assert note == "" and "own page" in error and not hub.repos
+
+
+def test_a_page_open_to_others_lends_its_owners_token_to_nobody(
+    tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    assert "Nobody publishes from here" in tab.who(None)[0] and "--trust-visitors" in push(tab, mood, publication())[1]
+    assert not hub.repos
+    monkeypatch.setenv("NEUROSTEER_TRUST_VISITORS", "1")
+    assert "You publish as alice" in tab.who(None)[0] and push(tab, mood, publication())[1] == ""
+    assert list(hub.repos) == ["alice/mood"]
 
 
 def test_a_space_lends_its_own_token_to_nobody(

@@ -115,6 +115,10 @@ class Turns(Queue):
         _remember(self._served, (kind, address_of(event)), time.monotonic())
         return event
 
+    def compute_analytics_summary(self, records: Any) -> Any:
+        """Nothing: gradio would sort all past events with pandas after each one."""
+        return self.cached_event_analytics_summary
+
     # --- places ---
 
     def _running(self) -> Iterator[Event]:
