@@ -73,7 +73,8 @@ class Guard:
         return network_of(_forwarded(headers) or peer if limits.on_a_space() else peer)
 
     def _vouching(self, scope: Scope, caller: Caller) -> list[tuple[bytes, bytes]]:
-        """The headers. For MCP with the caller among them: gradio sends a tool call's headers along when it makes the call at the page's own address."""
+        """The headers. For MCP with the caller among them: gradio sends a tool call's headers along when it makes the
+        call at the page's own address."""
         kept = [(name, value) for name, value in scope["headers"] if name != _VOUCHER]
         if scope["path"].startswith(f"{_API}/mcp"):
             kept.append((_VOUCHER, f"{self._secret} {caller.address}".encode()))
