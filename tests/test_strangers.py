@@ -1,6 +1,7 @@
 """What strangers may cost and see: attacks on the real page, over HTTP. `neurosteer/ui/THREATS.md` names each line of
 defence."""
 
+import asyncio
 import base64
 import io
 import json
@@ -22,6 +23,7 @@ import httpx
 import psutil
 import pytest
 from fastapi import HTTPException
+from gradio.events import api
 from hub_server import FakeHub
 from pages import Ready, serving
 from starlette.datastructures import Headers
@@ -164,6 +166,28 @@ def test_one_network_of_ipv6_is_one_client() -> None:
     assert guard.network_of("::ffff:203.0.114.7") == guard.network_of("203.0.114.7") == "203.0.114.7"
 
 
+def test_a_tool_call_counts_for_the_agent_that_sent_it_not_for_this_machine(open_to_strangers: None) -> None:
+    """Gradio makes an agent's tool call a second time at the page's own address, with the agent's headers."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((turns.Caller.of(SimpleNamespace(scope=scope)).address, scope["headers"]))
+
+    door = guard.Guard(app, turns.Listeners())
+
+    def ask(path: str, peer: str, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        scope = {"type": "http", "method": "POST", "path": f"/gradio_api/{path}", "query_string": b""}
+        sent = [(b"host", b"localhost"), *(one for one in headers if one[0] != b"host")]
+        asyncio.run(door({**scope, "client": (peer, 1), "headers": sent}, None, None))  # type: ignore[arg-type]
+        return seen[-1][1]
+
+    passed_on = ask("mcp/", "203.0.114.7", [])
+    assert ask("queue/join", "127.0.0.1", passed_on) == [(b"host", b"localhost")]  # nobody else sees it
+    ask("queue/join", "127.0.0.1", [(b"x-neurosteer-caller", b"made-up 203.0.114.8")])
+    ask("mcp/", "203.0.114.9", [(b"x-neurosteer-caller", b"made-up 203.0.114.8")])
+    assert [address for address, _ in seen] == ["203.0.114.7", "203.0.114.7", "127.0.0.1", "203.0.114.9"]
+
+
 def test_every_door_bounds_strengths_alike() -> None:
     assert limits.MAX_STRENGTH == recipes.MAX_STRENGTH == 100.0
     for strength in (100.0, -100.0):
@@ -190,7 +214,7 @@ class Bell:
 
     def page(self) -> gr.Blocks:
         with gr.Blocks() as page:
-            gr.api(self.work, api_name="work", concurrency_limit=1)
+            api(self.work, api_name="work", concurrency_limit=1)
         return page
 
 
