@@ -31,7 +31,7 @@ from tiny import Tiny, make_vector
 
 from neurosteer.artifacts import recipes
 from neurosteer.artifacts.storage import pack
-from neurosteer.errors import ModelError
+from neurosteer.errors import ModelError, UsageError
 from neurosteer.steering.session import Session
 from neurosteer.ui import guard, limits, loading, turns
 from neurosteer.ui.api.endpoints import Endpoints
@@ -193,7 +193,7 @@ def test_every_door_bounds_strengths_alike() -> None:
     for strength in (100.0, -100.0):
         recipes.Use(make_vector(), strength)
     for strength in (100.1, 1e38, -1e300, float("inf"), float("nan")):
-        with pytest.raises(Exception, match="finite number"):
+        with pytest.raises(UsageError, match="finite number|from -100 to 100"):
             recipes.Use(make_vector(), strength)
 
 
