@@ -193,7 +193,7 @@ def test_every_door_bounds_strengths_alike() -> None:
     for strength in (100.0, -100.0):
         recipes.Use(make_vector(), strength)
     for strength in (100.1, 1e38, -1e300, float("inf"), float("nan")):
-        with pytest.raises(UsageError, match="finite number|from -100 to 100"):
+        with pytest.raises(UsageError, match=r"finite number|from -100 to 100"):
             recipes.Use(make_vector(), strength)
 
 
