@@ -351,7 +351,7 @@ def page() -> Iterator["Page"]:
     process = subprocess.Popen([sys.executable, str(helper), str(port)], env=environment)
     try:
         running = Page(process, f"http://127.0.0.1:{port}/")
-        until(lambda: process.poll() is None and running.answers(), 120)
+        until(lambda: process.poll() is None and running.answers(), 240)
         yield running
     finally:
         process.kill()
@@ -370,10 +370,6 @@ class Page:
             return httpx.get(self.url, timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
-
-    def dependencies(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-        config = httpx.get(f"{self.url}config", timeout=30).json()
-        return config["dependencies"], {component["id"]: component for component in config["components"]}
 
     def attack(self, *requests: tuple[str, bytes], seconds: float = 20.0) -> "Cost":
         """Send each (path, JSON) and listen to what comes of it, for so long at most, while somebody else opens the
@@ -431,6 +427,20 @@ class Cost:
     def check(self) -> None:
         assert max(self.waits) < 2.0, f"another visitor waited {max(self.waits):.1f} s: {self.said}"
         assert self.added_mb <= 100, f"{self.added_mb:.0f} MB more: {self.said}"
+
+
+def laid_out(url: str) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """A page's events, and its components by their numbers."""
+    config = httpx.get(f"{url}config", timeout=30).json()
+    return config["dependencies"], {component["id"]: component for component in config["components"]}
+
+
+def clicked(url: str, button: str) -> dict[str, Any]:
+    """What a page sends when a button is clicked and nothing was changed before."""
+    dependencies, components = laid_out(url)
+    number = next(number for number, one in components.items() if one["props"].get("elem_id") == button)
+    event = next(one for one in dependencies if [number, "click"] in one["targets"] and one["backend_fn"])
+    return {"data": [components[one]["props"].get("value") for one in event["inputs"]], "fn_index": event["id"]}
 
 
 def call(name: str, *values: Any) -> tuple[str, bytes]:
@@ -511,7 +521,7 @@ HOSTILE_VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("usual", [False, True], ids=["all hostile", "texts hostile"])
 def test_no_private_handler_stops_the_page_for_others(page: Page, usual: bool) -> None:
     """Each by its number, as no page would call it; with the choices of the page or with made-up ones."""
-    dependencies, components = page.dependencies()
+    dependencies, components = laid_out(page.url)
     asked = []
     for one in dependencies:
         if not one["backend_fn"] or one["api_visibility"] == "public":
@@ -538,14 +548,10 @@ def test_no_private_handler_stops_the_page_for_others(page: Page, usual: bool) -
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["steer", "build", "run"])
 def test_two_hundred_requests_in_a_second_leave_a_place_for_anothers_run(page: Page, kind: str) -> None:
-    dependencies, components = page.dependencies()
-    button = next(number for number, one in components.items() if one["props"].get("elem_id") == "run")
-    running = next(one for one in dependencies if [button, "click"] in one["targets"] and one["backend_fn"])
-    usual = [components[number]["props"].get("value") for number in running["inputs"]]
+    run = clicked(page.url, "run")
 
     def join(session: str) -> tuple[str, bytes]:
-        body = {"data": usual, "fn_index": running["id"], "session_hash": session}
-        return "queue/join", json.dumps(body).encode()
+        return "queue/join", json.dumps({**run, "session_hash": session}).encode()
 
     def flood(number: int) -> int:
         path, body = {
@@ -593,10 +599,7 @@ def test_an_unqueued_door_past_the_queue_is_shut(page: Page) -> None:
 
 def test_a_push_that_another_web_page_sends_is_refused(llama: Tiny, hub: FakeHub) -> None:
     with serving(Ready(Session(llama.lm))) as url:
-        config = httpx.get(f"{url}config").json()
-        button = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "push")
-        one = next(one for one in config["dependencies"] if [button, "click"] in one["targets"] and one["backend_fn"])
-        body = {"data": [None] * len(one["inputs"]), "fn_index": one["id"], "session_hash": "s"}
+        body = {**clicked(url, "push"), "session_hash": "s"}
 
         def ask(**sent: str) -> str:
             headers = {name.replace("_", "-"): value for name, value in sent.items()}
