@@ -3,17 +3,19 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from neurosteer.errors import Cancelled, UsageError
+from neurosteer.errors import UsageError
 from neurosteer.examples.files import bundled_sets
-from neurosteer.examples.reading import read_examples
 from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
+from neurosteer.ui.evaluating import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, neutral, trained_judge
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_EVALUATIONS, MAX_SECONDS, strangers
+from neurosteer.ui.limits import MAX_EVALUATIONS, strangers
 from neurosteer.ui.loading import Models
 from neurosteer.ui.show.evaluation import WEAK_JUDGE
-from neurosteer.ui.tabs.evaluate import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, neutral, trained_judge
+from neurosteer.ui.source import read_bundled
 
 if TYPE_CHECKING:
+    import threading
+
     from neurosteer.artifacts.recipes import Recipe
     from neurosteer.evaluation import EvaluatedText, Judge
 
@@ -78,7 +80,7 @@ class EvaluateEndpoint:
             "seed": seed,
         }
         check_size(options)
-        with working(self.jobs) as cancel:
+        with working(self.jobs, "ask for fewer texts") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
             from neurosteer.artifacts.artifact import check_model
             from neurosteer.artifacts.recipes import Recipe
@@ -86,12 +88,8 @@ class EvaluateEndpoint:
 
             started, recipe = time.monotonic(), Recipe.of(*uses_of(use))
             foreign = [check_model(one.artifact, session.lm.reference) for one in recipe.uses]
-            try:
-                found = session.run(
-                    evaluate, recipe, _judge(judge, positive, negative, recipe), **options, cancel=cancel
-                )
-            except Cancelled as error:
-                raise UsageError(f"This took over {MAX_SECONDS:g} s and was stopped; ask for fewer texts.") from error
+            trained = _judge(judge, positive, negative, recipe, cancel)
+            found = session.run(evaluate, recipe, trained, **options, cancel=cancel)
         data = dict(found.receipt.data)
         return {
             "table": data["table"],
@@ -115,7 +113,9 @@ def _strength(text: str) -> float:
         raise UsageError(f"A strength is {text[:40]!r}; give numbers, like -1, 0 and 1.") from error
 
 
-def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe") -> "Judge":
+def _judge(
+    named: str, positive: list[str], negative: list[str], recipe: "Recipe", cancel: "threading.Event | None" = None
+) -> "Judge":
     from neurosteer.evaluation import named_judge
 
     given = bool(positive or negative)
@@ -127,7 +127,7 @@ def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe
                 if not given
                 else f"judge is {named!r} and labelled texts are given too; give one of them."
             )
-        return trained_judge(recipe, examples_of(positive, negative) if given else read_examples(named))
+        return trained_judge(recipe, examples_of(positive, negative) if given else read_bundled(named), cancel)
     if named.startswith("regex:") and strangers():
         raise UsageError("Patterns are not taken here, some never end; use words:ONE,TWO.")
     if named == "refusal" and given:

@@ -5,6 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.ui.show.html import signed
+from neurosteer.ui.show.theme import ACCENT, ASKED, AXIS, FAINT, ON_ANY_PAGE
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.plots import Point
@@ -13,15 +14,8 @@ if TYPE_CHECKING:
 
 WEAK_JUDGE = "This judge is too weak to conclude from: take what it says as a hint at most, or use a better one."
 
-_COLOURS = {"steered": "#6366f1", "random": "#9aa3b2", "instruction": "#d97706"}  # on white and on dark grey
+_COLOURS = {"steered": ACCENT, "random": FAINT, "instruction": ASKED}
 _BARS = {"steered": 0.0, "random": 0.07, "instruction": -0.07}  # beside their strength, so that intervals can be seen
-_AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
-_ON_ANY_PAGE = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "font": {"color": "#808a9b", "size": 12},
-    "dragmode": False,
-}
 _DAMAGE = (("kl", "KL p95, nats"), ("perplexity", "perplexity ×"), ("quality", "4-gram quality"))
 _KINDS = {"steered": 0, "unsteered": 0, "instruction": 1}
 _HEIGHT = 420
@@ -132,10 +126,10 @@ def effect_figure(receipt: "Receipt") -> Any:
         if point.strength == 0:
             figure.add_hline(100 * point.share, line={"color": _COLOURS["random"], "dash": "dot", "width": 1})
     figure.update_layout(
-        **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 52, "r": 16, "t": 52, "b": 110},
+        **ON_ANY_PAGE, height=_HEIGHT, margin={"l": 52, "r": 16, "t": 52, "b": 110},
         title={"text": "Texts that show it, by strength<br>(dotted: unsteered)", "font": {"size": 13}},
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 11}},
-        xaxis={**_AXIS, "title": "strength"}, yaxis={**_AXIS, "title": "%", "range": [-4, 104]},
+        xaxis={**AXIS, "title": "strength"}, yaxis={**AXIS, "title": "%", "range": [-4, 104]},
     )  # fmt: skip
     return figure
 
@@ -156,12 +150,12 @@ def damage_figure(receipt: "Receipt") -> Any:
                 marker={"color": _COLOURS[kind], "size": 7}, hovertemplate="%{y:.2f}",
             )  # fmt: skip
     for row, (_, title) in enumerate(_DAMAGE, start=1):
-        figure.update_yaxes(title_text=title, title_font_size=11, row=row, col=1, **_AXIS)
-        figure.update_xaxes(**_AXIS, row=row, col=1)
+        figure.update_yaxes(title_text=title, title_font_size=11, row=row, col=1, **AXIS)
+        figure.update_xaxes(**AXIS, row=row, col=1)
     figure.update_yaxes(range=[min(0.5, *_qualities(receipt)) - 0.03, 1.03], row=len(_DAMAGE), col=1)
     figure.update_xaxes(title_text="strength", row=len(_DAMAGE), col=1)
     figure.update_layout(
-        **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 64, "r": 16, "t": 52, "b": 44},
+        **ON_ANY_PAGE, height=_HEIGHT, margin={"l": 64, "r": 16, "t": 52, "b": 44},
         title={"text": "What it costs, by strength<br>(KL 0, perplexity 1, quality 1: no harm)", "font": {"size": 13}},
     )  # fmt: skip
     return figure
