@@ -23,7 +23,7 @@ from neurosteer.ui.loading import Models
 if TYPE_CHECKING:
     import threading
 
-    from neurosteer.circuits import Attribution, CircuitGraph, Prediction
+    from neurosteer.circuits import CircuitGraph, Prediction
     from neurosteer.models.language_model import LanguageModel
 
 MOST_TARGETS = 100
