@@ -5,8 +5,10 @@ which is lent a GPU for some seconds and used again later. What goes there and c
 the name of their class arrives, so the library's are sent as values. Off ZeroGPU nothing of that is in the way.
 """
 
+import inspect
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +26,7 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import UNSTEERED
 from neurosteer.artifacts.storage import pack, unpack
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
-from neurosteer.evaluation import evaluate
-from neurosteer.evaluation.controls import n_groups
 from neurosteer.models.catalog import find_model
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
@@ -35,15 +34,11 @@ from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Options, Row, Session, Step, is_set
 from neurosteer.steering.shared import SharedSession
+from neurosteer.ui.gpu_time import BATCH_ROWS, calling_s, writing_s
 from neurosteer.ui.limits import on_zero_gpu
 
 _GPU = "cuda"
 _BEGIN_S = 10.0  # of a fresh process, until the model is on the GPU
-_STEP_S = 0.05  # of decoding, whatever the model: a step waits for the many small things it launches
-_BATCH_ROWS = 64  # that decode in one step
-_TOKENS_PER_S = 5_000  # read while building, by a large model
-_TEXT_TOKENS, _CHARACTERS_PER_TOKEN = 512, 3
-_OTHER_S = 15.0  # whatever else there is to do with a prompt and a text or two
 _MOST_S = 120  # that can be asked for
 
 Task = Callable[..., Generator[Any, None, Any]]
@@ -117,6 +112,10 @@ class ZeroGpuSession(_Counted):
         self.lm = lm  # for its tokenizer, shape and names: its weights are elsewhere
         self._name = name
         self._session = _sessions[name] = Session(lm)
+        placed_at_start = threading.current_thread() is threading.main_thread()
+        self._work = _work if placed_at_start else _of_its_own()
+        if not placed_at_start:
+            weakref.finalize(self, _end, self._work)
 
     def stream(
         self,
@@ -131,7 +130,7 @@ class ZeroGpuSession(_Counted):
         options = Options(max_new_tokens, sampling or Sampling(), "all", raw)
         self._session.begin(rows, UNSTEERED, options)  # a mistake costs no GPU time
         written, steps_of = [replace(row, text="", tokens=0, finish="cancelled") for row in rows], Counter[int]()
-        with self._used(), closing(_answers(_write, self._name, tuple(rows), options)) as steps:
+        with self._used(), closing(_answers(self._work, _write, self._name, tuple(rows), options)) as steps:
             while not is_set(cancel):
                 try:
                     step = next(steps)
@@ -151,7 +150,8 @@ class ZeroGpuSession(_Counted):
         progress, cancel = options.get("progress", silent), options.get("cancel")
         callbacks = tuple(name for name in _CALLBACKS if options.pop(name, None) is not None)
         check_cancelled(cancel, "This")
-        with self._used(), closing(_answers(_call, self._name, function, arguments, options, callbacks)) as told:
+        answers = _answers(self._work, _call, self._name, function, arguments, options, callbacks)
+        with self._used(), closing(answers) as told:
             while True:
                 try:
                     message, fraction = next(told)
@@ -164,11 +164,11 @@ class ZeroGpuSession(_Counted):
 ModelSession = LocalSession | ZeroGpuSession
 
 
-def _answers(task: Task, model: str | None, *arguments: Any) -> Generator[Any, None, Any]:
+def _answers(work: "Work", task: Task, model: str | None, *arguments: Any) -> Generator[Any, None, Any]:
     """What a task tells in its process; returns its result."""
     result = None
     try:
-        with closing(_work(task, model, *arguments)) as answers:
+        with closing(work(task, model, *arguments)) as answers:
             for answer in answers:
                 if isinstance(answer, NeuroSteerError):
                     raise answer
@@ -211,7 +211,7 @@ def _write(session: Session, rows: Sequence[Row], options: Options) -> Generator
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling,
         raw=options.raw,
-        batch_rows=_BATCH_ROWS,
+        batch_rows=BATCH_ROWS,
     )
     return [{"text": row.text, "tokens": row.tokens, "finish": row.finish} for row in filled]
 
@@ -244,14 +244,11 @@ def _call(
 
 _sessions: WeakValueDictionary[str | None, Session] = WeakValueDictionary()
 """Those of the models that the page holds, by name; in a process forked from the page's, of those it held then."""
-_own: dict[str | None, Session] = {}
-"""Those of models that such a process has loaded since."""
 
 
 def _session(name: str | None) -> Session:
-    session = _sessions.get(name) or _own.get(name)
-    if session is None:
-        session = _own[name] = Session(load_model(name, device="cpu", dtype="bfloat16"))
+    """The model, on the GPU. It is here since the process was forked: nothing is loaded on GPU time."""
+    session = _sessions[name]
     session.lm.model.to(_GPU)
     return session
 
@@ -263,36 +260,13 @@ def _seconds(task: Task, model: str | None, *arguments: Any) -> int:
     return min(_MOST_S, math.ceil(_BEGIN_S + moving + _WORK_S[task](*arguments)))
 
 
-def _writing_s(rows: Sequence[Row], options: Options) -> float:
-    return math.ceil(len(rows) / _BATCH_ROWS) * options.max_new_tokens * _STEP_S
+_WORK_S: dict[Task, Callable[..., float]] = {_write: writing_s, _call: calling_s}
 
 
-def _calling_s(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], callbacks: tuple[str, ...]
-) -> float:
-    if function is build:
-        (examples,) = arguments
-        texts = (*examples.positive, *examples.negative)
-        return sum(min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) for text in texts) / _TOKENS_PER_S
-    if function is evaluate:
-        return _evaluating_s(options)
-    return _OTHER_S
+Work = Callable[..., Generator[Any, None, None]]
 
 
-def _evaluating_s(options: dict[str, Any]) -> float:
-    """All texts are written once and read once; so many groups more are read to measure KL, and twins to bring them to
-    the same."""
-    groups = n_groups(options["strengths"])
-    texts = groups * len(options["prompts"]) * options["samples"]
-    steps = math.ceil(texts / _BATCH_ROWS) * options["max_new_tokens"]
-    matching = 2 * options.get("n_random", 10) * 8 * 3  # signs, twins, prompts, and how often a strength is tried
-    return _OTHER_S + steps * _STEP_S + (2 * texts + matching) * _TEXT_TOKENS / 4 / _TOKENS_PER_S
-
-
-_WORK_S: dict[Task, Callable[..., float]] = {_write: _writing_s, _call: _calling_s}
-
-
-def _on_gpu(function: Callable[..., Iterator[Any]]) -> Callable[..., Generator[Any, None, None]]:
+def _on_gpu(function: Callable[..., Iterator[Any]]) -> Work:
     """On ZeroGPU, `function` in a process that has a GPU; elsewhere `function` itself."""
     if on_zero_gpu():
         import spaces
@@ -301,13 +275,36 @@ def _on_gpu(function: Callable[..., Iterator[Any]]) -> Callable[..., Generator[A
     return function  # type: ignore[return-value]
 
 
-@_on_gpu
-def _work(task: Task, model: str | None, *arguments: Any) -> Iterator[Any]:
-    """The one function that runs there, so that one process serves for all kinds of work."""
+def _do(task: Task, model: str | None, *arguments: Any) -> Iterator[Any]:
+    """The one function that runs there, so that one process serves for all kinds of work with a model."""
     try:
         yield _Done((yield from task(_session(model), *arguments)))
     except NeuroSteerError as error:
         yield error
+
+
+_work = _on_gpu(_do)
+"""With the models that were there before the page was served."""
+
+
+def _of_its_own() -> Work:
+    """For a model that came later: `spaces` forks a process for each function, and only one that is forked after the
+    model was loaded (here, on the CPU) has it without loading it on GPU time."""
+
+    def work(task: Task, model: str | None, *arguments: Any) -> Iterator[Any]:
+        yield from _do(task, model, *arguments)
+
+    return _on_gpu(work)
+
+
+def _end(work: Work) -> None:
+    """The processes of a model that nobody uses any more would keep its memory: `spaces` forgets none by itself."""
+    from spaces.zero.decorator import decorated_cache
+
+    for known in [task for task, decorated in decorated_cache.items() if decorated is work]:
+        del decorated_cache[known]
+    for worker in inspect.getclosurevars(work).nonlocals.get("workers", {}).values():
+        worker.process.terminate()
 
 
 def _as_zip(artifact: Artifact) -> tuple[Callable[..., Artifact], tuple[bytes]]:
