@@ -156,9 +156,11 @@ def test_a_value_that_is_none_of_the_choices_is_refused_before_anything_is_loade
 
 
 def test_the_page_listens_where_the_environment_or_the_options_say(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[tuple[str | None, int | None]] = []
+    made: list[tuple[Any, ...]] = []
+    served: list[tuple[Any, ...]] = []
     page = SimpleNamespace(
-        create_app=lambda *_, **__: None, launch=lambda _, *, host, port, **__: served.append((host, port))
+        create_app=lambda model, *, host, trust_visitors: made.append((host, trust_visitors)),
+        launch=lambda _, *, host, port, trust_visitors: served.append((host, port, trust_visitors)),
     )
     monkeypatch.setitem(sys.modules, "neurosteer.ui.page", page)
     monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
@@ -166,8 +168,9 @@ def test_the_page_listens_where_the_environment_or_the_options_say(run: Run, mon
     assert run("app").code == 0
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
     monkeypatch.setenv("GRADIO_SERVER_PORT", "7999")
-    assert run("app").code == 0 and run("app", "--host", "::1", "--port", "8000").code == 0
-    assert served == [(None, None), ("0.0.0.0", 7999), ("::1", 8000)]
+    assert run("app").code == 0 and run("app", "--host", "::1", "--port", "8000", "--trust-visitors").code == 0
+    assert served == [(None, None, None), ("0.0.0.0", 7999, None), ("::1", 8000, True)]
+    assert made == [(host, trust) for host, _, trust in served], "what is offered depends on who can reach the page"
     monkeypatch.setenv("GRADIO_SERVER_PORT", "many")
     assert_one_clear_line(run("app"), "GRADIO_SERVER_PORT", "many")
 

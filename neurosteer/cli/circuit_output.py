@@ -10,7 +10,8 @@ from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.circuit import NeuronCircuit
-    from neurosteer.circuits import Attribution, CircuitGraph, Faithfulness, Selection, SweepPoint
+    from neurosteer.circuits import Attribution, CircuitGraph, Faithfulness, Selection
+    from neurosteer.circuits.checks.probing import SweepPoint
     from neurosteer.models.language_model import LanguageModel
 
 SHOWN = 20

@@ -10,7 +10,6 @@ from itertools import islice
 
 from huggingface_hub import parse_hf_uri
 from huggingface_hub.constants import HF_PROTOCOL, HF_URI_TYPE_PREFIXES, HF_URL_HOSTS
-from huggingface_hub.errors import HfUriError
 from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
 
 from neurosteer.artifacts.metadata import LIBRARY
@@ -92,7 +91,7 @@ def _plain_reference(text: str) -> str | None:
         return text
     try:
         found = parse_hf_uri(text, endpoint=os.environ.get("HF_ENDPOINT") or None)
-    except HfUriError:
+    except ValueError:  # also what is no address at all
         return None
     if found.type != "model":
         return None
