@@ -121,8 +121,6 @@ def read_naively(architecture: str, framing: str) -> tuple[ReadText, ...]:
         }
         places = [place - start for place in positions]
         found.append(ReadText(number < len(EXAMPLES.positive), ids[start:], places, features))
-            ReadText(number < len(EXAMPLES.positive), ids[start:], [place - start for place in positions], features)
-        )
     return tuple(found)
 
 
