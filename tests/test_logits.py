@@ -213,8 +213,10 @@ def test_shares_of_the_last_neurons_and_of_what_passes_them_by_add_up_to_the_log
     logit = linear.logits[0, 9]
     to_neurons, to_stream = torch.autograd.grad(logit, (linear.neurons[-1], end))
     by_neurons = float((to_neurons * linear.neurons[-1].detach()).sum())
-    assert by_neurons + float((to_stream * middle.detach()).sum()) == pytest.approx(float(logit), rel=1e-3, abs=1e-4)
-    assert float(logit) == pytest.approx(float(true_logits(this, this.lm.token_ids(PROMPT))[-1, 9]), rel=1e-3, abs=1e-5)
+    by_stream, found = float((to_stream * middle.detach()).sum()), float(logit.detach())
+    assert by_neurons + by_stream == pytest.approx(found, rel=1e-3, abs=1e-4)
+    wanted = true_logits(this, this.lm.token_ids(PROMPT))[-1, 9]
+    assert found == pytest.approx(float(wanted), rel=1e-3, abs=1e-5)
     assert abs(by_neurons) > 1e-3
 
 
