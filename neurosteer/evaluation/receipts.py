@@ -178,7 +178,7 @@ def _settings(
 
 def _row_data(one: Measured) -> dict[str, Any]:
     found = one.figures
-    twins = [{"factor": twin.factor, "kl": _rounded(twin.kl), "reached": twin.reached} for twin in one.twins]
+    twins = [{"factor": twin.factor, "kl": _significant(twin.kl), "reached": twin.reached} for twin in one.twins]
     return {
         "kind": one.kind,
         "strength": one.strength,
@@ -216,6 +216,10 @@ def _estimate(name: str, found: Estimate | None) -> dict[str, float | None]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, _DIGITS)
+
+
+def _significant(value: float) -> float | None:
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
 # --- for cards -------------------------------------------------------------------------------------------------------
