@@ -83,7 +83,7 @@ def test_neutral_prompts_and_a_bundled_judge_are_there_for_the_asking(client: Cl
         use=[as_text(VECTOR)], judge="gratitude", strengths=["1"], max_new_tokens=4, api_name="/evaluate"
     )
     settings = answer["receipt"]["settings"]
-    assert settings["n_prompts"] == N_PROMPTS and settings["n_random"] == MOST_RANDOM
+    assert settings["n_prompts"] == N_PROMPTS and settings["n_random"] == min(MOST_RANDOM, N_PROMPTS)
     assert list(dict.fromkeys(row["prompt"] for row in answer["texts"])) == list(neutral(N_PROMPTS))
     examples = read_examples("gratitude")
     assert f"({len(examples.positive)} + {len(examples.negative)} texts)" in answer["receipt"]["judge"]["name"]
@@ -107,7 +107,7 @@ def test_texts_that_built_the_artifact_do_not_judge_it(client: Client, llama: Ti
         ({"use": ["no-such-vector"]}, "no-such-vector"),
         ({"judge": ""}, "There is no judge"),
         ({"judge": "odd"}, "'odd'"),
-        ({"judge": "sentiment", "positive": ["a", "b"], "negative": ["c", "d"]}, "give one of them"),
+        ({"judge": "sentiment", "positive": ["a", "b"], "negative": ["c", "d"]}, "leave positive and negative out"),
         ({"judge": "refusal", "positive": ["a", "b"], "negative": ["c", "d"]}, "leave positive and negative out"),
         ({"judge": "regex:("}, "no regular expression"),
         ({"judge": "words:"}, "pattern"),

@@ -1,8 +1,10 @@
 """Evaluations: figures that follow from the texts, controls beside them, work that goes on where it was cut."""
 
+import copy
 import csv
 import io
 import json
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -16,7 +18,19 @@ import torch
 from checks import Run, assert_one_clear_line, refused
 from hub_server import FakeHub
 from PIL import Image
-from tiny import Tiny, Writes, clamping, make_circuit, make_vector, naive_greedy, naive_logits, writes_of
+from tiny import (
+    D_MODEL,
+    Tiny,
+    Writes,
+    clamping,
+    make_circuit,
+    make_vector,
+    naive_greedy,
+    naive_logits,
+    naive_states,
+    texts,
+    writes_of,
+)
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.cards import render_card
@@ -32,15 +46,22 @@ from neurosteer.building.build import build
 from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.evaluation import CallableJudge, Evaluation, TextClassifier, evaluate, write_evaluation
 from neurosteer.evaluation import texts as texts_module
-from neurosteer.evaluation.controls import control_strengths, default_instructions, groups, n_groups
+from neurosteer.evaluation.controls import Group, TwinKind, control_strengths, default_instructions, groups, n_groups
 from neurosteer.evaluation.receipts import receipt_text
+from neurosteer.evaluation.texts import TextPlan
+from neurosteer.evaluation.twins import permuted_twin, with_permuted_labels
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.hub import push
+from neurosteer.measuring.divergence import divergences, unsteered_texts
+from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.models.loading import load_model
+from neurosteer.progress import silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
+from neurosteer.ui.show import evaluation as on_page
 
+VECTORS = Path(__file__).parent.parent / "vectors"
 PROMPTS = ("the cat runs", "a dog sings slowly", "we never thank you", "bread and cheese", "under the river")
 E_SHARE = CallableJudge("many e", lambda text: min(1.0, 8 * text.count("e") / max(1, len(text))))
 
@@ -78,7 +99,7 @@ def test_every_figure_of_a_share_follows_from_the_texts_as_written(found: Evalua
     plain = [row for row in written if row["kind"] == "unsteered"]
     before = {prompt: score_of(plain, prompt) for prompt in PROMPTS}
     receipt = json.loads((tmp_path / "receipt.json").read_text(encoding="utf-8"))
-    assert len(receipt["rows"]) == 1 + 4 + 2 + 2
+    assert len(receipt["rows"]) == 2 + 4 + 2 + 2
     for figures in receipt["rows"]:
         own = [
             row for row in written if (row["kind"], float(row["strength"])) == (figures["kind"], figures["strength"])
@@ -92,16 +113,17 @@ def test_every_figure_of_a_share_follows_from_the_texts_as_written(found: Evalua
         if figures["kind"] == "unsteered":
             continue
         moved = [score_of(own, prompt) - before[prompt] for prompt in PROMPTS]
-        wrong = [change * figures["strength"] < 0 for change in moved]
+        wrong = [change * (figures["strength"] or 1) < 0 for change in moved]
         assert figures["wrong_way"] == pytest.approx(np.mean(wrong), abs=1e-4)
 
 
 def test_every_text_is_the_one_written_alone(llama: Tiny, found: Evaluation) -> None:
     session, vector = Session(llama.lm), vector_for(llama)
     for text in found.rows[:: len(found.rows) // 12]:
-        recipe = Recipe() if text.kind in ("unsteered", "instruction") else Recipe.of((vector, text.strength))
+        recipe = Recipe.of((vector, text.strength)) if text.kind == "steered" else Recipe()
         if text.kind == "random":
-            recipe = Recipe.of((random_twin(vector, text.draw), text.strength))
+            factor = row_of(found, "random", text.strength)["twins"][text.draw - 1]["factor"]
+            recipe = Recipe.of((random_twin(vector, text.draw), factor * text.strength))
         prompt = text.prompt
         if text.kind == "instruction":
             prompt = f"{found.receipt.data['settings']['instructions'][text.strength < 0]} {prompt}"
@@ -131,30 +153,175 @@ def test_no_steering_random_twins_and_plain_words_stand_in_every_table(found: Ev
     rows = found.receipt.data["table"]["rows"]
     assert [row[:2] for row in rows if row[1] in ("-1", "0", "+1")] == [
         ["sentiment-vector", "-1"],
-        ["random directions (3)", "-1"],
+        ["random directions (6)", "-1"],
         ["the instruction in plain words", "-1"],
         ["no steering", "0"],
+        ["no steering, written again", "0"],
         ["sentiment-vector", "+1"],
-        ["random directions (3)", "+1"],
+        ["random directions (6)", "+1"],
         ["the instruction in plain words", "+1"],
     ]
     assert found.receipt.data["settings"]["instructions"][0].startswith("Write in a very positive")
 
 
-def test_a_random_twin_pushes_as_hard_in_another_direction() -> None:
-    vector, circuit = make_vector((0, 2)), make_circuit()
+def grams(vector: SteeringVector) -> torch.Tensor:
+    rows = torch.stack([vector.directions[layer].double() for layer in vector.layers])
+    return rows @ rows.T
+
+
+def test_a_vectors_random_twin_is_the_vector_rotated_as_a_whole() -> None:
+    spread = torch.randn(3, D_MODEL) * 0.3 + torch.randn(D_MODEL)  # layers that point nearly the same way
+    vector = make_vector((0, 1, 2), directions=dict(enumerate(spread)))
     twin, other = random_twin(vector, 1), random_twin(vector, 2)
     assert isinstance(twin, SteeringVector) and isinstance(other, SteeringVector)
     assert (twin.norms, twin.calibration, twin.layers) == (vector.norms, vector.calibration, vector.layers)
+    assert torch.allclose(grams(twin), grams(vector), rtol=1e-4, atol=1e-4), "lengths, and angles between layers"
     for layer in vector.layers:
-        assert float(twin.directions[layer].norm()) == pytest.approx(float(vector.directions[layer].norm()), rel=1e-5)
         assert abs(float(unit(twin.directions[layer]) @ unit(vector.directions[layer]))) < 0.6
         assert not torch.equal(twin.directions[layer], other.directions[layer])
-    drawn = random_twin(circuit, 1)
-    assert isinstance(drawn, NeuronCircuit)
-    assert torch.equal(drawn.neuron_layers, circuit.neuron_layers) and not torch.equal(drawn.neurons, circuit.neurons)
+    again = random_twin(vector, 1)
+    assert isinstance(again, SteeringVector) and torch.equal(again.directions[0], twin.directions[0])
     held = random_twin(clamping((1,), seed=0), 3)
     assert isinstance(held, SteeringVector) and held.encoders  # it still reads the feature, but writes elsewhere
+
+
+def test_twins_point_everywhere_alike() -> None:
+    vector = make_vector((0, 1))
+    twins = [random_twin(vector, seed) for seed in range(400)]
+    drawn = torch.stack([unit(twin.directions[1]) for twin in twins if isinstance(twin, SteeringVector)])
+    assert float(drawn.mean(0).norm()) < 4 / math.sqrt(400)
+    covariance = drawn.T @ drawn / 400 * D_MODEL
+    assert float((covariance - torch.eye(D_MODEL)).abs().max()) < 0.5
+
+
+def test_layers_that_point_the_very_same_way_and_more_layers_than_dimensions_have_twins_too() -> None:
+    row = torch.randn(D_MODEL)
+    same = make_vector((0, 1, 2), directions={0: row, 1: 2 * row, 2: -row})
+    twin = random_twin(same, 0)
+    assert isinstance(twin, SteeringVector) and torch.allclose(grams(twin), grams(same), rtol=1e-3, atol=1e-3)
+    reference = replace(same.model, n_layers=8, d_model=4)
+    many = make_vector(range(8), model=reference, directions={layer: torch.randn(4) for layer in range(8)})
+    twin = random_twin(many, 0)
+    assert isinstance(twin, SteeringVector) and torch.allclose(grams(twin), grams(many), rtol=1e-3, atol=1e-3)
+
+
+def test_a_circuits_twin_has_other_neurons_shifted_by_as_much_of_their_own_spread() -> None:
+    circuit = make_circuit([(0, 3), (0, 5), (2, 60)], seed=3, operation="shift")
+    generator = torch.Generator().manual_seed(0)
+    spreads = {layer: torch.rand(circuit.model.d_mlp, generator=generator) + 0.1 for layer in (0, 2)}
+    twin = random_twin(circuit, 7, spreads=spreads)
+    assert isinstance(twin, NeuronCircuit) and torch.equal(twin.neuron_layers, circuit.neuron_layers)
+    assert not torch.equal(twin.neurons, circuit.neurons)
+    for place, layer in enumerate(circuit.neuron_layers.tolist()):
+        own, drawn = (float(spreads[layer][int(some.neurons[place])]) for some in (circuit, twin))
+        assert float(twin.differences[place]) / drawn == pytest.approx(float(circuit.differences[place]) / own)
+    as_it_was = random_twin(circuit, 7)
+    assert isinstance(as_it_was, NeuronCircuit) and torch.equal(as_it_was.differences, circuit.differences)
+    assert torch.equal(as_it_was.neurons, twin.neurons)
+
+
+def test_spreads_are_standard_deviations_over_the_tokens_of_unsteered_texts(llama: Tiny) -> None:
+    texts = unsteered_texts(llama.lm, PROMPTS[:2], 5)
+    found = neuron_spreads(llama.lm, [1], texts)
+    rows = torch.cat([naive_states(llama, text.ids)[1][1][1:] for text in texts.texts])
+    assert torch.allclose(found[1], rows.std(0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("operation", ["vector", "shift", "scale", "ablate"])
+def test_twins_come_to_the_artifacts_kl_or_say_that_they_cannot(llama: Tiny, operation: str) -> None:
+    if operation in ("vector", "ablate"):
+        changes = {"operation": "ablate", "calibration": Calibration(0.5)} if operation == "ablate" else {}
+        artifact: Artifact = vector_for(llama, **changes)
+    else:
+        places = [(layer, neuron) for layer in (1, 2) for neuron in range(0, 40, 4)]
+        artifact = make_circuit(places, model=llama.lm.reference, operation=operation)
+    found = measured(llama, artifact, strengths=(-1, 1), samples=1, max_new_tokens=2, n_random=3)
+    texts = unsteered_texts(llama.lm, PROMPTS, 20)
+    spreads = neuron_spreads(llama.lm, artifact.layers, texts) if operation == "shift" else None
+    for strength in (-1.0, 1.0):
+        (target,) = divergences(llama.lm, texts, [Recipe.of((artifact, strength))])
+        row = row_of(found, "random", strength)
+        assert row["n_random"] == 3
+        for draw, twin in enumerate(row["twins"], start=1):
+            recipe = Recipe.of((random_twin(artifact, draw, spreads=spreads), strength)).scaled(twin["factor"])
+            (nats,) = divergences(llama.lm, texts, [recipe])
+            assert float(nats.flatten().quantile(0.95)) == pytest.approx(twin["kl"], rel=1e-2)
+            wanted = float(target.flatten().quantile(0.95))
+            assert twin["reached"] == (abs(twin["kl"] / wanted - 1) <= 0.1 + 1e-3)
+        missed = any(not twin["reached"] for twin in row["twins"])
+        notes = [note for note in found.receipt.data["table"]["notes"] if "could not be brought" in note]
+        assert missed == any(f"At strength {strength:+g}" in note for note in notes)
+        if operation in ("vector", "shift"):
+            assert not missed
+
+
+def test_the_same_method_on_shuffled_labels_is_a_control_where_the_examples_are_given(llama: Tiny) -> None:
+    examples = ContrastSet(tuple(texts(12, seed=1)), tuple(texts(12, seed=2)), "two kinds")
+    built = build(llama.lm, examples, layers=[1, 2], calibrate=False)
+    found = measured(llama, built, strengths=(-1, 1), samples=1, max_new_tokens=3, examples=examples, n_permuted=2)
+    assert [row["n_random"] for row in found.receipt.data["rows"] if row["kind"] == "permuted"] == [2, 2]
+    assert found.receipt.data["settings"]["permuted"] == {"n": 2, "why_not": ""}
+    assert ["built from shuffled labels (2)", "+1"] in [row[:2] for row in found.receipt.data["table"]["rows"]]
+    assert {one["from"] for one in found.receipt.data["differences"]} == {"steered", "random", "permuted"}
+    mixed = with_permuted_labels(examples, 1)
+    assert sorted([*mixed.positive, *mixed.negative]) == sorted([*examples.positive, *examples.negative])
+    assert len(mixed.positive) == 12 and 0 < len(set(mixed.positive) & set(examples.positive)) < 12
+    twin = permuted_twin(llama.lm, built, examples, 1, silent, None)
+    other = build(llama.lm, mixed, layers=[1, 2], calibrate=False)
+    assert isinstance(twin, SteeringVector) and isinstance(other, SteeringVector)
+    assert all(torch.equal(twin.directions[layer], other.directions[layer]) for layer in (1, 2))
+
+
+def test_without_the_examples_the_receipt_says_why_there_are_no_shuffled_labels(llama: Tiny, found: Evaluation) -> None:
+    assert found.receipt.data["settings"]["permuted"]["why_not"] == "no labelled texts were given"
+    assert not [row for row in found.receipt.data["rows"] if row["kind"] == "permuted"]
+    examples = ContrastSet(tuple(texts(6, seed=1)), tuple(texts(6, seed=2)), "others")
+    given = measured(llama, vector_for(llama), strengths=(1,), samples=1, max_new_tokens=2, examples=examples)
+    assert "other texts than 'others'" in given.receipt.data["settings"]["permuted"]["why_not"]
+
+
+def test_a_pair_that_is_shuffled_stays_a_pair() -> None:
+    examples = ContrastSet(tuple(f"good {n}" for n in range(40)), tuple(f"bad {n}" for n in range(40)), paired=True)
+    mixed = with_permuted_labels(examples, 0)
+    assert mixed.paired and all(
+        {one.split()[1]} == {other.split()[1]} for one, other in zip(mixed.positive, mixed.negative, strict=True)
+    )
+    assert 8 < sum(text.startswith("good") for text in mixed.positive) < 32
+
+
+def test_no_steering_is_written_twice_to_show_what_chance_does(found: Evaluation) -> None:
+    first, again = (
+        {(row.prompt, place): row.text for place, row in enumerate(one for one in found.rows if one.kind == kind)}
+        for kind in ("unsteered", "again")
+    )
+    assert first.keys() == again.keys() and first != again
+    assert row_of(found, "again", 0.0)["wrong_way"] is not None
+
+
+def test_differences_are_those_between_the_texts_as_written(found: Evaluation) -> None:
+    def share(kind: str, strength: float) -> float:
+        return float(np.mean([row.score >= 0.5 for row in found.rows if (row.kind, row.strength) == (kind, strength)]))
+
+    said = {(one["from"], one["strength"]): one for one in found.receipt.data["differences"]}
+    assert said.keys() == {("steered", 1.0), ("random", -1.0), ("random", 1.0)}
+    between = share("steered", 1.0) - share("steered", -1.0)
+    assert said["steered", 1.0]["share"] == pytest.approx(between, abs=1e-4)
+    for strength in (-1.0, 1.0):
+        one = said["random", strength]
+        assert one["share"] == pytest.approx(share("steered", strength) - share("random", strength), abs=1e-4)
+        assert one["share_low"] <= one["share"] <= one["share_high"]
+        assert one["is_clear"] == (one["share_low"] > 0 if strength > 0 else one["share_high"] < 0)
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in VECTORS.iterdir()))
+def test_receipts_on_released_artifacts_are_drawn_and_told_as_they_are(folder: str) -> None:
+    artifact = load(VECTORS / folder)
+    for receipt in artifact.receipts:
+        card = render_card(artifact, plots=["evaluation.png"])
+        assert receipt.data["table"]["rows"][0][2].split(" (")[0] in card
+        assert receipt_plot(receipt.data) is not None
+        page = on_page.summary(receipt, 10, 1.0) + on_page.table(receipt)
+        assert "random twins" in page and on_page.effect_figure(receipt).data and on_page.damage_figure(receipt).data
 
 
 def test_each_artifact_of_a_recipe_gets_a_twin_of_its_own() -> None:
@@ -175,8 +342,9 @@ def test_random_twins_are_tried_at_plus_and_minus_1_or_the_weakest_there_is(
     strengths: tuple[float, ...], controls: list[float]
 ) -> None:
     assert control_strengths(sorted(strengths)) == controls
-    found = groups(Recipe.of(make_vector()), strengths, ("up", "down"), 2, 0)
-    assert [group.strength for group in found if group.kind == "unsteered"] == [0.0]
+    twins: dict[tuple[TwinKind, float], tuple[Recipe, ...]] = {("random", at): (Recipe(),) * 2 for at in controls}
+    found = groups(Recipe.of(make_vector()), strengths, ("up", "down"), twins)
+    assert [group.strength for group in found if group.kind in ("unsteered", "again")] == [0.0, 0.0]
     assert [(len(one.recipes), one.strength) for one in found if one.kind == "random"] == [
         (2, strength) for strength in controls
     ]
@@ -247,41 +415,57 @@ def test_what_was_cut_goes_on_where_it_was_and_writes_no_text_twice(
     whole = measured(llama, vector)
     total = sum(small_parts)
     small_parts.clear()
-    with pytest.raises(Cancelled, match="64 of 90 texts are kept"):
+    with pytest.raises(Cancelled, match="64 of 100 texts are kept"):
         measured(llama, vector, out=tmp_path, progress=stopping, cancel=stopping.cancel)
     small_parts.clear()
     resumed = measured(llama, vector, out=tmp_path)
     assert sum(small_parts) == total - 64
-    places = [json.loads(line)["place"] for line in (tmp_path / "texts.jsonl").read_bytes().splitlines()]
-    assert sorted(places) == list(range(total))
+    parts = [json.loads(file.read_bytes())["texts"] for file in sorted(tmp_path.glob("texts/*/*.json"))]
+    assert [one["text"] for part in parts for one in part] == [row.text for row in whole.rows]
     assert receipt_text(resumed.receipt) == receipt_text(whole.receipt) and resumed.rows == whole.rows
     small_parts.clear()
     measured(llama, vector, out=tmp_path)
     assert small_parts == []
 
 
-def test_a_file_that_was_cut_within_a_line_is_mended(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
-    vector, file = vector_for(llama), tmp_path / "texts.jsonl"
+def test_a_part_that_was_cut_or_spoilt_is_written_anew(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
+    vector = vector_for(llama)
     whole = measured(llama, vector, out=tmp_path)
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:40]) + lines[40][:25])  # killed while it wrote the third part
+    files = sorted(tmp_path.glob("texts/*/*.json"))
+    assert len(files) == 7
+    files[2].rename(files[2].with_name(f".{files[2].name}.new"))  # killed before the third part got its name
+    files[4].write_bytes(files[4].read_bytes()[:25])
+    files[5].write_text(json.dumps({**json.loads(files[5].read_bytes()), "settings": "of others"}))
     small_parts.clear()
     resumed = measured(llama, vector, out=tmp_path)
-    assert sum(small_parts) == len(lines) - 32
-    assert receipt_text(resumed.receipt) == receipt_text(whole.receipt)
-    assert sorted(json.loads(line)["place"] for line in file.read_bytes().splitlines()) == list(range(len(lines)))
+    assert small_parts == [16, 16, 16]
+    assert receipt_text(resumed.receipt) == receipt_text(whole.receipt) and resumed.rows == whole.rows
 
 
-def test_texts_of_other_settings_and_other_peoples_lines_stay_in_the_file(llama: Tiny, tmp_path: Path) -> None:
-    file = tmp_path / "texts.jsonl"
-    file.write_bytes(b'{"mine": 1}\nplain words\n')
+def test_texts_of_other_settings_and_other_peoples_files_stay_in_the_folder(llama: Tiny, tmp_path: Path) -> None:
+    mine = tmp_path / "texts" / "mine.json"
+    mine.parent.mkdir()
+    mine.write_bytes(b'{"mine": 1}')
     vector = vector_for(llama)
     measured(llama, vector, out=tmp_path)
-    before = file.read_bytes()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
     stronger = replace(vector, calibration=Calibration(0.6))
     assert row_of(measured(llama, stronger, out=tmp_path), "steered", 1.0)["n_texts"] == 10
-    assert file.read_bytes().startswith(before) and before.startswith(b'{"mine": 1}\nplain words\n')
-    assert len(file.read_bytes()) > 1.8 * len(before)
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
+    assert mine in before and after.items() > before.items()
+
+
+def test_prompts_that_the_template_shows_otherwise_are_other_settings(llama: Tiny) -> None:
+    plan = TextPlan((Group("unsteered", 0.0),), PROMPTS, 1, 4, Sampling())
+    once = plan.sha256(llama.lm)
+    assert plan.sha256(llama.lm) == once
+    tokenizer = copy.deepcopy(llama.lm.tokenizer)
+    tokenizer.chat_template = "today is friday " + (tokenizer.chat_template or "")
+    dated = replace(llama.lm, tokenizer=tokenizer, chat=True)
+    assert plan.sha256(dated) != replace(plan, prompts=PROMPTS[:2]).sha256(dated) != once
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("friday", "sunday")
+    assert plan.sha256(replace(dated, tokenizer=other)) != plan.sha256(dated)
 
 
 def test_another_judge_judges_the_same_texts(llama: Tiny, tmp_path: Path, small_parts: list[int]) -> None:
@@ -529,7 +713,8 @@ def test_without_json_the_verb_prints_the_table(run: Run, model_folder: Path, mo
     words = ("--random", "2", "--instructions", "Be glad.", "Be sad.")
     ran = run("evaluate", "--use", mood, "--examples", examples, *options, *words)
     assert ran.code == 0, ran.err
-    for shown in ("text classifier trained on labelled (6 + 6 texts)", "no steering", "random directions (2)", "mood"):
+    judge = "text classifier trained on labelled (6 + 6 texts)"
+    for shown in (judge, "no steering", "random directions (2)", "mood", "points (95% interval"):
         assert shown in ran.out
 
 

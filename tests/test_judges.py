@@ -1,28 +1,37 @@
 """Judges: what they say, and that their accuracy is the one anybody would measure on texts they have not seen."""
 
 import csv
+import math
 import random
+import threading
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from checks import refused
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.utils import murmurhash3_32
 from tiny import make_vector
 
 from neurosteer.artifacts.provenance import Provenance
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.errors import ExamplesError, UsageError
+from neurosteer.errors import Cancelled, ExamplesError, UsageError
 from neurosteer.evaluation import (
     CallableJudge,
+    JudgeRequest,
     PatternJudge,
     RefusalDetector,
     TextClassifier,
     accuracy_text,
+    classifier,
     judge_for,
+    judge_from_words,
     named_judge,
 )
+from neurosteer.evaluation.classifier import folds
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.files import assets_folder
 
@@ -51,14 +60,32 @@ def without_labels(n: int, *, seed: int) -> ContrastSet:
     return ContrastSet(tuple(texts[:n]), tuple(texts[n:]), "noise")
 
 
-def by_hand(texts: list[str], labels: list[int], asked: list[str]) -> np.ndarray:
-    """Probability of the positive class, the two kinds of features put together by hand."""
+def counted_by_hand(texts: list[str], known: list[str]) -> np.ndarray:
+    """TF-IDF of words and of characters `[len(texts), …]`, one text and one n-gram at a time. What stands for an n-gram
+    is the place that its hash falls on, and how rare it is is found in `known`."""
     kinds = (
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+        CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b").build_analyzer(),
+        CountVectorizer(analyzer="char_wb", ngram_range=(2, 5)).build_analyzer(),
     )
-    seen = np.hstack([kind.fit_transform(texts).toarray() for kind in kinds])  # type: ignore[union-attr]
-    new = np.hstack([kind.transform(asked).toarray() for kind in kinds])  # type: ignore[union-attr]
+    blocks = []
+    for grams_of in kinds:
+        seen = [Counter(abs(murmurhash3_32(gram)) % 2**18 for gram in grams_of(text)) for text in known]
+        holding = Counter(place for counts in seen for place in counts)
+        columns = {place: column for column, place in enumerate(sorted(holding))}
+        block = np.zeros((len(texts), len(columns)))
+        for row, text in enumerate(texts):
+            for place, count in Counter(abs(murmurhash3_32(gram)) % 2**18 for gram in grams_of(text)).items():
+                if place in columns:
+                    rarity = math.log((1 + len(known)) / (1 + holding[place])) + 1
+                    block[row, columns[place]] = (1 + math.log(count)) * rarity
+        lengths = [math.sqrt(float((row**2).sum())) or 1.0 for row in block]
+        blocks.append(block / np.array(lengths)[:, None])
+    return np.hstack(blocks)
+
+
+def by_hand(texts: list[str], labels: list[int], asked: list[str]) -> np.ndarray:
+    """Probability of the positive class."""
+    seen, new = (counted_by_hand(some, texts) for some in (texts, asked))
     model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced").fit(seen, labels)
     return model.predict_proba(new)[:, 1]
 
@@ -88,6 +115,7 @@ def test_its_accuracy_is_that_of_cross_validation_redone_by_hand() -> None:
             right[label].append((score >= 0.5) == bool(label))
     judge = TextClassifier.train(examples, seed=seed)
     assert judge.accuracy == pytest.approx((np.mean(right[0]) + np.mean(right[1])) / 2)
+    assert (judge.sensitivity, judge.specificity) == pytest.approx((np.mean(right[1]), np.mean(right[0])))
     assert judge.n_accuracy == len(examples.positive) + len(examples.negative)
     assert judge.accuracy is not None and 0.65 < judge.accuracy < 1.0 and not judge.is_weak
 
@@ -104,22 +132,46 @@ def test_a_judge_that_always_says_the_same_is_right_on_half_however_many_of_a_cl
     assert CallableJudge("no", lambda text: 0.1, examples).is_weak
 
 
-def test_pairs_stay_together_in_cross_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_stay_together_in_cross_validation() -> None:
     positive = tuple(f"lovely thing {place}" for place in range(20))
     paired = ContrastSet(positive, tuple(f"awful thing {place}" for place in range(20)), paired=True)
-    asked: list[list[str]] = []
-
-    class Spy:
-        def predict_proba(self, texts: list[str]) -> np.ndarray:
-            asked.append(texts)
-            return np.zeros((len(texts), 2))
-
-    monkeypatch.setattr("neurosteer.evaluation.judges._fitted", lambda texts, labels: Spy())
-    TextClassifier.train(paired)
-    assert sorted(map(len, asked)) == [8] * 5
-    for part in asked:
-        numbers = [text.rpartition(" ")[2] for text in part]
+    parts = folds(paired, 0)
+    assert sorted(map(len, parts)) == [8] * 5 and sorted(np.concatenate(parts)) == list(range(40))
+    for part in parts:
+        numbers = [int(place) % 20 for place in part]
         assert all(numbers.count(number) == 2 for number in numbers)
+
+
+def test_training_can_be_stopped_between_two_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel, fits = threading.Event(), []
+    fit = LogisticRegression.fit
+
+    def stopping(self: LogisticRegression, *arguments: Any) -> LogisticRegression:
+        fits.append(1)
+        if len(fits) == 2:
+            cancel.set()
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", stopping)
+    with pytest.raises(Cancelled, match="Training the judge"):
+        judge_for(make_vector(), labelled(20), cancel=cancel)
+    assert len(fits) == 2
+
+
+def test_words_are_counted_once_and_what_is_kept_of_them_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    transform = HashingVectorizer.transform
+
+    def counting(self: HashingVectorizer, texts: list[str]) -> Any:
+        counted.append(len(texts))
+        return transform(self, texts)
+
+    monkeypatch.setattr(HashingVectorizer, "transform", counting)
+    examples = labelled(30)
+    TextClassifier.train(examples)
+    assert counted == [len(examples.positive) + len(examples.negative)] * 2, "words and characters"
+    monkeypatch.setattr(classifier, "MAX_CHARACTERS", 100)
+    refused(lambda: TextClassifier.train(examples), UsageError, "characters", "100")
 
 
 def test_texts_without_a_word_are_refused_in_one_line() -> None:
@@ -233,3 +285,17 @@ def test_judges_are_known_by_name() -> None:
     assert named_judge("words:one,two").scores(["two", "twofold"]) == [1.0, 0.0]
     assert named_judge("words:one").accuracy is None
     refused(lambda: named_judge("refuse"), UsageError, "'refuse'", "regex:PATTERN")
+
+
+def test_one_function_makes_the_judge_that_is_asked_for_in_words() -> None:
+    vector, examples = make_vector(), labelled(20)
+    trained = judge_from_words("", vector, examples)
+    assert isinstance(trained, TextClassifier) and "reviews" in trained.name
+    assert "gratitude" in judge_from_words("gratitude", vector).name
+    assert isinstance(judge_from_words("refusal", vector), RefusalDetector)
+    words = judge_from_words("words:lovely,fine", vector, examples)
+    assert words.scores(["a lovely day", "a day"]) == [1.0, 0.0] and words.n_accuracy > 30
+    refused(lambda: judge_from_words("", vector), UsageError, "There is no judge", "refusal")
+    refused(lambda: judge_from_words("gratitude", vector, examples), UsageError, "brings its own")
+    refused(lambda: judge_from_words("mine", vector), UsageError, "'mine'", "regex:PATTERN")
+    refused(lambda: JudgeRequest("regex:a", patterns=False), UsageError, "words:ONE,TWO")

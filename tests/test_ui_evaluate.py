@@ -18,7 +18,7 @@ from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.building.build import build
 from neurosteer.evaluation import CallableJudge, Evaluation, PatternJudge, TextClassifier, evaluate
-from neurosteer.evaluation.figures import generations_csv
+from neurosteer.evaluation.report import generations_csv
 from neurosteer.examples.files import bundled_sets, neutral_prompts
 from neurosteer.steering.session import Session
 from neurosteer.ui import gpu
@@ -131,10 +131,11 @@ def test_the_summary_tells_the_receipts_figures_in_words(found: Evaluation) -> N
     up, down, plain = (row_of(found, *at) for at in (("steered", 1.0), ("steered", -1.0), ("unsteered", 0.0)))
     assert f"at strength +1, {up['share']:.0%} of the texts show it ({up['share_low']:.0%} to" in said
     assert f"at strength −1, {down['share']:.0%} (" in said and f"unsteered, {plain['share']:.0%} (" in said
-    assert f"random twins at the same dose {row_of(found, 'random', 1.0)['share']:.0%} at +1" in said
+    assert f"random twins {row_of(found, 'random', 1.0)['share']:.0%} at +1" in said
     assert f"KL {up['kl_p95']:.2g} nats, perplexity × {up['perplexity']:.2f}" in said
     n_texts = len(found.rows)
     assert f"{n_texts} texts of at most 6 tokens in 12 s" in said
+    assert all(note in said for note in found.receipt.data["table"]["notes"])
     assert "how often it is right was not measured" in said and "too weak" not in said
 
 
@@ -156,7 +157,7 @@ def test_the_effect_is_drawn_with_its_interval_and_its_controls(found: Evaluatio
         assert steered.y[place] == pytest.approx(100 * row["share"])
         assert steered.y[place] + steered.error_y.array[place] == pytest.approx(100 * row["share_high"])
         assert steered.y[place] - steered.error_y.arrayminus[place] == pytest.approx(100 * row["share_low"])
-    twins = traces["random twins, same dose"]
+    twins = traces["random twins"]
     assert [round(x) for x in twins.x] == [-1, 1] and twins.mode == "markers"
     assert [twins.y[1]] == pytest.approx([100 * row_of(found, "random", 1.0)["share"]])
     assert len(traces["the instruction in plain words"].x) == 2
@@ -174,7 +175,7 @@ def test_damage_is_drawn_for_all_and_kl_where_there_is_one(found: Evaluation) ->
         [row_of(found, "steered" if at else "unsteered", at)["kl_p95"] for at in (-1.0, 0.0, 1.0, 2.0)]
     )
     assert len(kl["the instruction in plain words"].x) == 0
-    assert len(perplexity["the instruction in plain words"].x) == len(quality["random twins, same dose"].x) == 2
+    assert len(perplexity["the instruction in plain words"].x) == len(quality["random twins"].x) == 2
 
 
 def test_the_table_is_the_receipts_with_true_minus_signs(found: Evaluation) -> None:

@@ -190,7 +190,8 @@ def _templates() -> Environment:
 
 
 def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
-    """The table that a receipt brings for the card, from those that hold `table`: `{title, columns, rows}`."""
+    """The table that a receipt brings for the card, from those that hold `table`: `{title, columns, rows}` and, in
+    newer ones, `notes`, a sentence each."""
     table = receipt.data.get("table")
     if not isinstance(table, Mapping) or not isinstance(table.get("columns"), list) or not table["columns"]:
         return None
@@ -198,7 +199,9 @@ def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
     found = table.get("rows")
     rows = [row for row in found if isinstance(row, list)] if isinstance(found, list) else []
     padded = [[*row, *[""] * len(columns)][: len(columns)] for row in rows[:_MOST_ROWS]]
-    return {"title": flat(table.get("title") or ""), "columns": columns, "rows": padded}
+    notes = table.get("notes")
+    notes = [flat(note) for note in notes[:_MOST_ROWS]] if isinstance(notes, list) else []
+    return {"title": flat(table.get("title") or ""), "columns": columns, "rows": padded, "notes": notes}
 
 
 def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:

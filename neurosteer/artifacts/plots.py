@@ -8,14 +8,18 @@ from typing import Any
 
 from neurosteer.validation import is_finite
 
-_LINE, _BEST = "#4f46e5", "#b45309"
-COLOURS = {"steered": _LINE, "random": "#6b7280", "instruction": _BEST}
+_LINE, _BEST = "#6366f1", "#d97706"
+COLOURS = {"steered": _LINE, "random": "#9aa3b2", "permuted": "#0d9488", "instruction": _BEST}
+"""Of what a receipt holds, on white and on dark grey, in pictures and on the page."""
+
 KIND_NAMES = {
     "steered": "steered",
-    "random": "random twins, same dose",
+    "random": "random twins",
+    "permuted": "built from shuffled labels",
     "instruction": "the instruction in plain words",
 }
-_ASIDE = 0.06  # controls are drawn a little beside their strength, so that their intervals can be seen
+ASIDE = {"steered": 0.0, "random": 0.07, "permuted": 0.14, "instruction": -0.07}
+"""How far from their strength they are drawn, so that their intervals can be seen."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Point:
 
 
 def receipt_points(data: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """What a receipt holds to be drawn, by kind (`steered` with the unsteered point in it, `random`, `instruction`),
+    """What a receipt holds to be drawn, by kind (those of `KIND_NAMES`, `steered` with the unsteered point in it),
     ascending in strength. Whoever wrote it: what is no row of
     figures is passed over, and the result may be empty."""
     rows = data.get("rows")
-    found: dict[str, dict[float, Point]] = {"steered": {}, "random": {}, "instruction": {}}
+    found: dict[str, dict[float, Point]] = {kind: {} for kind in KIND_NAMES}
     for row in rows if isinstance(rows, list) else []:
         point = _point(row) if isinstance(row, Mapping) else None
         kind = "steered" if point and row.get("kind") == "unsteered" else point and row.get("kind")
@@ -72,8 +76,8 @@ def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
     figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     effect, kl, perplexity = figure.subplots(1, 3)
-    for place, (kind, found) in enumerate(points.items()):
-        doses = [point.strength + _ASIDE * place for point in found]
+    for kind, found in points.items():
+        doses = [point.strength + ASIDE[kind] for point in found]
         style = {"color": COLOURS[kind], "marker": "o", "markersize": 4}
         line = style | {"linestyle": "-" if kind == "steered" else "none", "label": KIND_NAMES[kind]}
         shares = [100 * point.share for point in found]
@@ -88,7 +92,7 @@ def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     effect.set_ylim(-4, 104)
-    figure.legend(*effect.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(*effect.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -4,13 +4,13 @@ import re
 from collections.abc import Collection
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.common import safe_name
 from neurosteer.artifacts.recipes import Recipe, Use
 from neurosteer.artifacts.strength import default_calibration
+from neurosteer.artifacts.twins import other_neurons
 from neurosteer.errors import UsageError
 
 _PART = re.compile(
@@ -46,23 +46,8 @@ def part(circuit: NeuronCircuit, text: str) -> NeuronCircuit:
 def random_like(circuit: NeuronCircuit, seed: int = 0, *, leave_out: Collection[tuple[int, int]] = ()) -> NeuronCircuit:
     """As many neurons of each layer as the circuit has, drawn by chance from all of that layer's but those in
     `leave_out`, (layer, neuron). Raises `UsageError` where fewer are left than the circuit has."""
-    generator = torch.Generator().manual_seed(seed)
-    allowed = torch.ones(circuit.model.n_layers, circuit.model.d_mlp, dtype=torch.bool)
-    for layer, neuron in leave_out:
-        allowed[layer, neuron] = False
-    neurons = torch.empty_like(circuit.neurons)
-    for layer in circuit.layers:
-        here = circuit.neuron_layers == layer
-        neurons[here] = draw_neurons(allowed[layer], int(here.sum()), generator).int()
+    neurons = other_neurons(circuit, seed, leave_out=leave_out)
     return replace(circuit, name=safe_name(f"{circuit.name}-random-{seed}"), method="random", neurons=neurons)
-
-
-def draw_neurons(allowed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different places at which `allowed` (bool `[d_mlp]`) is true. Raises `UsageError` if there are fewer."""
-    places = allowed.nonzero()[:, 0]
-    if len(places) < count:
-        raise UsageError(f"A layer has {len(places)} neurons to draw from and {count} are needed; leave out fewer.")
-    return places[torch.randperm(len(places), generator=generator)[:count]]
 
 
 def at_multiplier(circuit: NeuronCircuit, multiplier: float) -> Recipe:

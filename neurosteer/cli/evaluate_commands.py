@@ -1,7 +1,6 @@
 """The verb that measures what artifacts do and break, and what `sweep` shares with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,12 +25,10 @@ from neurosteer.cli.places import files_place, folder_of
 from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts.recipes import Recipe
-    from neurosteer.evaluation import Evaluation, Judge
-    from neurosteer.examples.contrast_set import ContrastSet
+    from neurosteer.evaluation import Evaluation, JudgeRequest
 
 _TABLE_WIDTH = 220
-_RANDOM = 3
+_RANDOM = 10
 
 
 def evaluate(
@@ -61,7 +58,7 @@ def evaluate(
 
     values = numbers(strengths, "--strengths")
     place, kept = files_place(folder), _folder_to_save(use) if save else None
-    asked = JudgeRequest.of(judging)
+    asked = judge_request(judging)
     uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else sweep_prompts()
     with progress_line(logged=True) as progress:
@@ -70,42 +67,18 @@ def evaluate(
         found = measure(
             lm, recipe, asked.judge(recipe), prompts=texts, strengths=values, samples=samples,
             max_new_tokens=max_new_tokens, instructions=instructions, n_random=_RANDOM if random is None else random,
-            seed=seed, out=place, progress=progress,
+            seed=seed, out=place, examples=asked.training, progress=progress,
         )  # fmt: skip
     report(found, place, kept, as_json)
 
 
-@dataclass(frozen=True)
-class JudgeRequest:
+def judge_request(given: JudgeOptions) -> "JudgeRequest":
     """What --judge and --examples ask for; mistakes in them show before a model is loaded."""
+    from neurosteer.evaluation import JudgeRequest
+    from neurosteer.examples.reading import read_examples
 
-    name: str | None
-    examples: "ContrastSet | None"
-
-    @staticmethod
-    def of(given: JudgeOptions) -> "JudgeRequest":
-        """Raises `UsageError` where neither is given, or the judge's name is none."""
-        from neurosteer.evaluation import named_judge
-        from neurosteer.examples.reading import read_examples
-
-        name, examples = given.judge, given.examples
-        if name is None and examples is None:
-            raise UsageError(
-                "There is no judge; give labelled texts with --examples FILE, or --judge refusal or regex:PATTERN."
-            )
-        if name == "refusal" and examples is not None:
-            raise UsageError("--judge refusal brings its own labelled texts; leave --examples out.")
-        if name is not None:
-            named_judge(name)
-        return JudgeRequest(name, read_examples(examples) if examples is not None else None)
-
-    def judge(self, recipe: "Recipe") -> "Judge":
-        """The judge; one without a name is trained on what of the examples no artifact of `recipe` was built from."""
-        from neurosteer.evaluation import judge_for, named_judge
-
-        if self.name is None and self.examples is not None:
-            return judge_for(recipe, self.examples)
-        return named_judge(self.name or "", self.examples)
+    examples = None if given.examples is None else read_examples(given.examples)
+    return JudgeRequest(given.judge or "", examples, "--examples")
 
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:
@@ -137,6 +110,8 @@ def _print_receipt_table(table: dict[str, Any]) -> None:
     for row in table["rows"]:
         shown.add_row(*row)
     print_table(shown, width=_TABLE_WIDTH)
+    for note in table.get("notes", []):
+        out.print(f"\n{note}")
 
 
 def _folder_to_save(use: Sequence[str]) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.cli.evaluate_commands import JudgeRequest, report
+from neurosteer.cli.evaluate_commands import judge_request, report
 from neurosteer.cli.inputs import given_prompts, model_of, numbers, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
     JsonOption,
@@ -107,7 +107,7 @@ def sweep(
     from neurosteer.steering.session import Session
 
     place = files_place(folder)
-    asked = JudgeRequest.of(judging) if judging != JudgeOptions() else None
+    asked = judge_request(judging) if judging != JudgeOptions() else None
     if asked is not None and (raw or positions != "all"):
         raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
     values = numbers(strengths, "--strengths")

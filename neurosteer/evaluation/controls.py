@@ -1,15 +1,15 @@
-"""What a recipe is compared with, always in the same table: no steering, random directions or neurons at the same
-dose, and the instruction in plain words."""
+"""What a recipe is compared with, always in the same table: no steering (twice, to show what chance does), twins that
+were built from nothing at the same KL, and the instruction in plain words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
-from neurosteer.artifacts.twins import random_recipe
 
-Kind = Literal["steered", "unsteered", "random", "instruction"]
+Kind = Literal["steered", "unsteered", "again", "random", "permuted", "instruction"]
+TwinKind = Literal["random", "permuted"]
 
 INSTRUCTIONS = {
     "sentiment": ("Write in a very positive, delighted tone.", "Write in a very negative, disappointed tone."),
@@ -27,14 +27,23 @@ INSTRUCTIONS = {
 class Group:
     """Texts of all prompts and samples that are counted together.
 
-    `recipes` is one, or one for each random twin: then prompts and samples take them in turn. `instruction` stands
-    before the prompts of an instructed group, whose `strength` is +1 or −1.
+    `recipes` is one, or one for each twin: then prompts and samples take them in turn. `instruction` stands before the
+    prompts of an instructed group, whose `strength` is +1 or −1. `again` says that other random numbers are drawn than
+    for the other groups.
     """
 
     kind: Kind
     strength: float
     recipes: tuple[Recipe, ...] = (UNSTEERED,)
     instruction: str = ""
+
+    @property
+    def again(self) -> bool:
+        return self.kind == "again"
+
+    @property
+    def has_twins(self) -> bool:
+        return self.kind in ("random", "permuted")
 
     def turn(self, prompt: int, sample: int) -> int:
         """Which of `recipes` a sample of that prompt (by its place) is written under."""
@@ -46,33 +55,42 @@ class Group:
 
 
 def groups(
-    recipe: Recipe, strengths: Sequence[float], instructions: tuple[str, str], n_random: int, seed: int
+    recipe: Recipe,
+    strengths: Sequence[float],
+    instructions: tuple[str, str],
+    twins: Mapping[tuple[TwinKind, float], tuple[Recipe, ...]],
 ) -> list[Group]:
-    """The unsteered group first, then the recipe at every strength but 0, then the controls."""
-    strengths = sorted({float(strength) for strength in strengths} - {0.0})
-    found = [Group("unsteered", 0.0)]
-    found += [Group("steered", strength, (recipe.scaled(strength),)) for strength in strengths]
-    twins = [random_recipe(recipe, seed * n_random + draw) for draw in range(1, n_random + 1)]
-    for strength in control_strengths(strengths):
-        found.append(Group("random", strength, tuple(twin.scaled(strength) for twin in twins)))
+    """The unsteered groups first, then the recipe at every strength but 0, then `twins` by what they are and the
+    strength they are compared at, then the instruction."""
     up, down = instructions
-    return [*found, Group("instruction", 1.0, instruction=up), Group("instruction", -1.0, instruction=down)]
+    return [
+        Group("unsteered", 0.0),
+        Group("again", 0.0),
+        *(Group("steered", strength, (recipe.scaled(strength),)) for strength in moved(strengths)),
+        *(Group(kind, strength, recipes) for (kind, strength), recipes in twins.items()),
+        Group("instruction", 1.0, instruction=up),
+        Group("instruction", -1.0, instruction=down),
+    ]
+
+
+def moved(strengths: Sequence[float]) -> list[float]:
+    """Different strengths in ascending order, without 0."""
+    return sorted({float(strength) for strength in strengths} - {0.0})
 
 
 def n_groups(strengths: Sequence[float]) -> int:
-    """How many groups `groups` makes."""
-    moved = sorted({float(strength) for strength in strengths} - {0.0})
-    return 1 + len(moved) + len(control_strengths(moved)) + 2
+    """How many groups there are with random twins, and no others."""
+    return 2 + len(moved(strengths)) + len(control_strengths(strengths)) + 2
 
 
 def control_strengths(strengths: Sequence[float]) -> list[float]:
-    """At which of `strengths` random twins are tried: −1 and +1, or where they are missing the weakest of that sign.
+    """At which of `strengths` twins are tried: −1 and +1, or where they are missing the weakest of that sign.
 
     Not at all of them, for what it would cost; beyond these, the nearest is what there is to compare with.
     """
     chosen = []
     for sign in (-1.0, 1.0):
-        there = [strength for strength in strengths if strength * sign > 0]
+        there = [strength for strength in moved(strengths) if strength * sign > 0]
         if there:
             chosen.append(sign if sign in there else min(there, key=abs))
     return chosen

@@ -4,27 +4,30 @@ A judge that is right on fewer than 65% of them is too weak to conclude anything
 """
 
 import math
-import random
 import re
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import UsageError
+from neurosteer.evaluation.classifier import Fitted, counted, fit, labels_of
 from neurosteer.evaluation.openings import is_refusal, labelled_openings
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
+from neurosteer.examples.files import bundled_sets
+from neurosteer.examples.reading import read_examples
 
 WEAK_BELOW = 0.65
 MAX_PATTERN = 500
-_FOLDS = 5
 
 
 class Judge(Protocol):
-    """What `evaluate` asks of a judge."""
+    """What `evaluate` asks of a judge. One that has `sensitivity` and `specificity` too, the shares it is right on of
+    texts that show the behaviour and of those that do not, gets shares corrected for them."""
 
     @property
     def name(self) -> str:
@@ -53,10 +56,19 @@ class Judge(Protocol):
 
 
 class _Measured:
-    """A name, and an accuracy that may have been measured."""
+    """A name, and how often it is right on texts that show the behaviour (`sensitivity`) and on those that do not
+    (`specificity`), where that was measured, on `n_accuracy` texts."""
 
-    def __init__(self, name: str, accuracy: float | None = None, n_accuracy: int = 0) -> None:
-        self.name, self.accuracy, self.n_accuracy = name, accuracy, n_accuracy
+    def __init__(self, name: str) -> None:
+        self.name, self.n_accuracy = name, 0
+        self.sensitivity: float | None = None
+        self.specificity: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        if self.sensitivity is None or self.specificity is None:
+            return None
+        return (self.sensitivity + self.specificity) / 2
 
     @property
     def is_weak(self) -> bool:
@@ -67,37 +79,37 @@ class _Measured:
 
     def _measure(self, examples: ContrastSet | None) -> None:
         if examples is not None:
-            labels = _labels(examples)
-            verdicts = np.array(self.scores([*examples.positive, *examples.negative])) >= 0.5
-            self.accuracy, self.n_accuracy = _balanced(verdicts, labels), len(labels)
+            self._count(np.array(self.scores([*examples.positive, *examples.negative])) >= 0.5, examples)
+
+    def _count(self, verdicts: np.ndarray, examples: ContrastSet) -> None:
+        labels = labels_of(examples)
+        self.sensitivity = float(verdicts[labels == 1].mean())
+        self.specificity = float((~verdicts[labels == 0]).mean())
+        self.n_accuracy = len(labels)
 
 
 class TextClassifier(_Measured):
     """Words (1 to 2) and characters (2 to 5) weighted by TF-IDF, and logistic regression on both."""
 
-    def __init__(self, name: str, pipeline: Any, accuracy: float, n_accuracy: int) -> None:
-        super().__init__(name, accuracy, n_accuracy)
-        self._pipeline = pipeline
+    def __init__(self, name: str, fitted: Fitted) -> None:
+        super().__init__(name)
+        self._fitted = fitted
 
     @classmethod
-    def train(cls, examples: ContrastSet, *, seed: int = 0) -> "TextClassifier":
+    def train(cls, examples: ContrastSet, *, seed: int = 0, cancel: threading.Event | None = None) -> "TextClassifier":
         """A classifier trained on all of `examples`. Its accuracy is that of up to 5 others, each trained without a
         part of them (drawn with `seed`; pairs stay together) and asked about that part.
 
-        Raises `UsageError` where the texts hold no word.
+        Raises `UsageError` where the texts hold no word, or too many; `Cancelled` when `cancel` is set.
         """
-        texts, labels = [*examples.positive, *examples.negative], _labels(examples)
-        verdicts = np.zeros(len(texts), dtype=bool)
-        for part in _folds(examples, seed):
-            rest = np.setdiff1d(np.arange(len(texts)), part)
-            other = _fitted([texts[place] for place in rest], labels[rest])
-            verdicts[part] = other.predict_proba([texts[place] for place in part])[:, 1] >= 0.5
+        fitted, verdicts = fit(examples, seed, cancel)
         sizes = f"{len(examples.positive)} + {len(examples.negative)} texts"
-        name = f"text classifier trained on {examples.name[:60]} ({sizes})"
-        return cls(name, _fitted(texts, labels), _balanced(verdicts, labels), len(texts))
+        judge = cls(f"text classifier trained on {examples.name[:60]} ({sizes})", fitted)
+        judge._count(verdicts, examples)
+        return judge
 
     def scores(self, texts: Sequence[str]) -> list[float]:
-        return self._pipeline.predict_proba(list(texts))[:, 1].tolist() if texts else []
+        return self._fitted.probabilities(counted(texts)).tolist() if texts else []
 
 
 class RefusalDetector(_Measured):
@@ -156,19 +168,22 @@ class CallableJudge(_Measured):
         return score
 
 
-def judge_for(recipe: Recipe | Artifact, examples: ContrastSet, *, seed: int = 0) -> TextClassifier:
+def judge_for(
+    recipe: Recipe | Artifact, examples: ContrastSet, *, seed: int = 0, cancel: threading.Event | None = None
+) -> TextClassifier:
     """The default judge: a classifier trained on labelled texts that no artifact of `recipe` was built from.
 
     These are all of `examples`, or, where an artifact was built from a part of the same ones, the part that its
     building held out. Texts are told apart by the SHA-256 of the whole set: a file that shares some of its texts with
     another is not noticed.
 
-    Raises `UsageError` where an artifact was built from all of `examples`, `ExamplesError` where too few were held out.
+    Raises `UsageError` where an artifact was built from all of `examples`, `ExamplesError` where too few were held out,
+    `Cancelled` when `cancel` is set.
     """
     uses = recipe.uses if isinstance(recipe, Recipe) else Recipe.of(recipe).uses
     seen = [use.artifact for use in uses if use.artifact.provenance.examples_sha256 == examples.sha256]
     if not seen:
-        return TextClassifier.train(examples, seed=seed)
+        return TextClassifier.train(examples, seed=seed, cancel=cancel)
     least = min(seen, key=lambda artifact: artifact.provenance.hold_out)
     if least.provenance.hold_out <= 0:
         raise UsageError(
@@ -176,7 +191,8 @@ def judge_for(recipe: Recipe | Artifact, examples: ContrastSet, *, seed: int = 0
             "other labelled texts, or build it with --hold-out 0.5 and give the same ones."
         )
     held_out = examples.parts(least.provenance.hold_out, seed=HOLD_OUT_SEED)[1]
-    return TextClassifier.train(replace(held_out, name=f"what building held out of {examples.name}"), seed=seed)
+    held_out = replace(held_out, name=f"what building held out of {examples.name}")
+    return TextClassifier.train(held_out, seed=seed, cancel=cancel)
 
 
 def named_judge(text: str, examples: ContrastSet | None = None) -> Judge:
@@ -189,7 +205,61 @@ def named_judge(text: str, examples: ContrastSet | None = None) -> Judge:
         return PatternJudge(rest, examples)
     if colon and kind == "words":
         return PatternJudge(rest.split(","), examples)
-    raise UsageError(f"There is no judge {text[:80]!r}; use refusal, regex:PATTERN or words:ONE,TWO.")
+    raise UsageError(f"There is no judge {text[:80]!r}; use {_NAMED}, or the name of a bundled set.")
+
+
+_NAMED = "refusal, regex:PATTERN or words:ONE,TWO"
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """Who is to judge, in words: nothing for a classifier trained on `labelled` texts, the name of a bundled set for
+    one trained on that, or what `named_judge` knows. `labelled_as` is what the caller calls labelled texts.
+
+    Raises `UsageError` at once for what cannot be, before a model is loaded; `patterns` says whether `regex:` is taken,
+    which is better not taken from strangers.
+    """
+
+    words: str = ""
+    labelled: ContrastSet | None = None
+    labelled_as: str = "labelled texts"
+    patterns: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.words and self.labelled is None:
+            raise UsageError(
+                f"There is no judge; give {self.labelled_as}, or name one: {_NAMED}, or a bundled set "
+                f"({', '.join(bundled_sets())})."
+            )
+        if self.words and self.labelled is not None and (self.words == "refusal" or self.words in bundled_sets()):
+            raise UsageError(f"The judge {self.words!r} brings its own labelled texts; leave {self.labelled_as} out.")
+        if self.words.startswith("regex:") and not self.patterns:
+            raise UsageError("Patterns are not taken here, some never end; use words:ONE,TWO.")
+        if self.words and self.words not in bundled_sets():
+            named_judge(self.words)
+
+    @property
+    def training(self) -> ContrastSet | None:
+        """The texts that a classifier is to be trained on; None for the other judges."""
+        return read_examples(self.words) if self.words in bundled_sets() else None if self.words else self.labelled
+
+    def judge(self, recipe: Recipe | Artifact, cancel: threading.Event | None = None) -> Judge:
+        """The judge, who has seen no text that an artifact of `recipe` was built from. Raises as `judge_for` does."""
+        training = self.training
+        return (
+            named_judge(self.words, self.labelled) if training is None else judge_for(recipe, training, cancel=cancel)
+        )
+
+
+def judge_from_words(
+    words: str,
+    recipe: Recipe | Artifact,
+    labelled: ContrastSet | None = None,
+    *,
+    cancel: threading.Event | None = None,
+) -> Judge:
+    """The judge of `recipe` that `words` ask for; see `JudgeRequest`."""
+    return JudgeRequest(words, labelled).judge(recipe, cancel)
 
 
 def accuracy_text(judge: Judge) -> str:
@@ -197,46 +267,10 @@ def accuracy_text(judge: Judge) -> str:
     if judge.accuracy is None:
         return "how often it is right was not measured"
     found = f"right on {judge.accuracy:.1%} of {judge.n_accuracy:,} labelled texts it had not seen"
+    rates = [getattr(judge, name, None) for name in ("sensitivity", "specificity")]
+    if None not in rates:
+        found += f" ({rates[0]:.0%} of those that show it, {rates[1]:.0%} of the others)"
     return f"{found}: too weak to conclude from" if judge.is_weak else found
-
-
-def _fitted(texts: Sequence[str], labels: np.ndarray) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline, make_union
-
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
-    classifier = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
-    pipeline = make_pipeline(make_union(words, characters), classifier)
-    try:
-        return pipeline.fit(texts, labels)
-    except ValueError as error:  # nothing but punctuation
-        raise UsageError(f"No judge can be trained on these texts ({' '.join(str(error).split())[:100]}).") from error
-
-
-def _folds(examples: ContrastSet, seed: int) -> list[np.ndarray]:
-    """Positions in positive + negative texts, in up to 5 parts that each hold about as much of either class."""
-    counts = len(examples.positive), len(examples.negative)
-    n_folds = min(_FOLDS, *counts)
-    rng = random.Random(seed)
-    orders = [rng.sample(range(count), count) for count in counts]
-    if examples.paired:
-        orders[1] = orders[0]
-    parts = [
-        [*orders[0][fold::n_folds], *(counts[0] + place for place in orders[1][fold::n_folds])]
-        for fold in range(n_folds)
-    ]
-    return [np.array(sorted(part)) for part in parts]
-
-
-def _labels(examples: ContrastSet) -> np.ndarray:
-    return np.array([1] * len(examples.positive) + [0] * len(examples.negative))
-
-
-def _balanced(verdicts: np.ndarray, labels: np.ndarray) -> float:
-    """The mean of the classes' shares that were judged right."""
-    return float((verdicts[labels == 1].mean() + (~verdicts[labels == 0]).mean()) / 2)
 
 
 def _compiled(pattern: str | Sequence[str]) -> re.Pattern[str]:

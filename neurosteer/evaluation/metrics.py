@@ -12,28 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from neurosteer.evaluation.intervals import Estimate, difference_interval, mean_interval, share_interval
+from neurosteer.evaluation.judges import Judge
 from neurosteer.measuring.divergence import kl_percentile
 
-N_RESAMPLES = 2000
 KL_PERCENTILE = 95
-LEVEL = 0.95
 _FEWEST_TO_REPEAT = 8
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its bootstrap interval of 95%."""
-
-    value: float
-    low: float
-    high: float
+_LEAST_INFORMED = 0.1
+"""A judge's sensitivity and specificity must come to so much more than 1, or a share cannot be corrected for them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """A group's texts and what was measured of each: `scores` `[n_prompts, n_samples]` of the judge, `nats` of the same
     shape, how surprising each text is to the unsteered model; `texts` and `ids` in the same order, flat. `kl` is the
-    divergence in nats at every token of the prompts' unsteered continuations, where the group is steered."""
+    divergence in nats at every token of the prompts' unsteered continuations, where the group is steered. `twins`, of
+    the shape of `scores`, says which twin wrote each text, where several did."""
 
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
@@ -41,23 +35,26 @@ class Sampled:
     scores: np.ndarray
     nats: np.ndarray
     kl: np.ndarray | None = None
+    twins: np.ndarray | None = None
 
     @property
     def verdicts(self) -> np.ndarray:
-        """Per prompt the share of texts that show the behaviour, `[n_prompts]`."""
-        return (self.scores >= 0.5).mean(1)
+        """Whether each text shows the behaviour, 0 or 1, `[n_prompts, n_samples]`."""
+        return (self.scores >= 0.5).astype(float)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of a group. Shares and means are of the judge's scores; `change` is that of the share from the unsteered
-    texts, over the same prompts. `wrong_way` is a share of prompts, `kl_p95` in nats, `perplexity` relative to the
-    unsteered texts', `tokens` a mean per text, `off_script` a share of texts. None where there is nothing to compare
-    with, or where numbers left what floats can hold."""
+    """Figures of a group. Shares and means are of the judge's scores; `corrected` is the share that a judge who is
+    always right would have found. `change` is that of the share from the unsteered texts, over the same prompts.
+    `wrong_way` is a share of prompts, `kl_p95` in nats, `perplexity` relative to the unsteered texts', `tokens` a mean
+    per text, `off_script` a share of texts. None where there is nothing to compare with, or where numbers left what
+    floats can hold."""
 
     n_texts: int
     share: Estimate
     mean: Estimate
+    corrected: Estimate | None
     change: Estimate | None
     wrong_way: float | None
     kl_p95: float | None
@@ -68,30 +65,77 @@ class Figures:
     off_script: float
 
 
-def figures(group: Sampled, plain: Sampled, sign: float, seed: int) -> Figures:
+@dataclass(frozen=True)
+class Difference:
+    """How much more a group's texts show the behaviour than another's of the same prompts. Where the other are twins',
+    `twin_mean` and `twin_sd` are of the twins' changes from the unsteered texts, and `z` says how many `twin_sd` the
+    group's own change lies above `twin_mean`, in the direction that was meant."""
+
+    share: Estimate
+    twin_mean: float | None = None
+    twin_sd: float | None = None
+    z: float | None = None
+
+    def is_clear(self, sign: float) -> bool:
+        """Whether the whole interval lies in the direction that was meant."""
+        return self.share.low > 0 if sign > 0 else self.share.high < 0
+
+
+def figures_of(group: Sampled, plain: Sampled, sign: float, judge: Judge, seed: int) -> Figures:
     """Figures of `group` against the unsteered group `plain` of the same prompts. `sign` says which way the behaviour
     was to move; 0 for the unsteered texts themselves."""
-    means, moved = group.scores.mean(1), sign != 0
+    moved = sign != 0
     prompts = [prompt for prompt in group.prompts for _ in range(group.scores.shape[1])]
+    share = share_interval(group.verdicts, group.twins)
     return Figures(
         n_texts=len(group.texts),
-        share=bootstrap(group.verdicts, seed),
-        mean=bootstrap(means, seed),
-        change=bootstrap(group.verdicts - plain.verdicts, seed) if moved else None,
-        wrong_way=wrong_way_rate(means, plain.scores.mean(1), sign) if moved else None,
+        share=share,
+        mean=mean_interval(group.scores, group.twins),
+        corrected=corrected(share, judge),
+        change=difference(group, plain, seed).share if moved else None,
+        wrong_way=wrong_way_rate(group.scores.mean(1), plain.scores.mean(1), sign) if moved else None,
         kl_p95=_kl_p95(group.kl) if moved else 0.0,
         perplexity=_perplexity(group, plain),
-        quality=quality(group.texts),
-        distinct_2=distinct(group.texts),
+        quality=quality(group.ids),
+        distinct_2=distinct(group.ids),
         tokens=float(np.mean(list(map(len, group.ids)))),
         off_script=float(np.mean([is_off_script(*one) for one in zip(prompts, group.texts, group.ids, strict=True)])),
     )
 
 
-def _kl_p95(nats: np.ndarray | None) -> float | None:
-    if nats is None:
+def difference(group: Sampled, other: Sampled, seed: int) -> Difference:
+    """Of texts of the same prompts and samples, which share their random numbers."""
+    if group.scores.shape != other.scores.shape:  # then prompts are all that they share
+        return Difference(difference_interval((group.verdicts.mean(1) - other.verdicts.mean(1))[:, None], seed))
+    twins = other.twins if other.twins is not None else group.twins
+    return Difference(difference_interval(group.verdicts - other.verdicts, seed, twins))
+
+
+def difference_from_twins(group: Sampled, twins: Sampled, plain: Sampled, sign: float, seed: int) -> Difference:
+    found = difference(group, twins, seed)
+    if twins.twins is None:
+        return found
+    changes = twins.verdicts - plain.verdicts
+    effects = [float(changes[twins.twins == twin].mean()) for twin in np.unique(twins.twins)]
+    mean, sd = float(np.mean(effects)), float(np.std(effects, ddof=1)) if len(effects) > 1 else 0.0
+    own = float((group.verdicts - plain.verdicts).mean())
+    return Difference(found.share, mean, sd, math.copysign(1, sign) * (own - mean) / sd if sd > 0 else None)
+
+
+def corrected(share: Estimate, judge: Judge) -> Estimate | None:
+    """The share with its interval as a judge who is always right would find it: what this one calls positive is
+    `sensitivity` of the texts that are, and 1 − `specificity` of the others (Rogan and Gladen 1978). None where the
+    judge's are not known, or where it hardly tells the two apart. How well they are known is not in the interval."""
+    sensitivity, specificity = (getattr(judge, name, None) for name in ("sensitivity", "specificity"))
+    if sensitivity is None or specificity is None or sensitivity + specificity - 1 < _LEAST_INFORMED:
         return None
-    value = kl_percentile(nats.flatten().tolist(), KL_PERCENTILE)
+    informed = sensitivity + specificity - 1
+    ends = (min(max((end + specificity - 1) / informed, 0.0), 1.0) for end in (share.value, share.low, share.high))
+    return Estimate(*ends)
+
+
+def _kl_p95(nats: np.ndarray | None) -> float | None:
+    value = math.inf if nats is None else kl_percentile(nats.ravel().tolist(), KL_PERCENTILE)
     return value if math.isfinite(value) else None
 
 
@@ -105,34 +149,23 @@ def _perplexity(group: Sampled, plain: Sampled) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def bootstrap(values: np.ndarray, seed: int) -> Estimate:
-    """The mean of `values` `[n_prompts]`, and the middle 95% of the means of 2,000 sets of as many prompts drawn from
-    them with replacement. The same seed draws the same sets, so figures of the same prompts are resampled alike.
-
-    Where all values are equal, so are the ends: the interval of a share of 0 or 1 is too narrow.
-    """
-    places = np.random.default_rng(seed).integers(0, len(values), size=(N_RESAMPLES, len(values)))
-    low, high = np.quantile(values[places].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
 def wrong_way_rate(scores: np.ndarray, plain: np.ndarray, sign: float) -> float:
     """The share of prompts whose mean score, `[n_prompts]`, moved against `sign` from what it was unsteered. One that
     stayed where it was did not."""
     return float(((scores - plain) * sign < 0).mean())
 
 
-def quality(texts: Sequence[str], n: int = 4) -> float:
-    """Different n-grams of words over all of them, in each text by itself, averaged over the texts that have one; 1
-    where none has. 1 means that nothing is repeated."""
-    shares = [len(set(grams)) / len(grams) for text in texts if (grams := _grams(text, n))]
+def quality(ids: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Different n-grams of tokens over all of them, in each text by itself, averaged over the texts that have one; 1
+    where none has. 1 means that nothing is repeated. Tokens, because not all scripts put spaces between words."""
+    shares = [len(set(grams)) / len(grams) for text in ids if (grams := _grams(text, n))]
     return sum(shares) / len(shares) if shares else 1.0
 
 
-def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Different n-grams of words over all of them, in all texts together (Li et al., arXiv 1510.03055); 0 where there
+def distinct(ids: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Different n-grams of tokens over all of them, in all texts together (Li et al., arXiv 1510.03055); 0 where there
     are none. It falls with the number of texts: compare groups of the same size."""
-    grams = [gram for text in texts for gram in _grams(text, n)]
+    grams = [gram for text in ids for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -166,6 +199,5 @@ def _script(char: str) -> str:
     return "CJK" if name in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else name
 
 
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[first : first + n]) for first in range(len(words) - n + 1)]
+def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[first : first + n]) for first in range(len(ids) - n + 1)]

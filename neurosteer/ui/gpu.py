@@ -280,11 +280,13 @@ def _calling_s(
 
 
 def _evaluating_s(options: dict[str, Any]) -> float:
-    """All texts are written once and read once; so many groups more are read to measure KL."""
+    """All texts are written once and read once; so many groups more are read to measure KL, and twins to bring them to
+    the same."""
     groups = n_groups(options["strengths"])
     texts = groups * len(options["prompts"]) * options["samples"]
     steps = math.ceil(texts / _BATCH_ROWS) * options["max_new_tokens"]
-    return _OTHER_S + steps * _STEP_S + 2 * texts * _TEXT_TOKENS / 4 / _TOKENS_PER_S
+    matching = 2 * options.get("n_random", 10) * 8 * 3  # signs, twins, prompts, and how often a strength is tried
+    return _OTHER_S + steps * _STEP_S + (2 * texts + matching) * _TEXT_TOKENS / 4 / _TOKENS_PER_S
 
 
 _WORK_S: dict[Task, Callable[..., float]] = {_write: _writing_s, _call: _calling_s}

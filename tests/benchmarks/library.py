@@ -6,9 +6,9 @@ DATA holds a folder per behaviour with `train.csv` (built from) and `judge.csv` 
 with `train.csv`, `jbb.csv` and `benign_eval.csv`; formality and gratitude are built from one half of the bundled sets
 and judged by the other. For a vector, the methods named below are compared at strength ±1 on prompts of their own and
 the one that moves the judge most is kept (what they came to is printed); circuits are `cna`. Every artifact gets a
-receipt on other prompts: five strengths, three random twins and the instruction in plain words, 16 neutral prompts ×
-`--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal and ordinary request, once each). Gemma-3-270M
-comes from the package index (`gemma.py`), or from a folder.
+receipt on other prompts: five strengths, ten random twins, one built from shuffled labels and the instruction in plain
+words, 16 neutral prompts × `--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal
+and ordinary request, once each). Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
 """
 
 import argparse
@@ -146,6 +146,7 @@ def release(lm: LanguageModel, item: Item, data: Path, out: Path, samples: int) 
         strengths=STRENGTHS,
         samples=1 if item.behaviour == "refusal" else samples,
         max_new_tokens=TOKENS,
+        examples=given.examples,
     )
     assert found.artifact is not None
     folder = save(found.artifact, out / item.name)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -10,8 +10,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 from torch import Tensor
 
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.strength import Calibration
+from neurosteer.artifacts.twins import random_twin
 from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.measuring.divergence import divergences, kl_percentile, unsteered_texts
+from neurosteer.measuring.equal_kl import at_kl
+from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.steering.plans import applied, compile_plan
 
@@ -35,6 +42,19 @@ class Judge:
         right = self.pipeline.predict(list(examples.positive)).sum()
         right += len(examples.negative) - self.pipeline.predict(list(examples.negative)).sum()
         return 100.0 * float(right) / (len(examples.positive) + len(examples.negative))
+
+
+def twin_at_same_kl(lm: LanguageModel, artifact: Artifact, prompts: Sequence[str], seed: int = 0) -> Artifact:
+    """A random twin whose strengths −1 and +1 come to the KL that the artifact's come to on `prompts`, each by itself;
+    neurons are shifted by as much of their own spread as the artifact's are."""
+    texts = unsteered_texts(lm, prompts)
+    spreads = neuron_spreads(lm, artifact.layers, texts) if isinstance(artifact, NeuronCircuit) else None
+    twin = random_twin(artifact, seed, spreads=spreads)
+    recipes = [Recipe.of((artifact, strength)) for strength in (1.0, -1.0)]
+    targets = [kl_percentile(nats.flatten().tolist(), 95.0) for nats in divergences(lm, texts, recipes)]
+    found = at_kl(lm, [Recipe.of((twin, strength)) for strength in (1.0, -1.0)], targets, texts)
+    up, down = (abs(one.recipe.uses[0].amount) for one in found)
+    return replace(twin, name=f"random-{artifact.name}", calibration=Calibration(up, amount_down=down))
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -5,20 +5,20 @@
 DATA holds a folder per behaviour with `train.csv` (built from), `judge.csv` (the judge's own texts) and `dev.csv` (the
 judge's accuracy). What is printed is Markdown: per behaviour and method the share of continuations that the judge calls
 positive at strength + and −, each at the largest dose whose damage is allowed (see `equal_damage.py`), and what lies
-between them. Rows beside the methods: random directions at their own largest dose, and the instruction in plain words.
+between them. Rows beside the methods: a vector under random rotations, each at its own largest dose, and the
+instruction in plain words.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from equal_damage import MEASURE_SEED, Bench, Moved
 from measuring import Judge
 
 from neurosteer.artifacts.recipes import UNSTEERED
+from neurosteer.artifacts.twins import random_twin
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building.build import build
 from neurosteer.examples.files import sweep_prompts
@@ -32,13 +32,6 @@ WORDS = {
     "stance": ("Argue in favour of what is discussed.", "Argue against what is discussed."),
     "civility": ("Write in a friendly, civil way.", "Write in a crude, insulting way."),
 }
-
-
-def randomised(vector: SteeringVector, seed: int) -> SteeringVector:
-    """The same layers and norms, another direction."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = {layer: torch.randn(len(row), generator=generator) for layer, row in vector.directions.items()}
-    return replace(vector, directions=directions, name=f"random-{seed}", features=())
 
 
 def print_heading(what: str) -> None:
@@ -75,7 +68,7 @@ def measure(bench: Bench, behaviour: str, folder: Path, methods: Sequence[str], 
         print(line(behaviour, method, *bench.move(built[method], judge)), flush=True)
     like = next(artifact for artifact in built.values() if isinstance(artifact, SteeringVector))
     for seed in range(n_random):
-        print(line(behaviour, f"random direction {seed}", *bench.move(randomised(like, seed), judge)), flush=True)
+        print(line(behaviour, f"random direction {seed}", *bench.move(random_twin(like, seed), judge)), flush=True)
     print(line(behaviour, "instruction in plain words", *in_words(bench, behaviour, judge)), flush=True)
 
 

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/receipt_cost.py [--prompts 32] [--tokens 40] [--rounds 3] [--cpu]
 
-One `evaluate` at five strengths with all controls (three random twins, plain words), its perplexities and KL included,
-against one `Session.generate` of the unsteered rows alone. They take turns in one process; the medians of both and of
-the ratios are printed, and where the time went. `--cpu` counts the process's own processor time instead of the clock's,
-for machines that others use at the same time; run it on one thread then (OMP_NUM_THREADS=1).
+One `evaluate` at five strengths with all controls (random twins at equal KL, plain words), its perplexities and KL
+included, against one `Session.generate` of the unsteered rows alone. They take turns in one process; the medians of
+both and of the ratios are printed, and where the time went. `--cpu` counts the process's own processor time instead of
+the clock's, for machines that others use at the same time; run it on one thread then (OMP_NUM_THREADS=1).
 """
 
 import argparse

@@ -8,7 +8,8 @@ on the goals of JailbreakBench and on ordinary requests. A cell is the share ref
 quality (1 − repeated 4-grams); answers are greedy, in bfloat16. Columns: the `cna` circuit that writes the behaviour
 (class differences read at the last token of the prompt, at most 0.5% of all neurons) with its neurons multiplied by
 0 to 1, the same circuit shifted by class differences, the paper's (ranked by difference) switched off, the circuit
-calibrated to 1 nat, a `caa` vector at the KL of the circuit shifted by −1, and random neurons of the same layers.
+calibrated to 1 nat, a `caa` vector at the KL of the circuit shifted by −1, and random neurons of the same layers:
+switched off, and shifted (each by its own spread) to the KL of the circuit shifted by −1.
 Only shares are printed; no text is kept.
 """
 
@@ -31,6 +32,8 @@ from neurosteer.examples.files import calibration_prompts
 from neurosteer.examples.reading import read_examples
 from neurosteer.measuring.calibration import calibrate
 from neurosteer.measuring.divergence import UnsteeredTexts, divergences, kl_percentile, unsteered_texts
+from neurosteer.measuring.equal_kl import at_kl
+from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
 
@@ -71,7 +74,9 @@ def columns(lm: LanguageModel, examples: ContrastSet, layers: str, wanted: Seque
     matched = calibrate(lm, vector, target_kl=target, texts=texts)
     found.append(Column(f"`caa`, KL of {SHIFTS[0]:g}", Recipe.of((matched, -1.0))))
     found.append(Column("random neurons × 0", Recipe((Use(random_twin(scaling, 0), multiplier=0.0),))))
-    found.append(Column("random neurons shifted", Recipe.of((random_twin(circuit, 0), SHIFTS[0]))))
+    twin = random_twin(circuit, 0, spreads=neuron_spreads(lm, circuit.layers, texts))
+    (shifted,) = at_kl(lm, [Recipe.of((twin, SHIFTS[0]))], [target], texts)
+    found.append(Column(f"random neurons shifted, KL of {SHIFTS[0]:g}", shifted.recipe))
     if wanted:
         found = [column for column in found if any(word in column.title for word in wanted)]
     kls = damage(lm, texts, [column.recipe for column in found])

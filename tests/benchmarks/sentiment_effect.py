@@ -5,8 +5,9 @@
 DATA is a folder with `train.csv` (artifacts are built from it), `judge.csv` (a judge is trained on it) and `dev.csv`
 (the judge's accuracy is measured on it): disjoint texts labelled positive or negative. Artifacts are built and sweeps
 written by the command line (`neurosteer build`, `neurosteer sweep --strengths -1,0,1` over the 16 default prompts); the
-judge then says how many continuations are positive. Controls: a random direction of the same dose, random neurons of
-the same layers and shifts, and the instruction in plain words. All at the default amounts, uncalibrated.
+judge then says how many continuations are positive. Controls: a random direction and random neurons of the same layers,
+both at the KL that the artifact comes to, and the instruction in plain words. Artifacts are at the default amounts,
+uncalibrated.
 """
 
 import argparse
@@ -16,16 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from measuring import Judge, kl_p95, quality, unsteered_continuation
+from measuring import Judge, kl_p95, quality, twin_at_same_kl, unsteered_continuation
 
-from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.storage import load, save
-from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.examples.files import sweep_prompts
 from neurosteer.examples.reading import read_examples
 from neurosteer.models.language_model import LanguageModel
@@ -46,22 +43,6 @@ def command(*arguments: str) -> dict[str, object]:
         [sys.executable, "-m", "neurosteer.cli", *arguments, "--json"], check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(run.stdout)
-
-
-def random_like(artifact: SteeringVector | NeuronCircuit, seed: int) -> SteeringVector | NeuronCircuit:
-    """The same dose along a random direction; or other neurons of the same layers, shifted or scaled as much."""
-    generator = torch.Generator().manual_seed(seed)
-    name = f"random-{seed}-{artifact.name}"
-    if isinstance(artifact, SteeringVector):
-        directions = {
-            layer: torch.randn(found.shape, generator=generator) for layer, found in artifact.directions.items()
-        }
-        return replace(artifact, name=name, directions=directions)
-    neurons = artifact.neurons.clone()
-    for layer in artifact.layers:
-        here = artifact.neuron_layers == layer
-        neurons[here] = torch.randperm(artifact.model.d_mlp, generator=generator)[: int(here.sum())].int()
-    return replace(artifact, name=name, neurons=neurons)
 
 
 def sweep(folder: Path, out: Path, samples: int, tokens: int) -> dict[str, list[str]]:
@@ -121,7 +102,7 @@ def main() -> None:
             show(name, sweep(folder, work / f"{name}-sweep", *size), judge, divergences_of(lm, folder))
             if name == "cna-paper":
                 continue
-            control = save(random_like(load(folder), seed=0), work / f"random-{name}")
+            control = save(twin_at_same_kl(lm, load(folder), sweep_prompts()), work / f"random-{name}")
             show(
                 f"  random, like {name}",
                 sweep(control, work / f"{name}-random", *size),

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from neurosteer.artifacts.artifact import check_model
 from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.twins import draw_neurons
 from neurosteer.circuits.checks.ablation import ABLATIONS, Ablation, Bench
-from neurosteer.circuits.parts import draw_neurons, strongest_first
+from neurosteer.circuits.parts import strongest_first
 from neurosteer.circuits.relp.attribution import Attribution
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt

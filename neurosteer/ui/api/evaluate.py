@@ -1,17 +1,16 @@
 """Evaluation for programs: what artifacts do and break, by strength, beside their controls, without state."""
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.errors import Cancelled, UsageError
-from neurosteer.examples.files import bundled_sets
-from neurosteer.examples.reading import read_examples
 from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_EVALUATIONS, MAX_SECONDS, strangers
 from neurosteer.ui.loading import Models
 from neurosteer.ui.show.evaluation import WEAK_JUDGE
-from neurosteer.ui.tabs.evaluate import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, neutral, trained_judge
+from neurosteer.ui.tabs.evaluate import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, made, neutral
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.recipes import Recipe
@@ -42,7 +41,7 @@ class EvaluateEndpoint:
         model: str = "",
     ) -> dict[str, Any]:
         """Measure what steering vectors or neuron circuits do to what a language model writes, and what they break, at
-        several strengths, beside four controls: no steering, random twins at the same dose, and the behaviour asked for
+        several strengths, beside four controls: no steering, random twins at the same KL, and the behaviour asked for
         and against in plain words. Takes a minute or more on a processor, at most 300 s.
 
         Args:
@@ -88,7 +87,7 @@ class EvaluateEndpoint:
             foreign = [check_model(one.artifact, session.lm.reference) for one in recipe.uses]
             try:
                 found = session.run(
-                    evaluate, recipe, _judge(judge, positive, negative, recipe), **options, cancel=cancel
+                    evaluate, recipe, _judge(judge, positive, negative, recipe, cancel), **options, cancel=cancel
                 )
             except Cancelled as error:
                 raise UsageError(f"This took over {MAX_SECONDS:g} s and was stopped; ask for fewer texts.") from error
@@ -115,24 +114,11 @@ def _strength(text: str) -> float:
         raise UsageError(f"A strength is {text[:40]!r}; give numbers, like -1, 0 and 1.") from error
 
 
-def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe") -> "Judge":
-    from neurosteer.evaluation import named_judge
+def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe", cancel: threading.Event) -> "Judge":
+    from neurosteer.evaluation import JudgeRequest
 
-    given = bool(positive or negative)
-    if named in ("", *bundled_sets()):
-        if given == bool(named):
-            raise UsageError(
-                "There is no judge: give labelled texts as positive and negative, or judge as one of "
-                f"{', '.join(bundled_sets())}, refusal or words:ONE,TWO."
-                if not given
-                else f"judge is {named!r} and labelled texts are given too; give one of them."
-            )
-        return trained_judge(recipe, examples_of(positive, negative) if given else read_examples(named))
-    if named.startswith("regex:") and strangers():
-        raise UsageError("Patterns are not taken here, some never end; use words:ONE,TWO.")
-    if named == "refusal" and given:
-        raise UsageError("The refusal detector brings its own labelled texts; leave positive and negative out.")
-    return named_judge(named, examples_of(positive, negative) if given else None)
+    labelled = examples_of(positive, negative) if positive or negative else None
+    return made(JudgeRequest(named, labelled, "positive and negative", not strangers()), recipe, cancel)
 
 
 def _text_data(row: "EvaluatedText") -> dict[str, Any]:

@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from neurosteer.artifacts.plots import ASIDE, COLOURS, KIND_NAMES, Point, receipt_points
 from neurosteer.ui.show.html import signed
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts.plots import Point
     from neurosteer.artifacts.provenance import Receipt
     from neurosteer.evaluation import EvaluatedText
 
 WEAK_JUDGE = "This judge is too weak to conclude from: take what it says as a hint at most, or use a better one."
 
-_COLOURS = {"steered": "#6366f1", "random": "#9aa3b2", "instruction": "#d97706"}  # on white and on dark grey
-_BARS = {"steered": 0.0, "random": 0.07, "instruction": -0.07}  # beside their strength, so that intervals can be seen
 _AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
 _ON_ANY_PAGE = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -33,11 +31,10 @@ _OPEN = 1  # prompts whose texts are shown at once
 
 def summary(receipt: "Receipt", n_texts: int, seconds: float) -> str:
     """What was found, how far the judge is to be trusted, what was lost."""
-    from neurosteer.artifacts.plots import receipt_points
-
     data, points = receipt.data, receipt_points(receipt.data)
     name = " + ".join(str(use["name"]) for use in data["recipe"])
     lines = [f"<p class='ns-done'><b>{escape(name)}</b>: {escape(_effect(points))}</p>"]
+    lines += [f"<p>{escape(note)}</p>" for note in notes_of(data)]
     if lost := _damage(points.get("steered", [])):
         lines.append(f"<p>{escape(lost)}</p>")
     lines.append(f"<p>{escape(_judge(data['judge']))}</p>")
@@ -48,13 +45,19 @@ def summary(receipt: "Receipt", n_texts: int, seconds: float) -> str:
     return f"<div class='ns-card'>{''.join(lines)}</div>"
 
 
+def notes_of(data: Mapping[str, Any]) -> list[str]:
+    """The receipt's sentences about differences; older receipts have none."""
+    notes = data["table"].get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
+
+
 _INTERVALS = (
     "In brackets the range in which the share would lie for 95 of 100 such sets of prompts: with few prompts it is "
     "wide."
 )
 
 
-def _effect(points: "Mapping[str, Sequence[Point]]") -> str:
+def _effect(points: Mapping[str, Sequence[Point]]) -> str:
     """'at strength +1, 88% of the texts show it (75% to 100%); at strength −1, 12% (…); unsteered, 46% (…). For …'."""
     steered = points.get("steered", [])
     ends = [one for one in (_near(steered, 1.0), _near(steered, -1.0)) if one is not None]
@@ -64,26 +67,30 @@ def _effect(points: "Mapping[str, Sequence[Point]]") -> str:
     return f"{sentence}{_beside(points)}"
 
 
-def _beside(points: "Mapping[str, Sequence[Point]]") -> str:
+def _beside(points: Mapping[str, Sequence[Point]]) -> str:
     said = [
         f"{what} {' and '.join(f'{one.share:.0%} at {signed(one.strength)}' for one in reversed(points[kind]))}"
-        for kind, what in (("random", "random twins at the same dose"), ("instruction", "asking in plain words"))
+        for kind, what in (
+            ("random", "random twins"),
+            ("permuted", "built from shuffled labels"),
+            ("instruction", "asking in plain words"),
+        )
         if points.get(kind)
     ]
     return f" For comparison: {'; '.join(said)}." if said else ""
 
 
-def _share(point: "Point") -> str:
+def _share(point: Point) -> str:
     return f"{point.share:.0%} ({point.low:.0%} to {point.high:.0%})"
 
 
-def _near(points: "Sequence[Point]", wanted: float) -> "Point | None":
+def _near(points: Sequence[Point], wanted: float) -> Point | None:
     """The point at `wanted`, or the weakest of its sign."""
     same = [one for one in points if one.strength * wanted > 0]
     return min(same, key=lambda one: (one.strength != wanted, abs(one.strength)), default=None)
 
 
-def _damage(steered: "Sequence[Point]") -> str:
+def _damage(steered: Sequence[Point]) -> str:
     parts = []
     for point in filter(None, (_near(steered, 1.0), _near(steered, -1.0))):
         figures = [
@@ -110,12 +117,10 @@ def effect_figure(receipt: "Receipt") -> Any:
     """A plotly figure: the share that shows the behaviour over strength, with its intervals, beside the controls."""
     import plotly.graph_objects as go
 
-    from neurosteer.artifacts.plots import KIND_NAMES, receipt_points
-
     figure, found = go.Figure(), receipt_points(receipt.data)
     for kind, points in found.items():
         figure.add_scatter(
-            x=[point.strength + _BARS[kind] for point in points],
+            x=[point.strength + ASIDE[kind] for point in points],
             y=[100 * point.share for point in points],
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
@@ -124,13 +129,13 @@ def effect_figure(receipt: "Receipt") -> Any:
             },
             mode="lines+markers" if kind == "steered" else "markers",
             name=KIND_NAMES[kind],
-            marker={"color": _COLOURS[kind], "size": 8},
+            marker={"color": COLOURS[kind], "size": 8},
             customdata=[signed(point.strength) for point in points],
             hovertemplate="strength %{customdata}: %{y:.0f}%",
         )  # fmt: skip
     for point in found.get("steered", []):
         if point.strength == 0:
-            figure.add_hline(100 * point.share, line={"color": _COLOURS["random"], "dash": "dot", "width": 1})
+            figure.add_hline(100 * point.share, line={"color": COLOURS["random"], "dash": "dot", "width": 1})
     figure.update_layout(
         **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 52, "r": 16, "t": 52, "b": 110},
         title={"text": "Texts that show it, by strength<br>(dotted: unsteered)", "font": {"size": 13}},
@@ -144,16 +149,14 @@ def damage_figure(receipt: "Receipt") -> Any:
     """A plotly figure: KL, perplexity and repetition over strength, one above the other, beside the controls."""
     from plotly.subplots import make_subplots
 
-    from neurosteer.artifacts.plots import KIND_NAMES, receipt_points
-
     figure = make_subplots(rows=len(_DAMAGE), cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for kind, points in receipt_points(receipt.data).items():
         for row, (key, _) in enumerate(_DAMAGE, start=1):
             there = [(point, getattr(point, key)) for point in points if getattr(point, key) is not None]
             figure.add_scatter(
-                x=[point.strength + _BARS[kind] for point, _ in there], y=[value for _, value in there], row=row, col=1,
+                x=[point.strength + ASIDE[kind] for point, _ in there], y=[value for _, value in there], row=row, col=1,
                 mode="lines+markers" if kind == "steered" else "markers", name=KIND_NAMES[kind], showlegend=False,
-                marker={"color": _COLOURS[kind], "size": 7}, hovertemplate="%{y:.2f}",
+                marker={"color": COLOURS[kind], "size": 7}, hovertemplate="%{y:.2f}",
             )  # fmt: skip
     for row, (_, title) in enumerate(_DAMAGE, start=1):
         figure.update_yaxes(title_text=title, title_font_size=11, row=row, col=1, **_AXIS)
@@ -168,8 +171,6 @@ def damage_figure(receipt: "Receipt") -> Any:
 
 
 def _qualities(receipt: "Receipt") -> list[float]:
-    from neurosteer.artifacts.plots import receipt_points
-
     points = [point for points in receipt_points(receipt.data).values() for point in points]
     return [1.0, *(point.quality for point in points if point.quality is not None)]
 

@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
     from neurosteer.artifacts.provenance import Receipt
     from neurosteer.artifacts.recipes import Recipe
-    from neurosteer.evaluation import Evaluation, Judge
+    from neurosteer.evaluation import Evaluation, Judge, JudgeRequest
 
 KIND = "evaluate"
 RECIPE = ""  # what the Steer tab is set to, instead of a label of the shelf
 BUNDLED, OWN, FILE, REFUSAL, WORDS, PATTERN = "bundled", "own", "file", "refusal", "words", "pattern"
 N_PROMPTS, N_TOKENS, STRENGTHS = 8, 30, "-2, -1, 0, 1, 2"
-MOST_RANDOM = 3
+MOST_RANDOM = 10
 
 _JUDGES = [
     ("A classifier, trained on a ready-made set", BUNDLED),
@@ -61,7 +61,7 @@ _JUDGES = [
 _PATTERNS = ("A pattern (regular expression)", PATTERN)  # some keep a processor busy for hours: not for strangers
 _HELP = (
     "The model writes the same prompts at every strength, and beside that with no steering, with random twins at the "
-    "same dose and with a plain instruction. A judge says which texts show the behaviour; damage needs no judge."
+    "same KL and with a plain instruction. A judge says which texts show the behaviour; damage needs no judge."
 )
 _LABELLED = "Texts with labels, as for building: not those the artifact was built from"
 _CANCELLED = "Cancelled. Whole batches of texts are kept: Run goes on with them if nothing is changed."
@@ -170,19 +170,19 @@ def check_size(options: dict[str, Any]) -> None:
         )
 
 
-def trained_judge(recipe: "Recipe", examples: ContrastSet) -> "Judge":
-    """A classifier trained on what of `examples` no artifact was built from. Raises as `judge_for` does, and
-    `UsageError` for more texts than the page takes."""
-    from neurosteer.evaluation import judge_for
-
-    characters = sum(map(len, (*examples.positive, *examples.negative)))
-    if characters > MAX_JUDGE_CHARACTERS:
-        raise UsageError(
-            f"The labelled texts have {characters:,} characters; this page takes {MAX_JUDGE_CHARACTERS:,} for a judge."
-        )
-    if name := built_from_all(recipe, examples):
-        raise UsageError(_seen(name, examples.name))
-    return judge_for(recipe, examples)
+def made(asked: "JudgeRequest", recipe: "Recipe", cancel: threading.Event) -> "Judge":
+    """The judge asked for. Raises the library's errors, and `UsageError` for more texts than the page takes."""
+    examples = asked.training
+    if examples is not None:
+        characters = sum(map(len, (*examples.positive, *examples.negative)))
+        if characters > MAX_JUDGE_CHARACTERS:
+            raise UsageError(
+                f"The labelled texts have {characters:,} characters; this page takes {MAX_JUDGE_CHARACTERS:,} for a "
+                "judge."
+            )
+        if name := built_from_all(recipe, examples):
+            raise UsageError(_seen(name, examples.name))
+    return asked.judge(recipe, cancel)
 
 
 def built_from_all(recipe: "Recipe", examples: ContrastSet) -> str | None:
@@ -274,23 +274,20 @@ class EvaluateHandlers:
             return file_examples(asked.file)
         return None
 
-    def judge(self, asked: JudgeAsked, source: Source, recipe: "Recipe") -> "Judge":
+    def judge(self, asked: JudgeAsked, source: Source, recipe: "Recipe", cancel: threading.Event) -> "Judge":
         """The judge asked for. Raises the library's errors."""
-        from neurosteer.evaluation import PatternJudge, RefusalDetector
+        from neurosteer.evaluation import JudgeRequest
 
+        named = {REFUSAL: "refusal", WORDS: f"words:{asked.words}"}
+        if not strangers():
+            named[PATTERN] = f"regex:{asked.pattern}"
+        if asked.kind == WORDS and not asked.words.strip(" ,"):
+            raise UsageError("There are no words to look for; write some, with commas between them.")
         examples = self._labelled(asked, source)
-        if examples is not None:
-            return trained_judge(recipe, examples)
-        if asked.kind == REFUSAL:
-            return RefusalDetector()
-        if asked.kind == WORDS:
-            words = [word.strip() for word in asked.words.split(",") if word.strip()]
-            if not words:
-                raise UsageError("There are no words to look for; write some, with commas between them.")
-            return PatternJudge(words)
-        if asked.kind == PATTERN and not strangers():
-            return PatternJudge(asked.pattern)
-        raise UsageError("Choose a judge first.")
+        if examples is None and asked.kind not in named:
+            raise UsageError("Choose a judge first.")
+        words = "" if examples is not None else named[asked.kind]
+        return made(JudgeRequest(words, examples), recipe, cancel)
 
     # --- measuring ---
 
@@ -317,7 +314,7 @@ class EvaluateHandlers:
             session = self.models.holder(mix.model).wait(in_words(progress), cancel)
             recipe, options = _recipe(what, mix), options_of(plan)
             progress(0.0, desc="Training the judge")
-            judge, folder = self.judge(asked, source, recipe), self.jobs.folder(visitor)
+            judge, folder = self.judge(asked, source, recipe, cancel), self.jobs.folder(visitor)
             from neurosteer.evaluation import evaluate
 
             started = time.monotonic()

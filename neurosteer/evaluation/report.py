@@ -1,32 +1,23 @@
-"""Evaluations as files: the receipt, the texts as a table, and the dose against effect and damage as plots."""
+"""Evaluations as files: the receipt, the texts as a table, and the dose against effect and damage as a picture."""
 
+import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from neurosteer.artifacts.plots import COLOURS, KIND_NAMES, receipt_plot, receipt_points
-from neurosteer.artifacts.provenance import Receipt
+from neurosteer.artifacts.plots import receipt_plot
 from neurosteer.errors import UsageError
 from neurosteer.evaluation.evaluate import EvaluatedText, Evaluation
 from neurosteer.evaluation.receipts import receipt_text
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 RECEIPT_FILE, GENERATIONS_FILE = "receipt.json", "generations.csv"
 PAGE_FILE, PLOT_FILE = "evaluation.html", "evaluation.png"
 
 _COLUMNS = tuple(entry.name for entry in fields(EvaluatedText) if entry.name != "ids")
-_PANELS = (
-    ("Shows the behaviour, %", "share", 100.0),
-    ("KL p95, nats", "kl", 1.0),
-    ("Perplexity ×", "perplexity", 1.0),
-    ("4-gram quality", "quality", 1.0),
-)
 _SAMPLES = 3
 
 
@@ -35,11 +26,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
 
     Raises `UsageError` where the folder cannot be written.
     """
+    picture = receipt_plot(evaluation.receipt.data) or b""
     contents: dict[str, bytes] = {
         RECEIPT_FILE: receipt_text(evaluation.receipt).encode(errors="replace"),
         GENERATIONS_FILE: generations_csv(evaluation.rows).encode(errors="replace"),
-        PAGE_FILE: evaluation_page(evaluation).encode(errors="replace"),
-        PLOT_FILE: receipt_plot(evaluation.receipt.data) or b"",
+        PAGE_FILE: evaluation_page(evaluation, picture).encode(errors="replace"),
+        PLOT_FILE: picture,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,49 +53,17 @@ def generations_csv(rows: Sequence[EvaluatedText]) -> str:
     return buffer.getvalue()
 
 
-def evaluation_figure(receipt: Receipt) -> "Figure":
-    """Panels over strength: the effect with its intervals, KL, perplexity and repetition, the controls beside them."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=2, cols=2, subplot_titles=[title for title, _, _ in _PANELS], vertical_spacing=0.16)
-    for kind, points in receipt_points(receipt.data).items():
-        for place, (_, key, factor) in enumerate(_PANELS):
-            there = [(point, getattr(point, key)) for point in points if getattr(point, key) is not None]
-            figure.add_scatter(
-                x=[point.strength for point, _ in there],
-                y=[factor * value for _, value in there],
-                error_y=_bars([point for point, _ in there]) if key == "share" else None,
-                row=place // 2 + 1,
-                col=place % 2 + 1,
-                name=KIND_NAMES[kind],
-                legendgroup=kind,
-                showlegend=place == 0,
-                mode="lines+markers" if kind == "steered" else "markers",
-                marker={"color": COLOURS[kind], "size": 8},
-            )
-    figure.update_xaxes(title_text="strength")
-    figure.update_layout(template="plotly_white", height=640, legend={"orientation": "h", "y": 1.12}, margin={"t": 90})
-    return figure
-
-
-def _bars(points: Sequence[Any]) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [100 * (point.high - point.share) for point in points],
-        "arrayminus": [100 * (point.share - point.low) for point in points],
-    }
-
-
-def evaluation_page(evaluation: Evaluation) -> str:
-    """The plot, the receipt's table and a few texts by strength, as one HTML page."""
+def evaluation_page(evaluation: Evaluation, picture: bytes) -> str:
+    """The picture (a PNG), the receipt's table and a few texts by strength, as one HTML page."""
     data = evaluation.receipt.data
-    plot = evaluation_figure(evaluation.receipt).to_html(include_plotlyjs=True, full_html=False, div_id="evaluation")
+    image = base64.b64encode(picture).decode()
     name = " + ".join(str(use["name"]) for use in data["recipe"])
+    notes = "".join(f"<li>{escape(note)}</li>" for note in data["table"]["notes"])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title><style>{_STYLE}'
-        f"</style></head><body><h1>{escape(name)} on {escape(data['model']['name'])}</h1>{plot}"
-        f"<p>{escape(data['table']['title'])}</p>{table_html(data['table'])}"
+        f"</style></head><body><h1>{escape(name)} on {escape(data['model']['name'])}</h1>"
+        f'<img src="data:image/png;base64,{image}" alt="Effect, KL and perplexity by strength, and the controls">'
+        f"<p>{escape(data['table']['title'])}</p>{table_html(data['table'])}<ul>{notes}</ul>"
         f"<h2>Texts</h2>{_texts_html(evaluation.rows)}</body></html>\n"
     )
 
@@ -131,7 +91,7 @@ def _texts_html(rows: Sequence[EvaluatedText]) -> str:
 
 
 _STYLE = (
-    "body{font-family:system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
+    "img{max-width:100%}body{font-family:system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse}td,th{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;"
     "vertical-align:top}"
 )

@@ -1,0 +1,142 @@
+"""Twins of a recipe, brought to its KL at the strengths they are compared at: random ones, and label-permuted ones."""
+
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.recipes import Recipe
+from neurosteer.artifacts.twins import random_recipe
+from neurosteer.building.build import build
+from neurosteer.errors import UsageError
+from neurosteer.evaluation.controls import TwinKind
+from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
+from neurosteer.measuring.calibration import PERCENTILE
+from neurosteer.measuring.divergence import UnsteeredTexts, kl_percentile
+from neurosteer.measuring.equal_kl import AtKL, at_kl
+from neurosteer.measuring.spreads import neuron_spreads
+from neurosteer.methods import METHODS
+from neurosteer.models.language_model import LanguageModel
+from neurosteer.progress import Progress
+
+MATCHED_ON = 8
+"""On the continuations of how many prompts each twin is brought to the artifact's KL."""
+
+_TARGETS = 1e-6, 50.0
+"""Nats: below, steering is none; above, there is nothing left of the model to compare."""
+
+Twins = dict[tuple[TwinKind, float], tuple[AtKL, ...]]
+"""By what they are and the strength they are compared at."""
+
+
+@dataclass(frozen=True)
+class TwinMaker:
+    """Makes twins of `recipe` for comparison at `strengths`; `texts` are what KL is measured on, `nats` by strength
+    that of the recipe along them, `[n_prompts, n_tokens]`."""
+
+    lm: LanguageModel
+    recipe: Recipe
+    strengths: Sequence[float]
+    texts: UnsteeredTexts
+    nats: Mapping[float, np.ndarray]
+    seed: int
+    progress: Progress
+    cancel: threading.Event | None
+
+    def random(self, count: int) -> Twins:
+        layers = sorted({layer for use in self.recipe.uses for layer in _shifted(use.artifact)})
+        spreads = neuron_spreads(self.lm, layers, self.texts[:MATCHED_ON]) if layers else None
+        return self._matched(
+            "random", [random_recipe(self.recipe, self._draw(n), spreads=spreads) for n in range(count)]
+        )
+
+    def permuted(self, count: int, examples: ContrastSet) -> Twins:
+        """Raises `UsageError` (or another of the library's) where the recipe cannot be built anew from `examples`."""
+        (use,) = self.recipe.uses
+        made = [
+            Recipe((replace(use, artifact=self._rebuilt(use.artifact, examples, self._draw(n))),)) for n in range(count)
+        ]
+        return self._matched("permuted", made)
+
+    def _draw(self, number: int) -> int:
+        return self.seed * 1_000_003 + number + 1
+
+    def _rebuilt(self, artifact: Artifact, examples: ContrastSet, seed: int) -> Artifact:
+        self.progress("Building a twin from shuffled labels")
+        return permuted_twin(self.lm, artifact, examples, seed, self.progress, self.cancel)
+
+    def _matched(self, kind: TwinKind, twins: Sequence[Recipe]) -> Twins:
+        """All at the recipe's KL. The first of them is brought there alone: from its strength the others begin."""
+        texts = self.texts[:MATCHED_ON]
+        targets = [float(np.clip(_p95(self.nats[strength][:MATCHED_ON]), *_TARGETS)) for strength in self.strengths]
+        options: dict[str, Any] = {"progress": self.progress, "cancel": self.cancel}
+        scaled = [[twin.scaled(strength) for strength in self.strengths] for twin in twins]
+        first = at_kl(self.lm, scaled[0], targets, texts, **options)
+        rest = [one for some in scaled[1:] for one in some]
+        start = [one.factor for one in first] * (len(twins) - 1)
+        every = [*first, *at_kl(self.lm, rest, targets * (len(twins) - 1), texts, start=start, **options)]
+        n_strengths = len(self.strengths)
+        return {(kind, at): tuple(every[place::n_strengths]) for place, at in enumerate(self.strengths)}
+
+
+def permuted_twin(
+    lm: LanguageModel,
+    artifact: Artifact,
+    examples: ContrastSet,
+    seed: int,
+    progress: Progress,
+    cancel: threading.Event | None,
+) -> Artifact:
+    """What `artifact` would be had the labels of its texts been drawn by chance: built by the same method, at the same
+    layers, from the same texts. Raises `UsageError` where it was not built from `examples`, or by no method."""
+    source = artifact.provenance
+    if source.examples_sha256 != examples.sha256:
+        raise UsageError(f"{artifact.name!r} was built from other texts than {examples.name[:60]!r}.")
+    if artifact.method not in METHODS:
+        raise UsageError(
+            f"{artifact.name!r} was made by {artifact.method[:40]!r}, which builds from no labelled texts."
+        )
+    texts = examples.parts(source.hold_out, seed=HOLD_OUT_SEED)[0] if source.hold_out else examples
+    given = {key: value for key, value in artifact.parameters.items() if key in METHODS[artifact.method].defaults}
+    layers = artifact.parameters.get("searched_layers", artifact.layers)
+    if isinstance(given.get("sae"), Mapping):  # as `build` writes it: names by layer
+        layers, given["sae"] = sorted(map(int, given["sae"])), list(given["sae"].values())
+    built = build(
+        lm,
+        with_permuted_labels(texts, seed),
+        method=artifact.method,
+        layers=layers,
+        framing=source.framing or None,  # type: ignore[arg-type]
+        tokens=source.tokens or None,  # type: ignore[arg-type]
+        calibrate=False,
+        progress=progress,
+        cancel=cancel,
+        **given,
+    )
+    return replace(built, operation=artifact.operation, calibration=artifact.calibration)  # type: ignore[arg-type]
+
+
+def with_permuted_labels(examples: ContrastSet, seed: int) -> ContrastSet:
+    """The same texts, as many of each class, labelled by chance; of a pair, either text may be the positive one."""
+    rng = random.Random(seed)
+    if examples.paired:
+        pairs = [rng.sample(pair, 2) for pair in zip(examples.positive, examples.negative, strict=True)]
+        positive, negative = zip(*pairs, strict=True)
+        return replace(examples, positive=positive, negative=negative)
+    texts = rng.sample([*examples.positive, *examples.negative], len(examples.positive) + len(examples.negative))
+    count = len(examples.positive)
+    return replace(examples, positive=tuple(texts[:count]), negative=tuple(texts[count:]))
+
+
+def _shifted(artifact: Artifact) -> list[int]:
+    """Layers of which neurons' spreads are wanted."""
+    return artifact.layers if isinstance(artifact, NeuronCircuit) and artifact.operation == "shift" else []
+
+
+def _p95(nats: np.ndarray) -> float:
+    return kl_percentile(nats.ravel().tolist(), PERCENTILE)
