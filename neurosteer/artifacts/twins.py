@@ -35,12 +35,13 @@ def random_twin(artifact: Artifact, seed: int, *, spreads: Mapping[int, Tensor] 
 
 
 def random_recipe(recipe: Recipe, seed: int, *, spreads: Mapping[int, Tensor] | None = None) -> Recipe:
-    """`recipe` with a random twin in each artifact's place, at the same strengths."""
+    """`recipe` with a random twin in each artifact's place, at the same strengths; for a recipe of one artifact it is
+    `random_twin` of that."""
     turned = iter(_rotated([use.artifact for use in recipe.uses if isinstance(use.artifact, SteeringVector)], seed))
     twins = (
         next(turned)
         if isinstance(use.artifact, SteeringVector)
-        else random_twin(use.artifact, _seed(seed, "use", place), spreads=spreads)
+        else random_twin(use.artifact, _seed(seed, place) if place else seed, spreads=spreads)
         for place, use in enumerate(recipe.uses)
     )
     return Recipe(tuple(replace(use, artifact=twin) for use, twin in zip(recipe.uses, twins, strict=True)))
