@@ -26,11 +26,20 @@ def open_page(
             "--port", envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="The first free one from 7860, if none."
         ),
     ] = None,
+    trust_visitors: Annotated[
+        bool,
+        typer.Option(
+            "--trust-visitors",
+            envvar="NEUROSTEER_TRUST_VISITORS",
+            help="Treat whoever reaches --host as this machine's owner, its login of the Hub included.",
+        ),
+    ] = False,
 ) -> None:
     """Open the page on this machine."""
     from neurosteer.ui.page import create_app, launch
 
-    launch(create_app(model), host=host, port=port)
+    page = create_app(model, host=host, trust_visitors=trust_visitors)
+    launch(page, host=host, port=port, trust_visitors=trust_visitors)
 
 
 def models(as_json: JsonOption = False) -> None:

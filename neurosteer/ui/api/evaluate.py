@@ -8,7 +8,7 @@ from neurosteer.examples.files import bundled_sets
 from neurosteer.examples.reading import read_examples
 from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_EVALUATIONS, MAX_SECONDS, strangers
+from neurosteer.ui.limits import MAX_EVALUATIONS, MAX_SECONDS, check_strength, strangers
 from neurosteer.ui.loading import Models
 from neurosteer.ui.show.evaluation import WEAK_JUDGE
 from neurosteer.ui.tabs.evaluate import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, neutral, trained_judge
@@ -110,9 +110,11 @@ def serve_evaluate(endpoint: EvaluateEndpoint) -> None:
 
 def _strength(text: str) -> float:
     try:
-        return float(text)
+        strength = float(text)
     except ValueError as error:
         raise UsageError(f"A strength is {text[:40]!r}; give numbers, like -1, 0 and 1.") from error
+    check_strength("the evaluation", strength)
+    return strength
 
 
 def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe") -> "Judge":
