@@ -372,6 +372,7 @@ def page() -> Iterator["Page"]:
     try:
         running = Page(process, f"http://127.0.0.1:{port}/")
         until(lambda: process.poll() is None and running.answers(), 240)
+        running.attack(call("list"), call("inspect", "sentiment"))  # what a page does once, and late
         yield running
     finally:
         process.kill()
