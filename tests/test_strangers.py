@@ -36,10 +36,13 @@ from neurosteer.errors import ModelError, UsageError
 from neurosteer.steering.session import Session
 from neurosteer.ui import guard, limits, loading, turns
 from neurosteer.ui.api.circuits import CircuitEndpoints
-from neurosteer.ui.api.endpoints import Endpoints
+from neurosteer.ui.api.endpoints import Endpoints, uses_of
 from neurosteer.ui.api.evaluate import EvaluateEndpoint
+from neurosteer.ui.api.evaluate import _strength as strength_of
 from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.links import parse_link
 from neurosteer.ui.loading import ModelHolder, Models
+from neurosteer.ui.mixer import use_of
 from neurosteer.ui.page import launch
 from neurosteer.ui.tabs.build import BuildHandlers
 
@@ -176,12 +179,18 @@ def test_a_tool_call_counts_for_the_agent_that_sent_it_not_for_this_machine(open
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append((turns.Caller.of(SimpleNamespace(scope=scope)).address, scope["headers"]))
 
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        pass
+
     door = guard.Guard(app, turns.Listeners())
 
     def ask(path: str, peer: str, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         scope = {"type": "http", "method": "POST", "path": f"/gradio_api/{path}", "query_string": b""}
         sent = [(b"host", b"localhost"), *(one for one in headers if one[0] != b"host")]
-        asyncio.run(door({**scope, "client": (peer, 1), "headers": sent}, None, None))  # type: ignore[arg-type]
+        asyncio.run(door({**scope, "client": (peer, 1), "headers": sent}, receive, send))
         return seen[-1][1]
 
     passed_on = ask("mcp/", "203.0.114.7", [])
@@ -193,11 +202,19 @@ def test_a_tool_call_counts_for_the_agent_that_sent_it_not_for_this_machine(open
 
 def test_every_door_bounds_strengths_alike() -> None:
     assert limits.MAX_STRENGTH == recipes.MAX_STRENGTH == 100.0
-    for strength in (100.0, -100.0):
-        recipes.Use(make_vector(), strength)
-    for strength in (100.1, 1e38, -1e300, float("inf"), float("nan")):
-        with pytest.raises(UsageError, match=r"finite number|from -100 to 100"):
-            recipes.Use(make_vector(), strength)
+    vector = make_vector()
+    doors: list[Callable[[float], Any]] = [
+        lambda strength: uses_of([f"{VECTOR}:{strength}"]),
+        lambda strength: use_of(vector, strength),
+        lambda strength: strength_of(str(strength)),
+        lambda strength: parse_link({"use": [f"mood:{strength}"]}),
+    ]
+    for door in doors:
+        for strength in (100.0, -100.0):
+            door(strength)
+        for strength in (100.1, 1e38, -1e300, float("inf"), float("nan")):
+            with pytest.raises(UsageError, match=r"finite number|from -100 to 100|no artifact at a strength"):
+                door(strength)
 
 
 # --- turns in the queue ----------------------------------------------------------------------------------------------
@@ -355,6 +372,7 @@ def page() -> Iterator["Page"]:
     try:
         running = Page(process, f"http://127.0.0.1:{port}/")
         until(lambda: process.poll() is None and running.answers(), 240)
+        running.attack(call("list"), call("inspect", "sentiment"))  # what a page does once, and late
         yield running
     finally:
         process.kill()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Protocol
 
+from neurosteer.validation import check_number
+
 # Of one request.
 MAX_NEW_TOKENS = 512
 MAX_PROMPT = 8_000  # characters
@@ -46,6 +48,11 @@ class Places:
 def places() -> Places | None:
     """What a stranger may hold; None where visitors are trusted."""
     return Places() if strangers() else None
+
+
+def check_strength(of: str, strength: float) -> None:
+    """Raises `UsageError` where a strength is beyond what any model withstands: it would only make numbers of none."""
+    check_number(f"The strength of {of[:60]!r}", strength, -MAX_STRENGTH, MAX_STRENGTH)
 
 
 # --- who the visitors are --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from neurosteer.ui.limits import check_strength
 from neurosteer.ui.shelf import Shelf, zip_file
 from neurosteer.ui.show import html as render
 from neurosteer.ui.wiring import Form, Parts, Updates
@@ -136,7 +137,10 @@ def use_of(artifact: "Artifact", position: float) -> "Use":
     """`artifact` as a slider at `position` stands for it: at that strength, or multiplier where it scales neurons."""
     from neurosteer.artifacts.recipes import Use
 
-    return Use(artifact, multiplier=position) if _scales(artifact) else Use(artifact, position)
+    if _scales(artifact):
+        return Use(artifact, multiplier=position)
+    check_strength(artifact.name, position)
+    return Use(artifact, position)
 
 
 def _scales(artifact: "Artifact") -> bool:

@@ -32,6 +32,7 @@ from neurosteer.ui.limits import (
     MAX_NEW_TOKENS,
     MAX_PROMPT,
     MAX_RUNS,
+    check_strength,
     visitors_token,
 )
 from neurosteer.ui.loading import Models
@@ -346,7 +347,10 @@ def uses_of(texts: list[str]) -> "list[Use]":
 
     if not 1 <= len(texts) <= MOST:
         raise UsageError(f'use has {len(texts)} entries; give 1 to {MOST}, like ["sentiment:1"].')
-    return [Use(_artifact(reference), strength) for reference, strength in map(_parsed_use, texts)]
+    uses = [Use(_artifact(reference), strength) for reference, strength in map(_parsed_use, texts)]
+    for use in uses:
+        check_strength(use.artifact.name, use.strength)
+    return uses
 
 
 def _parsed_use(text: str) -> tuple[str, float]:

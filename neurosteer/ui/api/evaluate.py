@@ -8,7 +8,7 @@ from neurosteer.errors import UsageError
 from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
 from neurosteer.ui.evaluating import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, made, neutral
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_EVALUATIONS, strangers
+from neurosteer.ui.limits import MAX_EVALUATIONS, check_strength, strangers
 from neurosteer.ui.loading import Models
 from neurosteer.ui.show.evaluation import WEAK_JUDGE
 
@@ -107,9 +107,11 @@ def serve_evaluate(endpoint: EvaluateEndpoint) -> None:
 
 def _strength(text: str) -> float:
     try:
-        return float(text)
+        strength = float(text)
     except ValueError as error:
         raise UsageError(f"A strength is {text[:40]!r}; give numbers, like -1, 0 and 1.") from error
+    check_strength("the evaluation", strength)
+    return strength
 
 
 def _judge(
