@@ -1,6 +1,7 @@
 """Build the released library, `vectors/`, with calibration, receipts and cards.
 
     python tests/benchmarks/library.py DATA [--out vectors] [--only sentiment,politeness] [--gemma FOLDER] [--samples 6]
+        [--measure-again]
 
 DATA holds a folder per behaviour with `train.csv` (built from) and `judge.csv` (the judge's own texts), and `refusal/`
 with `train.csv`, `jbb.csv` and `benign_eval.csv`; formality and gratitude are built from one half of the bundled sets
@@ -8,13 +9,14 @@ and judged by the other. For a vector, the methods named below are compared at s
 the one that moves the judge most is kept (what they came to is printed); circuits are `cna`. Every artifact gets a
 receipt on other prompts: five strengths, ten random twins, one built from shuffled labels and the instruction in plain
 words, 16 neutral prompts × `--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal
-and ordinary request, once each). Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
+and ordinary request, once each). `--measure-again` keeps the artifacts as they are and gives them a new receipt.
+Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from gemma import load_gemma
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.artifacts.storage import save
+from neurosteer.artifacts.storage import load, save
 from neurosteer.building.build import build
 from neurosteer.evaluation import Judge, RefusalDetector, TextClassifier, evaluate, judge_for, write_evaluation
 from neurosteer.examples.contrast_set import ContrastSet
@@ -134,10 +136,16 @@ def chosen(lm: LanguageModel, item: Item, given: Sources) -> tuple[Artifact, Jud
     return built[best], judge, said
 
 
-def release(lm: LanguageModel, item: Item, data: Path, out: Path, samples: int) -> None:
+def released(item: Item, given: Sources, out: Path) -> tuple[Artifact, Judge, str]:
+    """The artifact as it is, without its receipts, and its judge."""
+    artifact = replace(load(out / item.name), receipts=())
+    return artifact, given.judge or judge_for(artifact, given.examples), ""
+
+
+def release(lm: LanguageModel, item: Item, data: Path, out: Path, samples: int, *, again: bool) -> None:
     started = time.monotonic()
     given = sources(item, data)
-    artifact, judge, said = chosen(lm, item, given)
+    artifact, judge, said = released(item, given, out) if again else chosen(lm, item, given)
     found = evaluate(
         lm,
         artifact,
@@ -168,13 +176,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(item.name for item in ITEMS))
     parser.add_argument("--gemma", type=Path, help="a folder with Gemma-3-270M as transformers reads it")
     parser.add_argument("--samples", type=int, default=6)
+    parser.add_argument("--measure-again", action="store_true", help="new receipts of the artifacts as they are")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     models: dict[str, LanguageModel] = {}
+    again = arguments.measure_again
     for item in (item for item in ITEMS if item.name in wanted):
         if item.model not in models:
             models[item.model] = model_of(item, arguments.gemma)
-        release(models[item.model], item, arguments.data, arguments.out, arguments.samples)
+        release(models[item.model], item, arguments.data, arguments.out, arguments.samples, again=again)
 
 
 if __name__ == "__main__":
