@@ -713,7 +713,7 @@ def never_run(this: Tiny) -> Any:
         ({"rank": "best"}, ["'best'", "rate, dprime, probe"]),
         ({"weight": "mean"}, ["'mean'", "difference, target"]),
         ({"sides": "negative"}, ["'negative'", "positive, both"]),
-        ({"top_k": 0}, ["top_k", "0", "10,000"]),
+        ({"top_k": 0}, ["top_k", "0", "1 to 10000"]),
         ({"top_k": 10_001}, ["top_k", "10001"]),
         ({"top_k": 2.5}, ["top_k", "2.5"]),
         ({"top_k": True}, ["top_k", "True"]),

@@ -222,7 +222,7 @@ def test_the_plain_kinds_are_read_without_sae_lens(tmp_path: Path) -> None:
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tiny import tiny
-from neurosteer.saes import load_sae
+from neurosteer.saes.loading import load_sae
 for folder in {[str(folder) for folder in folders]!r}:
     sae = load_sae(tiny("llama").lm, folder)
     sae.decode(sae.encode(torch.ones(3, 32)))
