@@ -100,7 +100,7 @@ def check_size(options: dict[str, Any]) -> None:
         )
 
 
-def made(asked: "JudgeRequest", recipe: "Recipe", cancel: threading.Event | None = None) -> "Judge":
+def made(asked: "JudgeRequest", recipe: "Recipe", cancel: threading.Event) -> "Judge":
     """The judge asked for. Raises the library's errors, and `UsageError` for more texts than the page takes."""
     examples = asked.training
     if examples is not None:

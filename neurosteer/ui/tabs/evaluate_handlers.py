@@ -107,9 +107,7 @@ class EvaluateHandlers(Startable):
         is_other = asked.kind == BUNDLED and examples.name not in sets_about([use.artifact for use in recipe.uses])
         return render.note_line(said) + (_OTHER if is_other else "")
 
-    def judge(
-        self, asked: JudgeAsked, source: Source, recipe: "Recipe", cancel: threading.Event | None = None
-    ) -> "Judge":
+    def judge(self, asked: JudgeAsked, source: Source, recipe: "Recipe", cancel: threading.Event) -> "Judge":
         """The judge asked for. Raises the library's errors."""
         from neurosteer.evaluation import JudgeRequest
 
@@ -121,7 +119,8 @@ class EvaluateHandlers(Startable):
         examples = _labelled(asked, source)
         if examples is None and asked.kind not in named:
             raise UsageError("Choose a judge first.")
-        return made(JudgeRequest("" if examples is not None else named[asked.kind], examples), recipe, cancel)
+        words = "" if examples is not None else named[asked.kind]
+        return made(JudgeRequest(words, examples), recipe, cancel)
 
     # --- measuring ---
 
