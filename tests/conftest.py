@@ -26,7 +26,8 @@ from neurosteer.steering.session import Session
 
 if TYPE_CHECKING:
     from neurosteer.ui.loading import ModelHolder
-    from neurosteer.ui.tabs.build import BuildHandlers
+    from neurosteer.ui.tabs.build_handlers import BuildHandlers
+    from neurosteer.ui.tabs.mixer_handlers import MixerHandlers
     from neurosteer.ui.tabs.steer_handlers import SteerHandlers
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -113,7 +114,7 @@ def holder(llama: Tiny) -> "ModelHolder":
 def building(holder: "ModelHolder") -> "BuildHandlers":
     from neurosteer.ui.jobs import Jobs
     from neurosteer.ui.loading import Models
-    from neurosteer.ui.tabs.build import BuildHandlers
+    from neurosteer.ui.tabs.build_handlers import BuildHandlers
 
     return BuildHandlers(Models.of(holder), Jobs())
 
@@ -122,7 +123,14 @@ def building(holder: "ModelHolder") -> "BuildHandlers":
 def steering(building: "BuildHandlers") -> "SteerHandlers":
     from neurosteer.ui.tabs.steer_handlers import SteerHandlers
 
-    return SteerHandlers(building.models, building.jobs, building)
+    return SteerHandlers(building.models, building.jobs)
+
+
+@pytest.fixture
+def mixing(building: "BuildHandlers") -> "MixerHandlers":
+    from neurosteer.ui.tabs.mixer_handlers import MixerHandlers
+
+    return MixerHandlers(building.models, building.jobs, building)
 
 
 @pytest.fixture(scope="session")

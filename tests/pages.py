@@ -19,10 +19,11 @@ from neurosteer.steering.batches import Batch
 from neurosteer.steering.session import Session
 from neurosteer.ui.gpu import LocalSession
 from neurosteer.ui.loading import ModelHolder, Status
-from neurosteer.ui.mixer import MOST
+from neurosteer.ui.mixer import MOST, SLIDERS, Mix
 from neurosteer.ui.page import create_app, launch
 from neurosteer.ui.source import Source
-from neurosteer.ui.tabs.steer_handlers import Ask, SteerHandlers, View, new_talk
+from neurosteer.ui.tabs.steer_handlers import SteerHandlers
+from neurosteer.ui.tabs.steer_texts import Ask, View, new_talk
 
 HOSTILE = "<script>alert('x')</script> & \"<img src=x onerror=alert(1)>"
 SKIP = gr.skip()
@@ -89,9 +90,14 @@ def source(kind: str, **given: Any) -> Source:
     return empty._replace(**given)
 
 
-def mix_values(shelf: Any, chosen: list[str], *strengths: float, apart: bool = False) -> list[Any]:
-    """As the page hands them over: model, shelf, what the sliders stand for, the choice, all sliders, the checkbox."""
-    return [None, shelf, chosen, chosen, *[*strengths, *[1.0] * MOST][:MOST], apart]
+def mix_of(
+    shelf: Any, chosen: list[str], *strengths: float, without_overlap: bool = False, standing: list[str] | None = None,
+    model: str | None = None,
+) -> Mix:  # fmt: skip
+    """As the page hands it over. The sliders stand for `standing`, which by default is what is chosen."""
+    sliders = dict(zip(SLIDERS, (*strengths, *[1.0] * MOST), strict=False))
+    stand_for = chosen if standing is None else standing
+    return Mix.of(model, shelf, stand_for, chosen, without_overlap, **sliders)
 
 
 told = gr.Progress()  # outside of an event it tells nobody
@@ -122,5 +128,5 @@ def ask(**given: Any) -> Ask:
     return plain._replace(**given)
 
 
-def run(steering: SteerHandlers, asked: Ask, mixed: list[Any]) -> list[View]:
-    return list(steering.run(visitor(), *asked, *mixed))
+def run(steering: SteerHandlers, asked: Ask, mixed: Mix) -> list[View]:
+    return list(steering.run(visitor(), asked, mixed))

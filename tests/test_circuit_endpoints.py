@@ -22,7 +22,7 @@ from neurosteer.circuits import (
     top_predictions,
 )
 from neurosteer.steering.session import Session
-from neurosteer.ui.api import endpoints
+from neurosteer.ui import work
 from neurosteer.ui.limits import MAX_PROMPT
 from neurosteer.ui.tabs.circuits import MAX_TOKENS, MOST_NEURONS
 
@@ -122,5 +122,5 @@ def test_a_mistake_is_one_clear_line(
 
 
 def test_what_takes_too_long_is_stopped(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "MAX_SECONDS", 0.0)
+    monkeypatch.setattr(work, "MAX_SECONDS", 0.0)
     assert "was stopped; ask for less" in refusal(client, "attribute", **ASKED)

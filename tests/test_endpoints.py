@@ -30,6 +30,7 @@ from neurosteer.models.language_model import LanguageModel
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Session
 from neurosteer.ui import shelf as shelves
+from neurosteer.ui import work
 from neurosteer.ui.api import endpoints
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
@@ -357,7 +358,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_what_takes_too_long_is_stopped_and_what_was_written_is_kept(
     url: str, monkeypatch: pytest.MonkeyPatch, steps: list[float]
 ) -> None:
-    monkeypatch.setattr(endpoints, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(work, "MAX_SECONDS", 0.5)
     found = connected(url).predict("the cat", [VECTOR], max_new_tokens=200, api_name="/steer")
     assert found["steered"]["finish"] == "cancelled" and 1 <= found["steered"]["tokens"] < 30
     assert found["steered"]["tokens"] <= len(steps)

@@ -32,6 +32,7 @@ from neurosteer.artifacts.storage import artifact_data, unpack
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
+from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
 from neurosteer.steering.session import Row, Session
@@ -262,10 +263,27 @@ def test_two_visitors_at_once_get_their_own_texts(found: dict[str, Any], texts: 
     assert found["two_at_once"] == {"texts": [texts, texts], "lent": 0}
 
 
-def test_a_model_that_is_loaded_later_works_in_a_process_that_was_there_before(
+def test_a_model_that_is_loaded_later_costs_no_gpu_time_to_load_and_its_process_goes_with_it(
     found: dict[str, Any], texts: list[str]
 ) -> None:
-    assert found["another_model_later"] == {"texts": texts, "same process": True}
+    assert found["another_model_later"] == {"texts": texts, "loads": 0, "ended": True, "first": texts}
+
+
+def test_calibrating_and_comparing_layers_asks_for_more_seconds_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(examples: ContrastSet, **options: Any) -> float:
+        return gpu._calling_s(build, (examples,), options, ())
+
+    longer = replace(EXAMPLES, positive=tuple(f"{text} {'long ' * 400}" for text in EXAMPLES.positive))
+    plain, given, auto = (
+        seconds(EXAMPLES, **options) for options in ({"calibrate": False}, {"layers": "2"}, {"layers": "auto"})
+    )
+    assert plain + 5 < given and given + 3 < auto  # 13 to 14 passes over the prompts, and several candidates' besides
+    assert seconds(longer, calibrate=False) > plain and seconds(longer) > auto
+    monkeypatch.setattr(gpu, "calibration_prompts", lambda: ("a prompt of some words",) * 600)
+    many = seconds(EXAMPLES, layers="2")
+    monkeypatch.setattr(gpu, "calibration_prompts", lambda: ("a prompt of some words",) * 1200)
+    assert seconds(EXAMPLES, layers="2") == pytest.approx(2 * many, rel=0.1)
+    assert gpu._seconds(gpu._call, "Llama-3.1-8B-Instruct", build, (EXAMPLES,), {}, ()) <= 120
 
 
 # --- app.py as a ZeroGPU Space ---------------------------------------------------------------------------------------

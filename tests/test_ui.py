@@ -3,16 +3,20 @@
 import copy
 import gc
 import logging
+import os
 import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
+from gradio.context import LocalContext
 from pages import (
     ENDPOINTS,
     HOSTILE,
@@ -23,10 +27,11 @@ from tiny import Tiny
 from neurosteer.artifacts.storage import unpack
 from neurosteer.errors import Cancelled, ModelError, UsageError
 from neurosteer.steering.decoding import Sampling
+from neurosteer.ui import shelf as shelves
 from neurosteer.ui.jobs import Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.page import PageHandlers, create_app
-from neurosteer.ui.shelf import put, zip_file
+from neurosteer.ui.shelf import MOST_ARTIFACTS, MOST_BYTES, put, size_in_memory, zip_file
 
 # --- the visitor's artifacts, and stopping ----------------------------------------------------------------------------
 
@@ -78,13 +83,95 @@ def test_a_visitors_files_go_when_they_leave_unless_another_has_the_same(tmp_pat
     jobs, own, shared = Jobs(), tmp_path / "own.csv", tmp_path / "shared.csv"
     for file in (own, shared):
         file.write_text("x")
-    jobs.keep("anna", str(own), str(shared), None)
-    jobs.keep("bert", str(shared))
+    jobs.remove_later("anna", str(own), str(shared), None)
+    jobs.remove_later("bert", str(shared))
     jobs.leave("anna")
     assert not own.exists() and shared.exists()
     jobs.leave("bert")
     jobs.leave("bert")
     assert not shared.exists()
+
+
+def test_a_file_that_nobody_uploaded_stays_when_a_visitor_leaves_who_says_it_is_theirs(tmp_path: Path) -> None:
+    page = create_app(holder=Never())
+    jobs, released, upload = Jobs(), tmp_path / "sentiment.zip", tmp_path / "mine.zip"
+    for file in (released, upload):
+        file.write_text("x")
+    page.upload_file_set.add(str(upload))
+    known = LocalContext.blocks.set(page)
+    try:
+        jobs.remove_uploads_later("anna", str(released), str(upload), None)
+    finally:
+        LocalContext.blocks.reset(known)
+    jobs.leave("anna")
+    assert released.exists() and not upload.exists()
+
+
+def test_a_shelf_takes_so_many_artifacts_and_says_what_to_take_off(mood: Any) -> None:
+    shelf: Any = {}
+    for _ in range(MOST_ARTIFACTS):
+        shelf, _ = put(shelf, mood)
+    with pytest.raises(UsageError, match=r"holds 16 artifacts and 32 MB .*take some off on the Library tab, like mood"):
+        put(shelf, mood)
+    shelf.pop("mood (2)")
+    assert len(put(shelf, mood)[0]) == MOST_ARTIFACTS
+    assert put(shelf, mood, "mood")[1] == "mood", "what stands in another's place takes no more room"
+
+
+def test_released_artifacts_take_no_room_on_a_shelf(mood: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = {f"released-{number}": replace(mood) for number in range(MOST_ARTIFACTS)}
+    monkeypatch.setattr("neurosteer.ui.shelf.released", lambda: released)
+    assert put(released, mood)[1] == "mood"
+
+
+def test_what_little_bytes_of_an_upload_become_in_memory_counts(mood: Any) -> None:
+    nested = replace(mood, parameters={"x": [[] for _ in range(700_000)]})  # 2 MB of JSON
+    tracemalloc.start()
+    kept = copy.deepcopy(nested)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept is not None and size_in_memory(nested) > 0.8 * taken > MOST_BYTES
+    with pytest.raises(UsageError, match="does not fit on the shelf"):
+        put({}, nested)
+    assert size_in_memory(mood) < 100_000
+
+
+def test_a_zip_is_offered_whole_or_not_at_all(mood: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(mood)
+
+    opened = os.fdopen
+
+    class Full:
+        def __init__(self, *given: Any) -> None:
+            self.file = opened(*given)
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> None:
+            self.file.write(data[:300])
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(shelves.os, "fdopen", Full)
+        zip_file(mine)
+    path = Path(zip_file(mine))
+    assert unpack(path).name == "mood" and [file.name for file in path.parent.iterdir()] == ["mood.zip"]
+
+
+def test_visitors_who_fetch_the_same_zip_at_once_all_get_it_whole(mood: Any) -> None:
+    mine, begun = replace(mood), threading.Barrier(8, timeout=30)
+
+    def fetch(_: int) -> bytes:
+        begun.wait()
+        return Path(zip_file(mine)).read_bytes()
+
+    with ThreadPoolExecutor(8) as executor:
+        found = list(executor.map(fetch, range(8)))
+    assert all(unpack(data).name == "mood" for data in found)
 
 
 def test_a_fault_of_ours_is_one_plain_sentence_and_its_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -177,6 +264,14 @@ def test_no_handler_of_the_page_is_an_open_endpoint() -> None:
     page = create_app(holder=Never())
     opened = [str(fn.api_name) for fn in page.fns.values() if fn.fn is not None and fn.api_visibility != "private"]
     assert opened == ENDPOINTS
+
+
+def test_no_visitor_waits_for_another_who_does_the_same() -> None:
+    """Gradio lets one event of a kind run at a time where nothing is said."""
+    page = create_app(holder=Never())
+    queued = [fn for fn in page.fns.values() if fn.fn is not None and fn.queue and fn.name != "leave"]
+    assert len(queued) > 50
+    assert [fn.name for fn in queued if fn.concurrency_limit in ("default", 1)] == []
 
 
 def test_the_settings_begin_where_the_library_does() -> None:

@@ -1,6 +1,7 @@
 """The Build tab without a browser, with a tiny random model."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pages import (
-    SKIP,
-    mix_values,
+    mix_of,
     source,
     texts,
     told,
@@ -19,12 +19,19 @@ from safetensors.torch import save_file
 from tiny import D_MODEL, Tiny
 
 from neurosteer.artifacts.storage import unpack
-from neurosteer.errors import UsageError
+from neurosteer.errors import ModelError, UsageError
 from neurosteer.examples.files import bundled_sets
 from neurosteer.methods import METHODS
+from neurosteer.progress import check_cancelled
+from neurosteer.ui import settings as building_settings
+from neurosteer.ui import work
 from neurosteer.ui.mixer import MOST
+from neurosteer.ui.settings import OF_SOME_METHODS, Settings, build_options, check_sae
 from neurosteer.ui.source import Source, read_source
-from neurosteer.ui.tabs.build import BuildHandlers, Settings, build_options, check_sae
+from neurosteer.ui.tabs.build_handlers import BuildHandlers
+
+BUTTONS = {"start", "cancel", "error", "note"}
+"""All that changes where nothing was built."""
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +75,13 @@ def test_examples_are_read_from_every_source(tmp_path: Path) -> None:
 )
 def test_a_source_without_content_yet_is_asked_for(given: Source, building: BuildHandlers) -> None:
     assert read_source(given) is None
-    assert "ns-hint" in building.preview(visitor(), *given)
+    assert "ns-hint" in building.preview(visitor(), given)
 
 
 def test_a_broken_file_is_one_line_with_its_own_name(building: BuildHandlers, tmp_path: Path) -> None:
     broken = tmp_path / "my <b>texts.csv"
     broken.write_text("text,label\nhappy,positive\nsad,maybe\n")
-    html = building.preview(visitor(), *source("file", file=str(broken)))
+    html = building.preview(visitor(), source("file", file=str(broken)))
     assert html.startswith("<p class='ns-error'") and "maybe" in html and "<b>" not in html
     assert html.count("<p") == 1
 
@@ -82,35 +89,61 @@ def test_a_broken_file_is_one_line_with_its_own_name(building: BuildHandlers, tm
 def test_building_puts_the_result_on_the_shelf_and_chooses_it(building: BuildHandlers) -> None:
     given = source("paste", positive_text="\n".join(texts("happy")), negative_text="\n".join(texts("sad")))
     settings = Settings(name="my mood", layers="1")
-    start, cancel, error, note, result, features, plot, download, try_it, latest, *mixed = building.build(
-        visitor(), told, *given, *settings, *mix_values({}, [])
-    )
-    shelf, shown, empty, chosen, *rows = mixed
-    assert (start["interactive"], cancel["interactive"], error, note) == (True, False, "", "")
-    assert latest == "my-mood" and list(shelf) == shown == chosen["value"] == ["my-mood"]
-    assert "my-mood" in result and features == "" and download["visible"] and try_it["visible"]
-    assert not empty["visible"] and [row["visible"] for row in rows[:MOST]] == [True, False, False, False]
+    found = building.build(visitor(), told, given, settings, mix_of({}, []))
+    assert found["start"]["interactive"] and not found["cancel"]["interactive"]
+    assert (found["error"], found["note"], found["latest"]) == ("", "", "my-mood")
+    shelf, download = found["shelf"], found["download"]
+    assert list(shelf) == found["standing"] == found["chosen"]["value"] == ["my-mood"]
+    assert "my-mood" in found["result"] and found["features"] == "" and download["visible"]
+    assert found["try_it"]["visible"] and not found["empty"]["visible"]
+    assert [found[f"row_{number}"]["visible"] for number in range(1, MOST + 1)] == [True, False, False, False]
     assert unpack(Path(download["value"])).layers == [1]
-    assert plot["visible"] == (len(shelf["my-mood"].provenance.separation) > 1)
+    assert found["plot"]["visible"] == (len(shelf["my-mood"].provenance.separation) > 1)
 
 
 def test_what_goes_wrong_while_building_is_one_line_and_changes_nothing_else(building: BuildHandlers) -> None:
     given = source("bundled", bundled="sentiment")
     settings = Settings(layers="99")
-    start, _, error, note, *rest = building.build(visitor(), told, *given, *settings, *mix_values({}, []))
-    assert start["interactive"] and "99" in error and "layers 0 to" in error and note == ""
-    assert rest == [SKIP] * len(rest)
-    _, _, error, *_ = building.build(visitor(), told, *source("file"), *settings, *mix_values({}, []))
-    assert "no examples yet" in error
+    found = building.build(visitor(), told, given, settings, mix_of({}, []))
+    assert found["start"]["interactive"] and "99" in found["error"] and "layers 0 to" in found["error"]
+    assert found["note"] == "" and set(found) == BUTTONS
+    found = building.build(visitor(), told, source("file"), settings, mix_of({}, []))
+    assert "no examples yet" in found["error"]
 
 
 def test_a_cancelled_build_says_so_and_changes_nothing_else(building: BuildHandlers) -> None:
     building.begin(visitor())
-    building.cancel(visitor())
+    building.stop(visitor())
     given = source("bundled", bundled="sentiment")
-    _, _, error, note, *rest = building.build(visitor(), told, *given, *Settings(), *mix_values({}, []))
-    assert error == "" and "Cancelled" in note
-    assert rest == [SKIP] * len(rest)
+    found = building.build(visitor(), told, given, Settings(), mix_of({}, []))
+    assert found["error"] == "" and "Cancelled" in found["note"] and set(found) == BUTTONS
+
+
+def test_a_build_that_takes_too_long_is_stopped_and_said(
+    building: BuildHandlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neurosteer.building import build as module
+
+    begun: list[float] = []
+
+    def read(*given: Any, **options: Any) -> Any:
+        begun.append(time.monotonic())
+        while time.monotonic() - begun[-1] < 20:
+            check_cancelled(given[-1], "Reading")
+            time.sleep(0.02)
+
+    monkeypatch.setattr(module, "read_plan", read)
+    monkeypatch.setattr(work, "MAX_SECONDS", 0.3)
+    found = building.build(visitor(), told, source("bundled", bundled="sentiment"), Settings(), mix_of({}, []))
+    assert begun and time.monotonic() - begun[0] < 5
+    assert "took over 0.3 s and was stopped; give fewer texts" in found["error"] and set(found) == BUTTONS
+
+
+def test_a_ready_made_set_is_one_of_those_there_are_and_never_a_path(building: BuildHandlers, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.csv"
+    secret.write_text("text,label\nthe secret,positive\nsad,negative\n")
+    said = building.preview(visitor(), source("bundled", bundled=str(secret)))
+    assert "There is no ready-made set" in said and "the secret" not in said
 
 
 def own_options(settings: Settings) -> dict[str, Any]:
@@ -148,14 +181,13 @@ def test_the_options_of_sae_reach_it_and_no_other_method() -> None:
 def test_building_with_sae_shows_what_it_is_made_of(building: BuildHandlers, sae_folder: Path) -> None:
     given = source("paste", positive_text="\n".join(texts("happy")), negative_text="\n".join(texts("sad")))
     settings = Settings(name="mood", method="sae", top_k="5", sae=str(sae_folder))
-    _, _, error, _, result, features, *rest = building.build(visitor(), told, *given, *settings, *mix_values({}, []))
-    assert error == "" and "a steering vector at layer 1" in result
+    found = building.build(visitor(), told, given, settings, mix_of({}, []))
+    features = found["features"]
+    assert found["error"] == "" and "a steering vector at layer 1" in found["result"]
     assert "Its 5 features" in features and "<mark>" in features
-    shelf, about = rest[4], rest[-1]
-    assert len(shelf["mood"].features) == 5 and features in about
-    _, _, _, _, _, features, *_ = building.build(
-        visitor(), told, *given, *settings._replace(contexts=False), *mix_values({}, [])
-    )
+    assert len(found["shelf"]["mood"].features) == 5 and features in found["about"]
+    plain = settings._replace(contexts=False)
+    features = building.build(visitor(), told, given, plain, mix_of({}, []))["features"]
     assert "Its 5 features" in features and "<mark>" not in features
 
 
@@ -173,8 +205,8 @@ def test_what_is_wrong_with_the_options_of_sae_is_one_line(
 ) -> None:
     settings = settings._replace(sae=settings.sae.format(folder=sae_folder))
     given = source("bundled", bundled="sentiment")
-    _, _, error, _, *rest = building.build(visitor(), told, *given, *settings, *mix_values({}, []))
-    assert words in error and error.count("<p") == 1 and rest == [SKIP] * len(rest)
+    found = building.build(visitor(), told, given, settings, mix_of({}, []))
+    assert words in found["error"] and found["error"].count("<p") == 1 and set(found) == BUTTONS
 
 
 def test_a_space_takes_only_the_saes_of_its_model(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,34 +219,60 @@ def test_a_space_takes_only_the_saes_of_its_model(llama: Tiny, monkeypatch: pyte
             UsageError, match=r"not offered on this page; for GPT-2-small there are: gpt2-small-res-jb/…"
         ):
             check_sae(name, gpt2)
+    widths: dict[str, int] = {}
+    monkeypatch.setattr(building_settings, "sae_width", lambda release, identifier: widths[identifier])
+    widths["blocks.8.hook_resid_pre"] = 24_576
     for name in ("embedded", "embedded/14", "gpt2-small-res-jb/blocks.8.hook_resid_pre"):
         check_sae(name, gpt2)
 
 
+def test_a_space_fetches_no_sae_that_would_fill_its_memory(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt2 = replace(llama.lm, name="GPT-2-small")
+    most = building_settings.MOST_SAE_BYTES // (8 * D_MODEL)
+    width = [most + 1]
+    monkeypatch.setattr(building_settings, "sae_width", lambda release, identifier: width[0])
+    check_sae("gpt2-small-res-jb/wide", gpt2)  # on a machine of one's own
+    monkeypatch.setenv("SPACE_ID", "us/page")
+    with pytest.raises(UsageError, match=r"'gpt2-small-res-jb/wide' takes 1\.1 GB and this page loads up to 1\.1 GB"):
+        check_sae("gpt2-small-res-jb/wide", gpt2)
+    width[0] = most
+    check_sae("gpt2-small-res-jb/wide", gpt2)
+
+
+def test_an_sae_s_width_is_known_from_its_description_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    monkeypatch.setattr(loaders, "load_sae_config_from_huggingface", lambda release, identifier: {"d_sae": 24_576})
+    assert building_settings.sae_width("gpt2-small-res-jb", "blocks.8.hook_resid_pre") == 24_576
+    monkeypatch.setattr(loaders, "load_sae_config_from_huggingface", lambda release, identifier: {})
+    with pytest.raises(ModelError, match="could not be found out"):
+        building_settings.sae_width("gpt2-small-res-jb", "odd")
+
+
 def test_the_options_follow_the_method(building: BuildHandlers) -> None:
-    names = ("rank", "operation", "top_k", "weight", "sides", "sae", "min_output_score", "contexts")
     for method, entry in METHODS.items():
-        shown = dict(zip(names, building.show_parameters(method), strict=True))
-        assert {name for name, update in shown.items() if update["visible"]} == set(names) & set(entry.defaults)
+        shown = building.show_parameters(method)
+        visible = {name for name, update in shown.items() if update["visible"]}
+        assert visible == set(OF_SOME_METHODS) & set(entry.defaults) and set(shown) == set(OF_SOME_METHODS)
         assert shown["rank"]["value"] == shown["top_k"]["value"] == ""  # they mean something else now
     ranks = {
-        method: [value for _, value in building.show_parameters(method)[0]["choices"]]
+        method: [value for _, value in building.show_parameters(method)["rank"]["choices"]]
         for method in ("cna", "sae", "caa")
     }
     assert ranks == {
         "cna": ["", "difference", "dprime", "write"], "sae": ["", "rate", "dprime", "probe"], "caa": [""]
     }  # fmt: skip
-    assert building.show_parameters("sae")[2]["label"] == "Features (top_k)"
-    assert building.show_parameters("cna")[2]["label"] == "Neurons (top_k)"
+    assert building.show_parameters("sae")["top_k"]["label"] == "Features (top_k)"
+    assert building.show_parameters("cna")["top_k"]["label"] == "Neurons (top_k)"
 
 
 def test_every_method_is_offered_with_its_explanation(building: BuildHandlers) -> None:
-    offered = {value: label for label, value in building.choices()[0]["choices"]}
+    offered = {value: label for label, value in building.choices()["method"]["choices"]}
     assert list(offered) == list(METHODS)
     assert all(METHODS[name].explanation in label for name, label in offered.items())
 
 
 def test_try_it_goes_to_the_steer_tab_with_the_newest_alone(building: BuildHandlers, mood: Any) -> None:
     shelf = {"old": mood, "new": mood}
-    tabs, _, shown, _, chosen, *_ = building.try_it("new", *mix_values(shelf, ["old"], 2.0))
-    assert tabs["selected"] == "steer" and shown == chosen["value"] == ["new"]
+    found = building.try_it("new", mix_of(shelf, ["old"], 2.0))
+    assert found["tabs"]["selected"] == "steer" and found["standing"] == found["chosen"]["value"] == ["new"]

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from pages import HOSTILE, SKIP, Never, Ready, mix_values, visitor
+from pages import HOSTILE, Never, Ready, mix_of, told, visitor
 from tiny import Tiny, make_circuit, make_vector
 
 from neurosteer.artifacts.circuit import NeuronCircuit
@@ -21,13 +21,16 @@ from neurosteer.circuits import (
     find_unspecific,
     sweep_multipliers,
 )
+from neurosteer.progress import check_cancelled
 from neurosteer.steering.session import Session
+from neurosteer.ui import work
+from neurosteer.ui.explaining import KEEP, LEAVE_OUT, LEAVE_OUT_MORE, MAX_TOKENS, Question
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_PROMPT
 from neurosteer.ui.loading import Models
 from neurosteer.ui.show import circuits as shown
 from neurosteer.ui.show.html import signed
-from neurosteer.ui.tabs.circuits import KEEP, LEAVE_OUT, LEAVE_OUT_MORE, MAX_TOKENS, CircuitHandlers, Question, Shown
+from neurosteer.ui.tabs.circuits import CircuitHandlers
 
 PROMPT = "the cat runs over the"
 QUESTION = Question(PROMPT, "a", "t", 40, LEAVE_OUT, False)
@@ -43,9 +46,8 @@ def handlers(llama: Tiny) -> CircuitHandlers:
     return CircuitHandlers(Models.of(Ready(Session(llama.lm)), None), Jobs())
 
 
-def asked(handlers: CircuitHandlers, question: Question = QUESTION, **changes: Any) -> list[Any]:
-    values = question._replace(**changes)
-    return handlers.attribute(visitor(), lambda *_, **__: None, *values, *mix_values({}, []))  # type: ignore[arg-type]
+def asked(handlers: CircuitHandlers, question: Question = QUESTION, **changes: Any) -> dict[str, Any]:
+    return handlers.attribute(visitor(), told, question._replace(**changes), mix_of({}, []))
 
 
 class Text(HTMLParser):
@@ -154,22 +156,21 @@ def test_a_circuit_of_the_shelf_is_told_as_text() -> None:
 
 
 def test_a_question_is_answered_as_the_library_does(handlers: CircuitHandlers, llama: Tiny) -> None:
-    error, summary, heat, table, edges, slider, predictions, current, save = asked(handlers)
+    found = asked(handlers)
     wanted = attribute(llama.lm, PROMPT, "a", "t", raw=True)
     circuit = wanted.circuit(select=Selection("top_k", 40))
-    assert error == "" and summary == shown.summary(wanted, circuit)
-    assert table["value"] == shown.table(wanted, 40) and len(table["value"]) == 40
-    assert all(update["visible"] for update in (heat, table, edges, slider, save))
-    assert current.circuit.neurons.tolist() == circuit.neurons.tolist()
-    assert (current.prompt, current.raw, slider["value"]) == (PROMPT, True, 0.0)
+    assert found["error"] == "" and found["summary"] == shown.summary(wanted, circuit)
+    assert found["table"]["value"] == shown.table(wanted, 40) and len(found["table"]["value"]) == 40
+    assert all(found[name]["visible"] for name in ("heat", "table", "edges", "multiplier", "save"))
+    assert found["current"].circuit.neurons.tolist() == circuit.neurons.tolist() and found["multiplier"]["value"] == 0.0
     before, after = sweep_multipliers(llama.lm, circuit, PROMPT, [1.0, 0.0], k=8, raw=True)
     words = [(shown.visible(one.text), f"{one.probability:.1%}") for one in (*before.predictions, *after.predictions)]
-    assert [(Text(word).text, share) for word, share in likely(predictions)] == words
+    assert [(Text(word).text, share) for word, share in likely(found["predictions"])] == words
 
 
 @pytest.mark.parametrize("choice", [LEAVE_OUT, LEAVE_OUT_MORE, KEEP])
 def test_neurons_of_any_prompt_are_left_out_as_chosen(handlers: CircuitHandlers, llama: Tiny, choice: str) -> None:
-    current = asked(handlers, universal=choice, neurons=256)[7]
+    current = asked(handlers, universal=choice, neurons=256)["current"]
     gone = {LEAVE_OUT: find_universal, LEAVE_OUT_MORE: find_unspecific}
     left_out = set(gone[choice](llama.lm).all) if choice in gone else set()
     found: NeuronCircuit = current.circuit
@@ -181,62 +182,83 @@ def test_neurons_of_any_prompt_are_left_out_as_chosen(handlers: CircuitHandlers,
     ("changes", "words"),
     [
         ({"prompt": " "}, "prompt is empty"),
-        ({"target": ""}, "no next word"),
+        ({"target": ""}, "next word is empty"),
         ({"counterfactual": "a"}, "same token"),
         ({"prompt": "a" * (MAX_PROMPT + 1)}, "8,001 characters"),
         ({"prompt": "word " * MAX_TOKENS}, f"{MAX_TOKENS} tokens"),
-        ({"neurons": 0}, "0 neurons"),
+        ({"neurons": 0}, "neurons is 0"),
         ({"prompt": HOSTILE, "target": HOSTILE, "counterfactual": HOSTILE}, "same token"),
     ],
 )
 def test_a_mistake_is_one_line_and_what_is_shown_stays(
     handlers: CircuitHandlers, changes: dict[str, Any], words: str
 ) -> None:
-    error, *rest = asked(handlers, **changes)
-    assert words in Text(error).text and Text(error).tags <= {"div", "p", "span"}
-    assert rest == [SKIP] * 8
+    found = asked(handlers, **changes)
+    assert words in Text(found["error"]).text and Text(found["error"]).tags <= {"div", "p", "span"}
+    assert set(found) == {"error"}
 
 
-def test_a_circuit_of_the_shelf_is_tried_on_the_prompt_and_moved(handlers: CircuitHandlers, llama: Tiny) -> None:
+def test_a_circuit_of_the_shelf_is_tried_on_the_prompt_and_moved(
+    handlers: CircuitHandlers, llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     circuit = make_circuit(name="mine", model=llama.lm.reference, operation="scale")
     shelf = {"mine": circuit, "vector": make_vector(model=llama.lm.reference)}
-    rest, no_word = mix_values(shelf, []), QUESTION._replace(target="")
-    error, about, heat, table, edges, slider, predictions, current, save = handlers.take("mine", *no_word, *rest)
-    assert error == "" and "mine" in about and not heat["visible"] and not edges["visible"] and not save["visible"]
-    assert table["value"] == shown.circuit_table(circuit) and slider["visible"]
-    assert current == Shown(circuit, PROMPT, True)
-    for multiplier in (1.0, 3.0):
+    mix, no_word = mix_of(shelf, []), QUESTION._replace(target="")
+    found = handlers.take(visitor(), told, "mine", no_word, mix)
+    assert found["error"] == "" and "mine" in found["summary"]
+    assert not any(found[name]["visible"] for name in ("heat", "edges", "save"))
+    assert found["table"]["value"] == shown.circuit_table(circuit) and found["multiplier"]["visible"]
+    current = found["current"]
+    assert current.circuit is circuit and len(likely(found["predictions"])) == 16
+    monkeypatch.setattr(handlers.models.holder(), "wait", None)  # sliding asks the model for nothing
+    for multiplier in (0.0, 0.7, 1.0, 3.0, 4.0):
         after = sweep_multipliers(llama.lm, circuit, PROMPT, [1.0, multiplier], k=8, raw=True)[1].predictions
-        moved = handlers.move(current, multiplier, None)
+        moved = handlers.move(current, multiplier)
         assert [share for _, share in likely(moved)][8:] == [f"{one.probability:.1%}" for one in after]
-    assert len(likely(predictions)) == 16 and handlers.move(None, 1.0, None) == ""
-    assert handlers.circuits(*rest)["choices"] == ["mine"]
-    assert handlers.take(None, *QUESTION, *rest) == [SKIP] * 9
-    assert "prompt is empty" in handlers.take("mine", *QUESTION._replace(prompt=" "), *rest)[0]
+        assert f"The circuit × {multiplier:g}" in moved
+    assert handlers.move(None, 1.0) == ""
+    assert handlers.circuits(mix)["choices"] == ["mine"]
+    assert handlers.take(visitor(), told, None, QUESTION, mix) == {}
+    empty = handlers.take(visitor(), told, "mine", QUESTION._replace(prompt=" "), mix)
+    assert "prompt is empty" in empty["error"] and set(empty) == {"error"}
+
+
+@pytest.mark.parametrize("taking", [False, True])
+def test_what_takes_too_long_is_stopped_and_said(
+    handlers: CircuitHandlers, llama: Tiny, taking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*given: Any, cancel: threading.Event, **options: Any) -> None:
+        cancel.wait(20)
+        check_cancelled(cancel, "Attributing")
+
+    monkeypatch.setattr("neurosteer.circuits.attribute", slowly)
+    monkeypatch.setattr(work, "MAX_SECONDS", 0.2)
+    mix = mix_of({"mine": make_circuit(model=llama.lm.reference)}, [])
+    found = handlers.take(visitor(), told, "mine", QUESTION, mix) if taking else asked(handlers)
+    assert "took over 0.2 s and was stopped" in found["error"] and set(found) == {"error"}
 
 
 def test_a_circuit_of_the_shelf_shows_what_of_the_word_is_owed_to_it(handlers: CircuitHandlers, llama: Tiny) -> None:
     circuit = make_circuit(name="mine", model=llama.lm.reference, operation="scale")
-    error, about, heat, table, edges, *_ = handlers.take("mine", *QUESTION, *mix_values({"mine": circuit}, []))
+    mix = mix_of({"mine": circuit}, [])
+    found = handlers.take(visitor(), told, "mine", QUESTION, mix)
     whole = attribute(llama.lm, PROMPT, "a", "t", raw=True, keep_universal=True, per_position=llama.lm.shape.d_mlp)
     mine = set(zip(circuit.neuron_layers.tolist(), circuit.neurons.tolist(), strict=True))
     owed = [row for row in whole.rows() if (row.layer, row.neuron) in mine][:40]
-    assert error == "" and heat["visible"] and edges["visible"] and len(owed) > 5
-    assert [(row[0], row[1], row[3]) for row in table["value"]] == [row[:3] for row in owed]
+    assert found["error"] == "" and found["heat"]["visible"] and found["edges"]["visible"] and len(owed) > 5
+    assert [(row[0], row[1], row[3]) for row in found["table"]["value"]] == [row[:3] for row in owed]
     share = sum(row.score for row in whole.rows() if (row.layer, row.neuron) in mine)
-    assert f"its neurons give {signed(round(share, 2))}" in Text(about).text
-    assert (
-        "same token"
-        in handlers.take("mine", *QUESTION._replace(counterfactual="a"), *mix_values({"mine": circuit}, []))[0]
-    )
+    assert f"its neurons give {signed(round(share, 2))}" in Text(found["summary"]).text
+    same = QUESTION._replace(counterfactual="a")
+    assert "same token" in handlers.take(visitor(), told, "mine", same, mix)["error"]
 
 
 def test_what_was_found_goes_to_the_shelf_and_is_chosen(handlers: CircuitHandlers) -> None:
-    current = asked(handlers)[7]
-    done, shelf, choice, *_ = handlers.save(current, *mix_values({}, []))
-    assert "a-relp is on your shelf" in Text(done).text
-    assert shelf["a-relp"] is current.circuit and choice == ["a-relp"]
-    assert handlers.save(None, *mix_values({}, []))[0] == SKIP
+    current = asked(handlers)["current"]
+    found = handlers.save(current, mix_of({}, []))
+    assert "a-relp is on your shelf" in Text(found["summary"]).text
+    assert found["shelf"]["a-relp"] is current.circuit and found["standing"] == ["a-relp"]
+    assert handlers.save(None, mix_of({}, [])) == {}
 
 
 def test_stop_ends_the_visitor_s_own_work_only(handlers: CircuitHandlers) -> None:
@@ -253,4 +275,4 @@ def test_a_model_that_failed_to_load_is_told(llama: Tiny) -> None:
             raise ModelError("The model is not there: no network.")
 
     handlers = CircuitHandlers(Models.of(Failed(), None), Jobs())
-    assert "no network" in asked(handlers)[0]
+    assert "no network" in asked(handlers)["error"]

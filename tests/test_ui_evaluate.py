@@ -3,6 +3,7 @@
 import json
 import pickle
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import EXAMPLES, HOSTILE, SKIP, Never, Ready, mix_values, slow_steps, source, texts, told, visitor
+from pages import EXAMPLES, HOSTILE, Never, Ready, mix_of, slow_steps, source, texts, told, visitor
 from tiny import Tiny, make_vector
 
 from neurosteer.artifacts.provenance import Receipt
@@ -20,18 +21,19 @@ from neurosteer.building.build import build
 from neurosteer.evaluation import CallableJudge, Evaluation, PatternJudge, TextClassifier, evaluate
 from neurosteer.evaluation.report import generations_csv
 from neurosteer.examples.files import bundled_sets, neutral_prompts
+from neurosteer.steering.batches import Batch
 from neurosteer.steering.session import Session
-from neurosteer.ui import gpu
+from neurosteer.ui import evaluating, gpu, work
+from neurosteer.ui.evaluating import KIND, Plan
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_EVALUATED_TEXTS, MAX_PROMPT
 from neurosteer.ui.loading import Models
+from neurosteer.ui.mixer import Mix
 from neurosteer.ui.show import evaluation as shown
 from neurosteer.ui.show import html as render
-from neurosteer.ui.tabs import evaluate as evaluate_tab
-from neurosteer.ui.tabs.evaluate import (
+from neurosteer.ui.tabs.evaluate_handlers import (
     BUNDLED,
     FILE,
-    KIND,
     OWN,
     PATTERN,
     RECIPE,
@@ -40,7 +42,6 @@ from neurosteer.ui.tabs.evaluate import (
     EvaluateHandlers,
     JudgeAsked,
     Measured,
-    Plan,
 )
 
 PROMPTS = ("the cat", "happy mountain", "over the")
@@ -102,20 +103,20 @@ class Page(HTMLParser):
 
 def asked(
     handlers: EvaluateHandlers,
-    mixed: list[Any],
+    mixed: Mix,
     what: str | None = "mood",
     judge: JudgeAsked = WORDS_ASKED,
     plan: Plan = PLAN,
     examples: Any = NO_SOURCE,
     who: str = "anna",
-) -> list[Any]:
-    return handlers.evaluate(visitor(who), told, what, *judge, *plan, *examples, *mixed)
+) -> dict[str, Any]:
+    return handlers.evaluate(visitor(who), told, what, judge, plan, examples, mixed)
 
 
-def error_of(answer: list[Any]) -> str:
-    assert answer[0]["interactive"] and not answer[1]["interactive"], "Run can be pressed again"
-    assert answer[4:] == [SKIP] * 8, "what was shown before stays"
-    return Page(answer[2]).text
+def error_of(answer: dict[str, Any]) -> str:
+    assert answer["start"]["interactive"] and not answer["cancel"]["interactive"], "Run can be pressed again"
+    assert set(answer) == {"start", "cancel", "error", "note"}, "what was shown before stays"
+    return Page(answer["error"]).text
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_texts_are_listed_by_prompt_and_strength_as_they_are(found: Evaluation) 
 
 def test_neutral_prompts_are_half_instructions_half_openings() -> None:
     prompts = neutral_prompts()
-    some = evaluate_tab.neutral(8)
+    some = evaluating.neutral(8)
     assert len(set(some)) == 8 and set(some) < set(prompts)
     assert sum(prompts.index(prompt) < len(prompts) // 2 for prompt in some) == 4
 
@@ -232,7 +233,7 @@ def test_neutral_prompts_are_half_instructions_half_openings() -> None:
 def test_too_much_or_nonsense_is_one_line_and_nothing_is_lost(
     handlers: EvaluateHandlers, mood: Any, changes: dict[str, Any], words: str
 ) -> None:
-    answer = asked(handlers, mix_values({"mood": mood}, ["mood"]), plan=PLAN._replace(**changes))
+    answer = asked(handlers, mix_of({"mood": mood}, ["mood"]), plan=PLAN._replace(**changes))
     assert words in error_of(answer)
 
 
@@ -252,14 +253,14 @@ def test_too_much_or_nonsense_is_one_line_and_nothing_is_lost(
 def test_what_is_missing_is_said(
     handlers: EvaluateHandlers, mood: Any, what: str | None, judge: JudgeAsked, words: str
 ) -> None:
-    assert words in error_of(asked(handlers, mix_values({"mood": mood}, []), what, judge))
+    assert words in error_of(asked(handlers, mix_of({"mood": mood}, []), what, judge))
 
 
 def test_strangers_patterns_are_not_taken(
     handlers: EvaluateHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPACE_ID", "someone/space")
-    answer = asked(handlers, mix_values({"mood": mood}, []), judge=JudgeAsked(PATTERN, None, None, "", "a"))
+    answer = asked(handlers, mix_of({"mood": mood}, []), judge=JudgeAsked(PATTERN, None, None, "", "a"))
     assert "Choose a judge" in error_of(answer)
 
 
@@ -267,22 +268,22 @@ def test_strangers_patterns_are_not_taken(
 
 
 def test_texts_that_an_artifact_was_built_from_do_not_judge_it(handlers: EvaluateHandlers, mood: Any) -> None:
-    mixed = mix_values({"mood": mood}, [])
+    mixed = mix_of({"mood": mood}, [])
     paste = source("paste", positive_text="\n".join(EXAMPLES.positive), negative_text="\n".join(EXAMPLES.negative))
     own = JudgeAsked(OWN, None, None, "", "")
     assert "was built from all texts of 'pasted'" in error_of(asked(handlers, mixed, judge=own, examples=paste))
-    said = handlers.about_judge(visitor(), "mood", *own, *paste, *mixed)
+    said = handlers.about_judge(visitor(), "mood", own, paste, mixed)
     assert "ns-warning" in said and "cannot judge it" in said
 
 
 def test_what_building_held_out_judges_and_is_said(handlers: EvaluateHandlers, llama: Tiny) -> None:
     half = build(llama.lm, EXAMPLES, layers=1, name="half", hold_out=0.5, calibrate=False)
-    mixed = mix_values({"half": half}, [])
+    mixed = mix_of({"half": half}, [])
     paste = source("paste", positive_text="\n".join(EXAMPLES.positive), negative_text="\n".join(EXAMPLES.negative))
     own = JudgeAsked(OWN, None, None, "", "")
-    assert "the texts that building left out of pasted" in handlers.about_judge(visitor(), "half", *own, *paste, *mixed)
+    assert "the texts that building left out of pasted" in handlers.about_judge(visitor(), "half", own, paste, mixed)
     answer = asked(handlers, mixed, "half", own, examples=paste)
-    receipt = answer[-1].receipt.data
+    receipt = answer["measured"].receipt.data
     assert "what building held out of pasted (12 + 12 texts)" in receipt["judge"]["name"]
     assert receipt["judge"]["n_accuracy"] == 24
 
@@ -293,13 +294,13 @@ def test_an_uploaded_file_judges_and_goes_when_its_owner_leaves(
     file = tmp_path / "labelled.csv"
     rows = [f"{text},{label}" for label, word in (("pos", "glad"), ("neg", "low")) for text in texts(word)]
     file.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
-    mixed, judge = mix_values({"mood": mood}, []), JudgeAsked(FILE, None, str(file), "", "")
-    assert "all texts of labelled" in handlers.about_judge(visitor(), "mood", *judge, *NO_SOURCE, *mixed)
+    mixed, judge = mix_of({"mood": mood}, []), JudgeAsked(FILE, None, str(file), "", "")
+    assert "all texts of labelled" in handlers.about_judge(visitor(), "mood", judge, NO_SOURCE, mixed)
     answer = asked(handlers, mixed, judge=judge)
-    assert answer[-1].receipt.data["judge"]["accuracy"] > 0.9
+    assert answer["measured"].receipt.data["judge"]["accuracy"] > 0.9
     file.write_text("text,label\nhappy,positive\nsad,maybe\n", encoding="utf-8")
     assert "maybe" in error_of(asked(handlers, mixed, judge=judge))
-    assert "maybe" in handlers.about_judge(visitor(), "mood", *judge, *NO_SOURCE, *mixed)
+    assert "maybe" in handlers.about_judge(visitor(), "mood", judge, NO_SOURCE, mixed)
     handlers.jobs.leave("anna")
     assert not file.exists()
 
@@ -307,35 +308,38 @@ def test_an_uploaded_file_judges_and_goes_when_its_owner_leaves(
 def test_labelled_texts_have_a_limit(
     handlers: EvaluateHandlers, mood: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_tab, "MAX_JUDGE_CHARACTERS", 100)
+    monkeypatch.setattr(evaluating, "MAX_JUDGE_CHARACTERS", 100)
     judge = JudgeAsked(BUNDLED, "sentiment", None, "", "")
-    assert "this page takes 100" in error_of(asked(handlers, mix_values({"mood": mood}, []), judge=judge))
+    assert "this page takes 100" in error_of(asked(handlers, mix_of({"mood": mood}, []), judge=judge))
 
 
 def test_the_groups_of_inputs_follow_the_judge(handlers: EvaluateHandlers) -> None:
-    visible = {kind: [one["visible"] for one in handlers.show_judge(kind)] for kind in (BUNDLED, FILE, REFUSAL, WORDS)}
-    assert visible[BUNDLED] == [True, False, False, False] and visible[FILE] == [False, True, False, False]
-    assert not any(visible[REFUSAL]) and visible[WORDS][2]
+    visible = {
+        kind: [name for name, one in handlers.show_judge(kind).items() if one["visible"]]
+        for kind in (BUNDLED, FILE, REFUSAL, WORDS)
+    }
+    assert visible == {BUNDLED: ["bundled"], FILE: ["file"], REFUSAL: [], WORDS: ["words"]}
 
 
 def test_what_there_is_to_evaluate_follows_the_shelf(handlers: EvaluateHandlers, mood: Any) -> None:
     first = bundled_sets()[0]
     gratitude = make_vector([1], name="gratitude-vector")
     shelf = {"mood": mood, "thanks": gratitude}
-    update, _ = handlers.choices(None, first, *mix_values(shelf, ["thanks"], 0.5))
+    update = handlers.choices(None, first, mix_of(shelf, ["thanks"], 0.5))["what"]
     assert update["value"] == "thanks"
     assert update["choices"] == [
         ("mood", "mood"),
         ("thanks", "thanks"),
         ("The Steer tab’s recipe: thanks +0.5", RECIPE),
     ]
-    assert handlers.fitting("thanks", first, *mix_values(shelf, [])) == "gratitude"
-    assert handlers.fitting("mood", first, *mix_values(shelf, [])) == first
-    kept, bundled = handlers.choices("mood", first, *mix_values(shelf, ["thanks"]))
-    assert kept["value"] == "mood" and bundled == SKIP, "a choice that is still there stays"
-    assert handlers.choices("mood", first, *mix_values({}, []))[0]["value"] == RECIPE
-    unasked, bundled = handlers.choices(None, first, *mix_values(shelf, []))
-    assert (unasked["value"], bundled) == ("thanks", "gratitude"), "the first that a ready-made set can judge"
+    assert handlers.fitting("thanks", first, mix_of(shelf, [])) == "gratitude"
+    assert handlers.fitting("mood", first, mix_of(shelf, [])) == first
+    kept = handlers.choices("mood", first, mix_of(shelf, ["thanks"]))
+    assert kept["what"]["value"] == "mood" and "bundled" not in kept, "a choice that is still there stays"
+    assert handlers.choices("mood", first, mix_of({}, []))["what"]["value"] == RECIPE
+    unasked = handlers.choices(None, first, mix_of(shelf, []))
+    found = (unasked["what"]["value"], unasked["bundled"])
+    assert found == ("thanks", "gratitude"), "the first that a ready-made set can judge"
 
 
 # --- evaluating ------------------------------------------------------------------------------------------------------
@@ -345,19 +349,20 @@ def test_evaluating_shows_what_the_library_measures_and_offers_it(
     handlers: EvaluateHandlers, mood: Any, llama: Tiny, tmp_path: Path
 ) -> None:
     heard: list[str] = []
-    mixed = mix_values({"mood": mood}, [])
+    mixed = mix_of({"mood": mood}, [])
     told_to: Any = lambda fraction, desc="": heard.append(desc)  # noqa: E731
-    answer = handlers.evaluate(visitor(), told_to, "mood", *WORDS_ASKED, *PLAN, *NO_SOURCE, *mixed)
-    assert answer[2:4] == ["", ""]
+    answer = handlers.evaluate(visitor(), told_to, "mood", WORDS_ASKED, PLAN, NO_SOURCE, mixed)
+    assert (answer["error"], answer["note"]) == ("", "")
     judge = PatternJudge(["a", "t", "the"])
     wanted = evaluate(
         llama.lm, mood, judge, prompts=PROMPTS, strengths=(-1, 0, 1), max_new_tokens=6, n_random=1, seed=0
     )
-    _, _, _, _, summary, effect, damage, table, written, download, keep, measured = answer
+    measured, download = answer["measured"], answer["download"]
     assert measured.receipt.data == wanted.receipt.data and measured.label == "mood"
-    assert table == shown.table(wanted.receipt) and written == shown.texts(wanted.rows)
-    assert "mood" in summary and effect["visible"] and damage["visible"] and effect["value"].data
-    assert keep["visible"] and keep["value"] == "Keep on mood"
+    assert answer["table"] == shown.table(wanted.receipt) and answer["texts"] == shown.texts(wanted.rows)
+    assert "mood" in answer["summary"] and answer["effect"]["visible"] and answer["damage"]["visible"]
+    assert answer["effect"]["value"].data
+    assert answer["attach"]["visible"] and answer["attach"]["value"] == "Keep on mood"
     with zipfile.ZipFile(download["value"]) as file:
         names = {"receipt.json", "generations.csv", "evaluation.html", "evaluation.png"}
         assert set(file.namelist()) == names and Path(download["value"]).name == "mood-evaluation.zip"
@@ -365,44 +370,49 @@ def test_evaluating_shows_what_the_library_measures_and_offers_it(
         assert file.read("generations.csv").decode() == generations_csv(wanted.rows)
     assert "Training the judge" in heard and any("Writing texts 1 to" in one for one in heard)
     again = asked(handlers, mixed)
-    assert again[-1].receipt.data == wanted.receipt.data, "the same seed, the same figures"
-    assert not Path(download["value"]).exists() and Path(again[9]["value"]).exists(), "only the newest is kept"
+    assert again["measured"].receipt.data == wanted.receipt.data, "the same seed, the same figures"
+    assert not Path(download["value"]).exists() and Path(again["download"]["value"]).exists(), "only the newest is kept"
     handlers.jobs.leave("anna")
-    assert not Path(again[9]["value"]).exists()
+    assert not Path(again["download"]["value"]).exists()
 
 
 def test_the_steer_tabs_recipe_is_evaluated_where_its_sliders_stand(handlers: EvaluateHandlers, mood: Any) -> None:
     other = make_vector([1], name="other")
     shelf = {"mood": mood, "other": other}
-    answer = asked(handlers, mix_values(shelf, ["mood", "other"], 0.5, -1.0), RECIPE)
-    assert answer[-1] is None and not answer[-2]["visible"], "a receipt of a mixture belongs to no artifact"
-    assert "mood + other" in answer[4]
-    alone = asked(handlers, mix_values(shelf, ["mood"], 1.0), RECIPE)
-    assert alone[-1].label == "mood" and alone[-1].receipt.data["recipe"][0]["strength"] == 1.0
+    answer = asked(handlers, mix_of(shelf, ["mood", "other"], 0.5, -1.0), RECIPE)
+    assert answer["measured"] is None and not answer["attach"]["visible"], (
+        "a receipt of a mixture belongs to no artifact"
+    )
+    assert "mood + other" in answer["summary"]
+    alone = asked(handlers, mix_of(shelf, ["mood"], 1.0), RECIPE)
+    assert alone["measured"].label == "mood"
+    assert alone["measured"].receipt.data["recipe"][0]["strength"] == 1.0
 
 
 def test_a_receipt_is_kept_on_the_artifact_that_was_measured_and_on_no_other(
     handlers: EvaluateHandlers, mood: Any
 ) -> None:
-    mixed = mix_values({"mood": mood, "other": make_vector([1])}, ["mood"], 0.7)
-    measured = asked(handlers, mixed)[-1]
-    error, note, button, shelf, *_ = handlers.keep(visitor(), measured, *mixed)
-    assert error == "" and "carries the receipt now" in note and not button["visible"]
+    mixed = mix_of({"mood": mood, "other": make_vector([1])}, ["mood"], 0.7)
+    measured = asked(handlers, mixed)["measured"]
+    attached = handlers.attach(visitor(), measured, mixed)
+    shelf = attached["shelf"]
+    assert attached["error"] == "" and "carries the receipt now" in attached["note"]
+    assert not attached["attach"]["visible"]
     assert shelf["mood"].receipts == (measured.receipt,) and not mood.receipts and list(shelf) == ["mood", "other"]
-    twice = handlers.keep(visitor(), measured, *mix_values(shelf, ["mood"]))[3]
+    twice = handlers.attach(visitor(), measured, mix_of(shelf, ["mood"]))["shelf"]
     assert len(twice["mood"].receipts) == 1
-    judged_otherwise = asked(handlers, mix_values(shelf, []), judge=WORDS_ASKED._replace(words="e"))[-1]
-    both = handlers.keep(visitor(), judged_otherwise, *mix_values(shelf, ["mood"]))[3]
+    judged_otherwise = asked(handlers, mix_of(shelf, []), judge=WORDS_ASKED._replace(words="e"))["measured"]
+    both = handlers.attach(visitor(), judged_otherwise, mix_of(shelf, ["mood"]))["shelf"]
     assert len(both["mood"].receipts) == 2
     another = {"mood": make_vector([1], name="mood")}
-    error, _, _, *rest = handlers.keep(visitor(), measured, *mix_values(another, []))
-    assert "no longer what was measured" in error and rest[0] == SKIP
-    assert handlers.keep(visitor(), None, *mixed)[0] == SKIP
+    gone = handlers.attach(visitor(), measured, mix_of(another, []))
+    assert "no longer what was measured" in gone["error"] and "shelf" not in gone
+    assert handlers.attach(visitor(), None, mixed) == {}
 
 
 def test_a_kept_receipt_is_told_in_short(handlers: EvaluateHandlers, mood: Any) -> None:
-    mixed = mix_values({"mood": mood}, [])
-    measured: Measured = asked(handlers, mixed)[-1]
+    mixed = mix_of({"mood": mood}, [])
+    measured: Measured = asked(handlers, mixed)["measured"]
     kept = replace(mood, receipts=(measured.receipt,))
     steered = {row["strength"]: row["share"] for row in measured.receipt.data["rows"] if row["kind"] == "steered"}
     said = render.measured(kept)
@@ -418,24 +428,45 @@ def test_cancelling_stops_at_once_and_loses_nothing(
 ) -> None:
     slow_steps(monkeypatch, 0.2)
     handlers.begin(visitor())
-    threading.Timer(0.3, lambda: handlers.cancel(visitor())).start()
-    answer = asked(handlers, mix_values({"mood": mood}, []), plan=PLAN._replace(tokens=100))
-    assert "Cancelled" in answer[3] and answer[2] == "" and answer[4:] == [SKIP] * 8
-    assert answer[0]["interactive"] and not answer[1]["interactive"]
+    threading.Timer(0.3, lambda: handlers.stop(visitor())).start()
+    answer = asked(handlers, mix_of({"mood": mood}, []), plan=PLAN._replace(tokens=100))
+    assert error_of(answer) == "" and "Cancelled" in answer["note"]
 
 
 def test_what_takes_too_long_is_stopped_and_said(
     handlers: EvaluateHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_steps(monkeypatch, 0.1)
-    monkeypatch.setattr(evaluate_tab, "MAX_SECONDS", 0.2)
-    answer = asked(handlers, mix_values({"mood": mood}, []), plan=PLAN._replace(tokens=100))
+    monkeypatch.setattr(work, "MAX_SECONDS", 0.2)
+    answer = asked(handlers, mix_of({"mood": mood}, []), plan=PLAN._replace(tokens=100))
     assert "was stopped" in error_of(answer)
 
 
+def test_training_the_judge_is_within_the_limit_and_can_be_cancelled(
+    handlers: EvaluateHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed, judge = mix_of({"mood": mood}, []), JudgeAsked(BUNDLED, "sentiment")
+    trained: list[float] = []
+
+    def train(recipe: Any, examples: Any, *given: Any, **options: Any) -> Any:
+        trained.append(time.monotonic())
+        time.sleep(0.5)
+        return PatternJudge(["a"])
+
+    monkeypatch.setattr("neurosteer.evaluation.judge_for", train)
+    monkeypatch.setattr(Batch, "step", lambda self: pytest.fail("texts are written after the time was over"))
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "MAX_SECONDS", 0.2)
+        assert "was stopped" in error_of(asked(handlers, mixed, judge=judge)) and trained
+    handlers.begin(visitor())
+    threading.Timer(0.2, lambda: handlers.stop(visitor())).start()
+    answer = asked(handlers, mixed, judge=judge)
+    assert error_of(answer) == "" and "Cancelled" in answer["note"] and len(trained) == 2
+
+
 def test_two_visitors_do_not_meet(handlers: EvaluateHandlers, mood: Any) -> None:
-    mixed = mix_values({"mood": mood}, [])
-    anna, ben = (asked(handlers, mixed, who=name)[9]["value"] for name in ("anna", "ben"))
+    mixed = mix_of({"mood": mood}, [])
+    anna, ben = (asked(handlers, mixed, who=name)["download"]["value"] for name in ("anna", "ben"))
     handlers.jobs.leave("anna")
     assert not Path(anna).exists() and Path(ben).exists()
     handlers.jobs.leave("ben")
@@ -444,9 +475,9 @@ def test_two_visitors_do_not_meet(handlers: EvaluateHandlers, mood: Any) -> None
 def test_cancelling_while_the_model_is_on_its_way_ends_the_waiting(mood: Any) -> None:
     handlers = EvaluateHandlers(Models.of(Never()), Jobs())
     handlers.begin(visitor())
-    handlers.cancel(visitor())
-    answer = asked(handlers, mix_values({"mood": mood}, []))
-    assert "Cancelled" in answer[3]
+    handlers.stop(visitor())
+    answer = asked(handlers, mix_of({"mood": mood}, []))
+    assert "Cancelled" in answer["note"]
 
 
 def test_a_fault_of_ours_is_one_sentence(handlers: EvaluateHandlers, mood: Any, monkeypatch: Any) -> None:
@@ -454,13 +485,13 @@ def test_a_fault_of_ours_is_one_sentence(handlers: EvaluateHandlers, mood: Any, 
         raise RuntimeError("secret")
 
     monkeypatch.setattr(handlers, "judge", fail)
-    said = error_of(asked(handlers, mix_values({"mood": mood}, [])))
+    said = error_of(asked(handlers, mix_of({"mood": mood}, [])))
     assert "Something went wrong on our side" in said and "secret" not in said
 
 
 def test_an_artifact_of_another_model_is_refused(handlers: EvaluateHandlers, mood: Any) -> None:
     odd = replace(mood, model=replace(mood.model, n_layers=mood.model.n_layers + 3))
-    assert "layers" in error_of(asked(handlers, mix_values({"mood": odd}, [])))
+    assert "layers" in error_of(asked(handlers, mix_of({"mood": odd}, [])))
 
 
 def test_a_gpu_is_asked_for_longer_where_more_is_written() -> None:
@@ -480,9 +511,9 @@ def test_the_work_is_cancelled_when_its_visitor_leaves(handlers: EvaluateHandler
 
 def test_the_examples_of_a_set_are_named_in_what_is_said(handlers: EvaluateHandlers, mood: Any) -> None:
     judge = JudgeAsked(BUNDLED, "sentiment", None, "", "")
-    said = handlers.about_judge(visitor(), "mood", *judge, *NO_SOURCE, *mix_values({"mood": mood}, []))
+    said = handlers.about_judge(visitor(), "mood", judge, NO_SOURCE, mix_of({"mood": mood}, []))
     assert "all texts of sentiment" in said
-    hint = handlers.about_judge(visitor(), None, *judge, *NO_SOURCE, *mix_values({}, []))
+    hint = handlers.about_judge(visitor(), None, judge, NO_SOURCE, mix_of({}, []))
     assert "Choose what to evaluate" in hint and "ns-hint" in hint
 
 

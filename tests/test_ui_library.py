@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hub_server import FakeHub
-from pages import HOSTILE, SKIP, Ready, mix_values, told
+from pages import HOSTILE, Ready, mix_of, told
 from tiny import Tiny
 
 from neurosteer import hub as library
@@ -19,7 +19,6 @@ from neurosteer.hub.commits import _note
 from neurosteer.steering.session import Session
 from neurosteer.ui.limits import visitors_token
 from neurosteer.ui.loading import Models
-from neurosteer.ui.mixer import MOST
 from neurosteer.ui.show import library as shown
 from neurosteer.ui.tabs.library import LibraryHandlers, Publication
 from neurosteer.ui.turns import Caller
@@ -33,6 +32,9 @@ def asking(from_page: bool) -> Any:
 
 FROM_PAGE = asking(True)
 
+FAILED = {"found_note", "hub_error"}
+"""All that changes where nothing was pulled."""
+
 
 @pytest.fixture
 def tab(llama: Tiny) -> LibraryHandlers:
@@ -43,8 +45,8 @@ def publication(**given: Any) -> Publication:
     return Publication("mood", "alice/mood", "public", "mit", "Turns the mood.")._replace(**given)
 
 
-def push(tab: LibraryHandlers, mood: Any, ask: Publication, login: Any = None) -> list[str]:
-    return tab.push(FROM_PAGE, login, told, *ask, *mix_values({"mood": mood}, []))
+def push(tab: LibraryHandlers, mood: Any, ask: Publication, login: Any = None) -> dict[str, str]:
+    return tab.push(FROM_PAGE, login, told, ask, mix_of({"mood": mood}, []))
 
 
 # --- the shelf -------------------------------------------------------------------------------------------------------
@@ -54,7 +56,8 @@ def test_the_shelf_says_where_each_comes_from_and_offers_ones_own_to_publish(
     tab: LibraryHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("neurosteer.ui.shelf.released", lambda: {"sentiment": mood})
-    labels, own = tab.shelf(*mix_values({"sentiment": mood, "me/vector": mood, "mine": mood}, []))
+    found = tab.shelf(mix_of({"sentiment": mood, "me/vector": mood, "mine": mood}, []))
+    labels, own = found["labels"], found["label"]
     assert labels["choices"] == [
         ("sentiment (released)", "sentiment"), ("me/vector (pulled)", "me/vector"), ("mine (mine)", "mine"),
     ]  # fmt: skip
@@ -62,17 +65,19 @@ def test_the_shelf_says_where_each_comes_from_and_offers_ones_own_to_publish(
 
 
 def test_an_artifact_of_the_shelf_is_shown_downloaded_used_and_removed(tab: LibraryHandlers, mood: Any) -> None:
-    values = mix_values({"mood": mood, "other": mood}, ["other"], 2.0)
-    card, download = tab.show("mood", *values)
-    assert "mood" in card and "20" not in download["value"] and unpack(Path(download["value"])).name == "mood"
-    tabs, error, *mixer = tab.use("mood", *values)
-    assert tabs["selected"] == "steer" and error == "" and mixer[1] == ["other", "mood"]
-    assert mixer[4 + MOST]["value"] == 2.0  # the other slider stays where it was
-    radio, error, shelf, chosen, *_ = tab.remove("other", *values)
-    assert radio["value"] is None and error == "" and list(shelf) == ["mood"] and chosen == []
+    mix = mix_of({"mood": mood, "other": mood}, ["other"], 2.0)
+    shown_card = tab.show("mood", mix)
+    path = shown_card["download"]["value"]
+    assert "mood" in shown_card["card"] and "20" not in path and unpack(Path(path)).name == "mood"
+    used = tab.use("mood", mix)
+    assert used["tabs"]["selected"] == "steer" and used["shelf_error"] == "" and used["standing"] == ["other", "mood"]
+    assert used["slider_1"]["value"] == 2.0  # the other slider stays where it was
+    removed = tab.remove("other", mix)
+    assert removed["labels"]["value"] is None and removed["shelf_error"] == ""
+    assert list(removed["shelf"]) == ["mood"] and removed["standing"] == []
     for handler in (tab.use, tab.remove):
-        assert "Choose something" in handler(None, *values)[1]
-    assert "ns-hint" in tab.show(None, *values)[0]
+        assert "Choose something" in handler(None, mix)["shelf_error"]
+    assert "ns-hint" in tab.show(None, mix)["card"]
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -81,32 +86,36 @@ def test_an_artifact_of_the_shelf_is_shown_downloaded_used_and_removed(tab: Libr
 def test_what_one_visitor_publishes_another_finds_pulls_and_steers_with(
     tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note, error = push(tab, mood, publication())
-    assert error == "" and f"{hub.url}/alice/mood" in note and "Published" in note
+    pushed = push(tab, mood, publication())
+    assert pushed["push_error"] == "" and f"{hub.url}/alice/mood" in pushed["push_note"]
+    assert "Published" in pushed["push_note"]
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    found, note, error = tab.search(None, "mood", "", False, None)
-    assert (note, error) == ("", "") and [value for _, value in found["choices"]] == ["alice/mood"]
-    assert "fits this model" in found["choices"][0][0]
-    reference, names, card, error = tab.look(None, "alice/mood")
-    assert (reference, error) == ("alice/mood", "") and not names["visible"] and "Turns the mood." in card
-    note, error, shelf, chosen, *_ = tab.pull(None, reference, None, *mix_values({}, []))
-    assert error == "" and "alice/mood" in note and chosen == ["alice/mood"]
-    assert shelf["alice/mood"].directions[1].equal(mood.directions[1])
+    found = tab.search(None, "mood", "", False, None)
+    choices = found["found"]["choices"]
+    assert (found["found_note"], found["hub_error"]) == ("", "") and [value for _, value in choices] == ["alice/mood"]
+    assert "fits this model" in choices[0][0]
+    looked = tab.look(None, "alice/mood")
+    assert (looked["reference"], looked["hub_error"]) == ("alice/mood", "") and not looked["names"]["visible"]
+    assert "Turns the mood." in looked["hub_card"]
+    pulled = tab.pull(None, looked["reference"], None, mix_of({}, []))
+    assert pulled["hub_error"] == "" and "alice/mood" in pulled["found_note"] and pulled["standing"] == ["alice/mood"]
+    assert pulled["shelf"]["alice/mood"].directions[1].equal(mood.directions[1])
 
 
 def test_one_of_a_pack_is_pulled_by_name(tab: LibraryHandlers, mood: Any, hub: FakeHub) -> None:
     library.push([replace(mood, name="one"), replace(mood, name="two")], "alice/pack")
-    _, names, _, error = tab.look(None, "alice/pack")
-    assert error == "" and names["visible"] and names["choices"] == ["one", "two"]
-    _, error, shelf, *_ = tab.pull(None, "alice/pack", "two", *mix_values({}, []))
-    assert error == "" and list(shelf) == ["alice/pack/two"] and shelf["alice/pack/two"].name == "two"
-    _, error, *rest = tab.pull(None, "alice/pack", None, *mix_values({}, []))
-    assert "one" in error and "two" in error and rest == [SKIP] * len(rest)
+    looked = tab.look(None, "alice/pack")
+    assert looked["hub_error"] == "" and looked["names"]["visible"] and looked["names"]["choices"] == ["one", "two"]
+    pulled = tab.pull(None, "alice/pack", "two", mix_of({}, []))
+    shelf = pulled["shelf"]
+    assert pulled["hub_error"] == "" and list(shelf) == ["alice/pack/two"] and shelf["alice/pack/two"].name == "two"
+    refused = tab.pull(None, "alice/pack", None, mix_of({}, []))
+    assert "one" in refused["hub_error"] and "two" in refused["hub_error"] and set(refused) == FAILED
 
 
 def test_nothing_found_says_what_to_do(tab: LibraryHandlers, hub: FakeHub) -> None:
-    found, note, error = tab.search(None, "no-such-thing", "", True, None)
-    assert not found["visible"] and "build your own" in note and error == ""
+    found = tab.search(None, "no-such-thing", "", True, None)
+    assert not found["found"]["visible"] and "build your own" in found["found_note"] and found["hub_error"] == ""
 
 
 def test_a_hub_that_is_away_is_one_line_and_nothing_is_lost(
@@ -114,43 +123,46 @@ def test_a_hub_that_is_away_is_one_line_and_nothing_is_lost(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("neurosteer.hub.client._FIRST_PAUSE_S", 0.01)
-    values = mix_values({"mood": mood}, ["mood"])
+    pulled = tab.pull(None, "a/b", None, mix_of({"mood": mood}, ["mood"]))
     outcomes = [
-        tab.search(None, "x", "", False, None)[2],
-        tab.look(None, "a/b")[3],
-        tab.pull(None, "a/b", None, *values)[1],
-        push(tab, mood, publication())[1],
+        tab.search(None, "x", "", False, None)["hub_error"],
+        tab.look(None, "a/b")["hub_error"],
+        pulled["hub_error"],
+        push(tab, mood, publication())["push_error"],
     ]
     for error in outcomes:
         assert error.count("<p") == 1 and "Hub" in error and "hf_alice" not in error
-    assert tab.pull(None, "a/b", None, *values)[2:] == [SKIP] * (len(tab.pull(None, "a/b", None, *values)) - 2)
-    assert "not logged in" in tab.who(None)[0]
+    assert set(pulled) == FAILED
+    assert "not logged in" in tab.who(None)["who"]
 
 
 def test_publishing_needs_a_login_and_a_choice(
     tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "You publish as alice" in tab.who(None)[0]
-    assert "Choose what to publish" in push(tab, mood, publication(label=None))[1]
-    assert "Choose what to publish" in push(tab, mood, publication(label="gone"))[1]
+    assert "You publish as alice" in tab.who(None)["who"]
+    assert "Choose what to publish" in push(tab, mood, publication(label=None))["push_error"]
+    assert "Choose what to publish" in push(tab, mood, publication(label="gone"))["push_error"]
     monkeypatch.delenv("HF_TOKEN")
-    assert "not logged in" in tab.who(None)[0] and "not logged in" in push(tab, mood, publication())[1]
+    assert "not logged in" in tab.who(None)["who"] and "not logged in" in push(tab, mood, publication())["push_error"]
     assert not hub.repos
 
 
 def test_only_the_page_itself_publishes(tab: LibraryHandlers, mood: Any, hub: FakeHub) -> None:
-    note, error = tab.push(asking(False), None, told, *publication(), *mix_values({"mood": mood}, []))
-    assert note == "" and "own page" in error and not hub.repos
+    found = tab.push(asking(False), None, told, publication(), mix_of({"mood": mood}, []))
+    assert found["push_note"] == "" and "own page" in found["push_error"] and not hub.repos
 
 
 def test_a_page_open_to_others_lends_its_owners_token_to_nobody(
     tab: LibraryHandlers, mood: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
-    assert "Nobody publishes from here" in tab.who(None)[0] and "--trust-visitors" in push(tab, mood, publication())[1]
+    assert (
+        "Nobody publishes from here" in tab.who(None)["who"]
+        and "--trust-visitors" in push(tab, mood, publication())["push_error"]
+    )
     assert not hub.repos
     monkeypatch.setenv("NEUROSTEER_TRUST_VISITORS", "1")
-    assert "You publish as alice" in tab.who(None)[0] and push(tab, mood, publication())[1] == ""
+    assert "You publish as alice" in tab.who(None)["who"] and push(tab, mood, publication())["push_error"] == ""
     assert list(hub.repos) == ["alice/mood"]
 
 
@@ -159,20 +171,20 @@ def test_a_space_lends_its_own_token_to_nobody(
 ) -> None:
     library.push(mood, "alice/secret", private=True)
     monkeypatch.setenv("SPACE_ID", "alice/space")
-    assert "not logged in" in tab.who(None)[0]
-    assert "Sign in" in push(tab, mood, publication())[1] and list(hub.repos) == ["alice/secret"]
-    assert tab.search(None, "secret", "", False, None)[0]["choices"] == []
-    assert "alice/secret" in tab.pull(None, "alice/secret", None, *mix_values({}, []))[1]
+    assert "not logged in" in tab.who(None)["who"]
+    assert "Sign in" in push(tab, mood, publication())["push_error"] and list(hub.repos) == ["alice/secret"]
+    assert tab.search(None, "secret", "", False, None)["found"]["choices"] == []
+    assert "alice/secret" in tab.pull(None, "alice/secret", None, mix_of({}, []))["hub_error"]
     bob = SimpleNamespace(token="hf_bob")
-    assert visitors_token(bob) == "hf_bob" and "You publish as bob" in tab.who(bob)[0]  # type: ignore[arg-type]
-    note, error = push(tab, mood, publication(repo="bob/mood"), bob)
-    assert error == "" and "bob/mood" in note and list(hub.repos)[-1] == "bob/mood"
+    assert visitors_token(bob) == "hf_bob" and "You publish as bob" in tab.who(bob)["who"]  # type: ignore[arg-type]
+    pushed = push(tab, mood, publication(repo="bob/mood"), bob)
+    assert pushed["push_error"] == "" and "bob/mood" in pushed["push_note"] and list(hub.repos)[-1] == "bob/mood"
 
 
 def test_an_artifact_of_another_model_is_refused(tab: LibraryHandlers, mood: Any, hub: FakeHub) -> None:
     library.push(replace(mood, model=replace(mood.model, n_layers=77)), "alice/foreign")
-    note, error, *rest = tab.pull(None, "alice/foreign", None, *mix_values({}, []))
-    assert note == "" and "77 layers" in error and rest == [SKIP] * len(rest)
+    found = tab.pull(None, "alice/foreign", None, mix_of({}, []))
+    assert found["found_note"] == "" and "77 layers" in found["hub_error"] and set(found) == FAILED
 
 
 # --- what strangers write --------------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 import re
 import threading
+import time
 from dataclasses import replace
 from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
 import pytest
-from pages import HOSTILE, SKIP, ask, mix_values, run, visitor
+from pages import HOSTILE, SKIP, ask, mix_of, run, visitor
 from tiny import Tiny, make_circuit, make_vector
 
 from neurosteer.artifacts.recipes import Recipe
@@ -19,17 +19,19 @@ from neurosteer.steering.session import Row, Session
 from neurosteer.ui import shelf as shelves
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT
 from neurosteer.ui.loading import Models
-from neurosteer.ui.mixer import MOST, Mix
 from neurosteer.ui.presets import PRESETS, Preset
 from neurosteer.ui.show.html import signed
-from neurosteer.ui.tabs.steer_handlers import SteerHandlers, new_talk
+from neurosteer.ui.tabs.mixer_handlers import MixerHandlers
+from neurosteer.ui.tabs.steer_handlers import SteerHandlers
+from neurosteer.ui.tabs.steer_texts import new_talk
 
 
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch, mood: Any) -> dict[str, Any]:
     """What comes with NeuroSteer, were the tiny model the embedded one."""
     found = {"sentiment": replace(mood, name="sentiment"), "circuit": make_circuit(name="circuit")}
-    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.released_for", lambda model: found)
+    for module in ("steer_handlers", "mixer_handlers"):
+        monkeypatch.setattr(f"neurosteer.ui.tabs.{module}.released_for", lambda model: found)
     monkeypatch.setattr(shelves, "released", lambda: found)
     return found
 
@@ -43,11 +45,11 @@ def test_a_preset_chooses_a_released_artifact_and_writes_at_once(
     steering: SteerHandlers, llama: Tiny, released: dict[str, Any]
 ) -> None:
     preset = Preset("Down", "sentiment", -1.0)
-    first, *_, last = steering.runner(preset)(visitor(), *ask(), *mix_values({}, []))
+    first, *_, last = steering.runner(preset)(visitor(), ask(), mix_of({}, []))
     assert first.picked == SKIP
-    shelf, shown, _, chosen, *rest = steering.show_picked(last.picked, *mix_values({}, []))
-    assert list(shelf) == ["sentiment", "circuit"] and shown == chosen["value"] == ["sentiment"]
-    assert rest[MOST]["value"] == -1.0
+    mixed = steering.show_picked(last.picked, mix_of({}, []))
+    assert list(mixed["shelf"]) == ["sentiment", "circuit"]
+    assert mixed["standing"] == mixed["chosen"]["value"] == ["sentiment"] and mixed["slider_1"]["value"] == -1.0
     assert [last.unsteered, last.steered] == written(llama, Recipe(), Recipe.of((released["sentiment"], -1.0)))
     assert last.unsteered != last.steered
 
@@ -67,9 +69,12 @@ def test_a_released_name_is_not_taken_by_what_a_visitor_builds(mood: Any) -> Non
 
 
 def test_another_recipe_can_stand_on_the_left(steering: SteerHandlers, llama: Tiny, mood: Any) -> None:
-    kept, against, error = steering.keep(*mix_values({"mood": mood}, ["mood"], -2.0))
-    assert error == "" and against["value"] == "kept" and against["choices"][1] == ("kept: mood −2", "kept")
-    mixed = mix_values({"mood": mood}, ["mood"], 2.0)
+    aside = steering.put_aside(mix_of({"mood": mood}, ["mood"], -2.0))
+    kept, against = aside["kept"], aside["against"]
+    assert (
+        aside["mix_error"] == "" and against["value"] == "kept" and against["choices"][1] == ("kept: mood −2", "kept")
+    )
+    mixed = mix_of({"mood": mood}, ["mood"], 2.0)
     views = run(steering, ask(kept=kept, against="kept"), mixed)
     wanted = written(llama, Recipe.of((mood, -2.0)), Recipe.of((mood, 2.0)))
     assert [views[-1].unsteered, views[-1].steered] == wanted and wanted[0] != wanted[1]
@@ -79,23 +84,23 @@ def test_another_recipe_can_stand_on_the_left(steering: SteerHandlers, llama: Ti
 
 
 def test_nothing_chosen_is_nothing_to_keep(steering: SteerHandlers) -> None:
-    kept, against, error = steering.keep(*mix_values({}, []))
-    assert (kept, against) == (SKIP, SKIP) and "no recipe to keep" in error
+    found = steering.put_aside(mix_of({}, []))
+    assert set(found) == {"mix_error"} and "no recipe to keep" in found["mix_error"]
 
 
 def test_again_draws_other_numbers_and_says_which(steering: SteerHandlers, mood: Any) -> None:
-    mixed = mix_values({"mood": mood}, ["mood"])
+    mixed = mix_of({"mood": mood}, ["mood"])
     first = run(steering, ask(greedy=False), mixed)[-1]
-    views = list(steering.again(visitor(), *ask(greedy=False), *mixed))
+    views = list(steering.again(visitor(), ask(greedy=False), mixed))
     assert steering.next_seed(0) == 1 and views[-1].unsteered != first.unsteered
     assert views[-1].unsteered == run(steering, ask(greedy=False, seed=1), mixed)[-1].unsteered
 
 
 def test_again_in_a_chat_writes_the_last_answers_anew(steering: SteerHandlers, mood: Any) -> None:
-    mixed = mix_values({"mood": mood}, ["mood"])
+    mixed = mix_of({"mood": mood}, ["mood"])
     talk = run(steering, ask(mode="chat", greedy=False), mixed)[-1].talk
     talk = run(steering, ask(mode="chat", greedy=False, talk=talk, prompt="and the dog"), mixed)[-1].talk
-    anew = list(steering.again(visitor(), *ask(mode="chat", greedy=False, talk=talk, prompt=""), *mixed))[-1].talk
+    anew = list(steering.again(visitor(), ask(mode="chat", greedy=False, talk=talk, prompt=""), mixed))[-1].talk
     for side in talk:
         assert anew[side][:3] == talk[side][:3] and anew[side][3] != talk[side][3] and len(anew[side]) == 4
 
@@ -107,7 +112,7 @@ def test_again_in_a_chat_writes_the_last_answers_anew(steering: SteerHandlers, m
 def test_the_pages_limits_hold_whatever_the_browser_sends(
     steering: SteerHandlers, mood: Any, asked: Any, words: str
 ) -> None:
-    last = run(steering, asked, mix_values({"mood": mood}, ["mood"]))[-1]
+    last = run(steering, asked, mix_of({"mood": mood}, ["mood"]))[-1]
     assert words in last.error and last.steered == SKIP
 
 
@@ -115,20 +120,26 @@ def test_a_run_that_takes_too_long_is_stopped_and_kept(
     steering: SteerHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.MAX_SECONDS", 0.0)
-    last = run(steering, ask(max_new_tokens=200), mix_values({"mood": mood}, ["mood"]))[-1]
+    last = run(steering, ask(max_new_tokens=200), mix_of({"mood": mood}, ["mood"]))[-1]
     assert "Stopped" in last.note and last.error == ""
 
 
-def test_a_scaling_circuits_slider_is_its_multiplier(steering: SteerHandlers, llama: Tiny) -> None:
+def test_a_scaling_circuits_slider_is_its_multiplier(
+    steering: SteerHandlers, mixing: MixerHandlers, llama: Tiny
+) -> None:
     circuit = make_circuit(name="c", model=llama.lm.reference, operation="scale")
-    _, shown, _, _, *rest = steering.remix(*mix_values({"c": circuit}, ["c"])[:2], [], ["c"], *[1.0] * MOST, False)
-    slider = rest[MOST]
-    assert shown == ["c"] and slider["label"] == "c: multiplier" and slider["value"] == circuit.calibration.amount
-    last = run(steering, ask(), mix_values({"c": circuit}, ["c"], 0.0))[-1]
+    found = mixing.remix(mix_of({"c": circuit}, ["c"], standing=[]))
+    slider = found["slider_1"]
+    assert (
+        found["standing"] == ["c"]
+        and slider["label"] == "c: multiplier"
+        and slider["value"] == circuit.calibration.amount
+    )
+    last = run(steering, ask(), mix_of({"c": circuit}, ["c"], 0.0))[-1]
     from neurosteer.artifacts.recipes import Use
 
     assert [last.unsteered, last.steered] == written(llama, Recipe(), Recipe.of(Use(circuit, multiplier=0.0)))
-    assert Mix.of(mix_values({"c": circuit}, ["c"], 0.5)).in_words() == "c × 0.5"
+    assert mix_of({"c": circuit}, ["c"], 0.5).in_words() == "c × 0.5"
 
 
 # --- colours ---------------------------------------------------------------------------------------------------------
@@ -136,9 +147,9 @@ def test_a_scaling_circuits_slider_is_its_multiplier(steering: SteerHandlers, ll
 
 @pytest.mark.parametrize("kind", ["projection", "kl"])
 def test_coloured_texts_are_the_texts(steering: SteerHandlers, mood: Any, kind: str) -> None:
-    mixed = mix_values({"mood": mood}, ["mood"], 3.0)
+    mixed = mix_of({"mood": mood}, ["mood"], 3.0)
     done = run(steering, ask(), mixed)[-1]
-    html = steering.colour(kind, done.last, *mixed)
+    html = steering.colour(kind, done.last, mixed)
     paragraphs = re.findall(r"<p class='ns-coloured'[^>]*>(.*?)</p>", html, re.DOTALL)
     assert [unescape(re.sub(r"<[^>]+>", "", part)) for part in paragraphs] == [done.unsteered, done.steered]
     shares = [int(share) for share in re.findall(r"--share:(\d+)%", html)]
@@ -147,13 +158,13 @@ def test_coloured_texts_are_the_texts(steering: SteerHandlers, mood: Any, kind: 
 
 def test_coloured_text_is_escaped(steering: SteerHandlers, llama: Tiny, mood: Any) -> None:
     rows = tuple(Row("the cat", Recipe.of((replace(mood, name="x"), 1.0)), text=HOSTILE) for _ in range(2))
-    html = steering.colour("projection", rows, *mix_values({}, []))
+    html = steering.colour("projection", rows, mix_of({}, []))
     assert "<script" not in html and "<img" not in html and "&lt;" in html
 
 
 def test_without_texts_there_is_nothing_to_colour(steering: SteerHandlers) -> None:
-    assert "Run it first" in steering.colour("kl", (), *mix_values({}, []))
-    assert steering.colour("", (), *mix_values({}, [])) == ""
+    assert "Run it first" in steering.colour("kl", (), mix_of({}, []))
+    assert steering.colour("", (), mix_of({}, [])) == ""
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -163,33 +174,63 @@ def arriving(query: str = "") -> Any:
     return SimpleNamespace(session_hash="anna", query_params=query)
 
 
-def test_a_visitor_finds_what_was_released(steering: SteerHandlers, released: dict[str, Any]) -> None:
-    found = steering.arrive(arriving(), *mix_values({}, []))
-    set_to, (error, shelf, _, empty, chosen) = found[:8], found[8:13]
-    assert set_to == [SKIP] * 8 and error == "" and list(shelf) == list(released)
-    assert not empty["visible"] and chosen["value"] == []
+SET_BY_A_LINK = {"model", "mode", "prompt", "max_new_tokens", "temperature", "top_p", "seed", "greedy"}
 
 
-def test_a_shared_link_sets_the_page_as_it_was(steering: SteerHandlers, released: dict[str, Any]) -> None:
+def test_a_visitor_finds_what_was_released(mixing: MixerHandlers, released: dict[str, Any]) -> None:
+    found = mixing.arrive(arriving(), mix_of({}, []))
+    assert not SET_BY_A_LINK & set(found) and found["mix_error"] == "" and list(found["shelf"]) == list(released)
+    assert not found["empty"]["visible"] and found["chosen"]["value"] == []
+
+
+def test_a_shared_link_sets_the_page_as_it_was(
+    steering: SteerHandlers, mixing: MixerHandlers, released: dict[str, Any]
+) -> None:
     asked = ask(prompt="Tell <me> & all?", temperature=0.5, seed=7, greedy=True, max_new_tokens=33)
-    mixed = mix_values(released, ["sentiment"], -1.5)
-    query, error = steering.share(*asked, *mixed)
-    assert error == ""
-    model, mode, prompt, length, temperature, top_p, seed, greedy, error, *mixer = steering.arrive(
-        arriving(query.removeprefix("?")), *mix_values({}, [])
-    )
-    assert (mode, prompt, length, temperature, top_p, seed, greedy, error) == (
-        "prompt", asked.prompt, 33, 0.5, 0.95, 7, True, "",
-    )  # fmt: skip
-    assert model == steering.models.default
-    assert mixer[1] == ["sentiment"] and mixer[4 + MOST]["value"] == -1.5
+    mixed = mix_of(released, ["sentiment"], -1.5)
+    shared = steering.share(asked, mixed)
+    assert shared["error"] == ""
+    found = mixing.arrive(arriving(shared["query"].removeprefix("?")), mix_of({}, []))
+    assert {name: found[name] for name in SET_BY_A_LINK} == {
+        "model": steering.models.default, "mode": "prompt", "prompt": asked.prompt, "max_new_tokens": 33,
+        "temperature": 0.5, "top_p": 0.95, "seed": 7, "greedy": True,
+    }  # fmt: skip
+    assert found["mix_error"] == "" and found["standing"] == ["sentiment"] and found["slider_1"]["value"] == -1.5
+    assert "fetch" not in found
+
+
+def test_what_a_link_names_on_the_hub_is_offered_and_fetched_only_when_asked_for(
+    mixing: MixerHandlers, mood: Any, released: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled: list[str] = []
+    monkeypatch.setattr("neurosteer.hub.pull", lambda name, token: pulled.append(name) or mood)
+    found = mixing.arrive(arriving("use=sentiment:-1&use=alice/mood:0.5&apart=1"), mix_of({}, []))
+    assert pulled == [] and found["standing"] == ["sentiment"] and found["slider_1"]["value"] == -1.0
+    assert found["fetch"]["visible"] and "alice/mood" in found["fetch"]["value"]
+    done = mixing.fetch_linked(found["wanted"], mix_of(found["shelf"], ["sentiment"], -1.0))
+    assert pulled == ["alice/mood"] and done["standing"] == ["sentiment", "alice/mood"] and done["mix_error"] == ""
+    assert [done[f"slider_{number}"]["value"] for number in (1, 2)] == [-1.0, 0.5] and not done["fetch"]["visible"]
+    assert mixing.fetch_linked(None, mix_of({}, [])) == {}
+
+
+def test_a_hub_that_takes_too_long_to_give_what_a_link_names_is_given_up(
+    mixing: MixerHandlers, released: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = threading.Event()
+    monkeypatch.setattr("neurosteer.hub.pull", lambda name, token: gone.wait(30))
+    monkeypatch.setattr("neurosteer.ui.tabs.mixer_handlers.LINK_S", 0.2)
+    found = mixing.arrive(arriving("use=alice/slow:1"), mix_of({}, []))
+    started = time.monotonic()
+    error = mixing.fetch_linked(found["wanted"], mix_of({}, []))["mix_error"]
+    gone.set()
+    assert time.monotonic() - started < 5 and "Fetching alice/slow took over 0.2 s" in error
 
 
 def test_what_is_on_this_page_only_cannot_be_shared(
     steering: SteerHandlers, mood: Any, released: dict[str, Any]
 ) -> None:
-    query, error = steering.share(*ask(), *mix_values({"mood": mood}, ["mood"]))
-    assert query == "" and "mood is on this page only" in error
+    found = steering.share(ask(), mix_of({"mood": mood}, ["mood"]))
+    assert found["query"] == "" and "mood is on this page only" in found["error"]
 
 
 @pytest.mark.parametrize(
@@ -201,12 +242,11 @@ def test_what_is_on_this_page_only_cannot_be_shared(
     ],
 )
 def test_a_link_that_leads_nowhere_is_one_line_and_the_page_works(
-    steering: SteerHandlers, released: dict[str, Any], query: str, words: str
+    mixing: MixerHandlers, released: dict[str, Any], query: str, words: str
 ) -> None:
-    found = steering.arrive(arriving(query), *mix_values({}, []))
-    set_to, (error, shelf, _, _, chosen) = found[:8], found[8:13]
-    assert words in error and error.count("<p") == 1
-    assert set_to == [SKIP] * 8 and list(shelf) == list(released) and chosen["value"] == []
+    found = mixing.arrive(arriving(query), mix_of({}, []))
+    assert words in found["mix_error"] and found["mix_error"].count("<p") == 1 and not SET_BY_A_LINK & set(found)
+    assert list(found["shelf"]) == list(released) and found["chosen"]["value"] == []
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -240,20 +280,20 @@ def test_a_model_that_does_not_fit_or_is_not_on_offer_is_refused(monkeypatch: py
 
 
 def test_choosing_a_model_changes_what_is_released_and_keeps_what_is_ones_own(
-    steering: SteerHandlers, mood: Any, released: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    mixing: MixerHandlers, mood: Any, released: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neurosteer.ui.tabs.steer_handlers.released_for", lambda model: {})
-    values = mix_values({**released, "mood": mood}, ["sentiment", "mood"])
-    error, shelf, shown, *_ = steering.choose_model(*values)
-    assert error == "" and list(shelf) == shown == ["mood"]
-    error, *rest = steering.choose_model("evil/model", *values[1:])
-    assert "not on offer" in error and rest == [gr.skip()] * len(rest)
+    monkeypatch.setattr("neurosteer.ui.tabs.mixer_handlers.released_for", lambda model: {})
+    mix = mix_of({**released, "mood": mood}, ["sentiment", "mood"])
+    found = mixing.choose_model(mix)
+    assert found["mix_error"] == "" and list(found["shelf"]) == found["standing"] == ["mood"]
+    found = mixing.choose_model(replace(mix, model="evil/model"))
+    assert "not on offer" in found["mix_error"] and set(found) == {"mix_error"}
 
 
 def test_two_visitors_never_stop_each_other(steering: SteerHandlers, llama: Tiny) -> None:
     vector = make_vector((1,), model=llama.lm.reference)
-    mixed = mix_values({"v": vector}, ["v"])
-    anna, bert = (steering.run(visitor(name), *ask(max_new_tokens=40), *mixed) for name in ("anna", "bert"))
+    mixed = mix_of({"v": vector}, ["v"])
+    anna, bert = (steering.run(visitor(name), ask(max_new_tokens=40), mixed) for name in ("anna", "bert"))
     next(anna)
     next(bert)
     steering.stop(visitor("anna"))

@@ -1,6 +1,7 @@
 """Visitors of one page over real HTTP: many at once, and some who leave before they have what they asked for."""
 
 import base64
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import httpx
 import pytest
 from gradio.utils import get_upload_folder
@@ -19,6 +21,7 @@ from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.storage import pack
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
+from neurosteer.ui.page import create_app, launch
 
 VISITORS = 16
 
@@ -82,6 +85,53 @@ def test_a_connection_that_is_cut_frees_its_place_within_five_seconds(
     with httpx.stream("GET", f"{url}gradio_api/call/steer/{call}", timeout=30):
         until(lambda: len(steps) > 3)
     assert free_within(5.0, steps, time.monotonic())
+
+
+def ask(url: str, page: Any, handler: str, session: str, query: str = "") -> None:
+    """Send an event of a session's own page, all of whose inputs are as they are at first."""
+    (number,) = [number for number, fn in page.fns.items() if fn.name == handler]
+    inputs = [None if isinstance(one, gr.State) else getattr(one, "value", None) for one in page.fns[number].inputs]
+    given = {"data": inputs, "fn_index": number, "session_hash": session}
+    assert httpx.post(f"{url}gradio_api/queue/join{query}", json=given, timeout=30).status_code == 200
+
+
+def told(url: str, session: str) -> str:
+    """What a session is told until its event is over."""
+    with httpx.stream("GET", f"{url}gradio_api/queue/data?session_hash={session}", timeout=30) as answer:
+        for line in answer.iter_lines():
+            if "process_completed" in line:
+                return line
+    raise AssertionError("it was not completed")
+
+
+def test_a_link_to_a_hub_that_does_not_answer_keeps_no_visitor_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = threading.Event(), threading.Event()
+
+    def pull(name: str, **_: Any) -> Any:
+        asked.set()
+        answers.wait(60)
+        return make_vector(name="slow")
+
+    monkeypatch.setattr("neurosteer.hub.pull", pull)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = create_app(holder=Ready(Session(tiny("llama").lm)))
+    address = launch(page, port=port, prevent_thread_lock=True, quiet=True)[1]
+    try:
+        began = time.monotonic()
+        ask(address, page, "arrive", "anna", "?use=anna/slow:1")
+        assert "This link wants to fetch anna/slow" in told(address, "anna") and not asked.is_set()
+        ask(address, page, "fetch_linked", "anna")
+        assert asked.wait(20)
+        ask(address, page, "arrive", "bert", "?use=bert/slow:1")
+        assert "bert/slow" in told(address, "bert")
+        assert time.monotonic() - began < 20
+        answers.set()
+        assert "anna/slow" in told(address, "anna")
+    finally:
+        answers.set()
+        page.close(verbose=False)
 
 
 @pytest.mark.browser

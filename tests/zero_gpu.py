@@ -9,6 +9,7 @@ As a program, `zero_gpu.py FOLDER` tries a model out in such a process and print
 """
 
 import base64
+import gc
 import json
 import os
 import runpy
@@ -139,6 +140,38 @@ def look(lm: LanguageModel) -> tuple[int, int, int]:
     return os.getpid(), hook_count(lm.model), _steps
 
 
+_loaded_in: list[int] = []
+
+
+def note_loads() -> None:
+    """From now on every load of a model is noted, by the process that it happens in."""
+    from neurosteer.ui import gpu  # not before `begin`
+
+    load = gpu.load_model
+
+    def noted(*given: Any, **options: Any) -> LanguageModel:
+        _loaded_in.append(os.getpid())
+        return load(*given, **options)
+
+    gpu.load_model = noted
+
+
+def loads(lm: LanguageModel) -> int:
+    """How many models were loaded in this process."""
+    return _loaded_in.count(os.getpid())
+
+
+def ends(process: int) -> bool:
+    """Whether a process is over within some seconds."""
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def fail(lm: LanguageModel) -> None:
     raise KeyError("hf_secret")
 
@@ -162,6 +195,7 @@ class Trial:
     def __init__(self, folder: str, scheduler: Scheduler) -> None:
         self.scheduler, self.folder = scheduler, folder
         slow_steps(0.003)
+        note_loads()
         self.holder = ModelHolder(folder)
         self.holder.start()
         self.status = self.holder.status
@@ -296,12 +330,13 @@ class Trial:
             return {"texts": [one.result() for one in both], "lent": self.scheduler.lent}
 
     def tries_another_model_later(self) -> dict[str, Any]:
-        first = self.look()[0]
         other = ModelHolder(self.folder + "/.")  # another name, so another model; loaded in a thread
         other.start()
-        self.session = other.wait()
-        texts = self.texts()
-        return {"texts": texts, "same process": self.look()[0] == first}
+        first, self.session = self.session, other.wait()
+        found = {"texts": self.texts(), "loads": self.session.run(loads)}
+        process, self.session, other = self.look()[0], first, None
+        gc.collect()
+        return {**found, "ended": ends(process), "first": self.texts()}
 
     def tries_gpu_taken_back(self) -> dict[str, Any]:
         process = self.look()[0]

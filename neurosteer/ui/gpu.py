@@ -5,8 +5,10 @@ which is lent a GPU for some seconds and used again later. What goes there and c
 the name of their class arrives, so the library's are sent as values. Off ZeroGPU nothing of that is in the way.
 """
 
+import inspect
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,9 @@ from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
 from neurosteer.evaluation import evaluate
 from neurosteer.evaluation.controls import n_groups
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.files import calibration_prompts
+from neurosteer.measuring.calibration import MAX_ROUNDS, N_TOKENS
 from neurosteer.models.catalog import find_model
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
@@ -43,6 +48,8 @@ _STEP_S = 0.05  # of decoding, whatever the model: a step waits for the many sma
 _BATCH_ROWS = 64  # that decode in one step
 _TOKENS_PER_S = 5_000  # read while building, by a large model
 _TEXT_TOKENS, _CHARACTERS_PER_TOKEN = 512, 3
+_AMOUNTS = 2.5  # that a round of calibrating tries: several in the first one, then one or two for each sign
+_CANDIDATES, _COMPARED_ON, _PART_OF_PROMPTS = 5, 12, 3  # choices of layers, texts of a class, a third of the prompts
 _OTHER_S = 15.0  # whatever else there is to do with a prompt and a text or two
 _MOST_S = 120  # that can be asked for
 
@@ -117,6 +124,10 @@ class ZeroGpuSession(_Counted):
         self.lm = lm  # for its tokenizer, shape and names: its weights are elsewhere
         self._name = name
         self._session = _sessions[name] = Session(lm)
+        placed_at_start = threading.current_thread() is threading.main_thread()
+        self._work = _work if placed_at_start else _of_its_own()
+        if not placed_at_start:
+            weakref.finalize(self, _end, self._work)
 
     def stream(
         self,
@@ -131,7 +142,7 @@ class ZeroGpuSession(_Counted):
         options = Options(max_new_tokens, sampling or Sampling(), "all", raw)
         self._session.begin(rows, UNSTEERED, options)  # a mistake costs no GPU time
         written, steps_of = [replace(row, text="", tokens=0, finish="cancelled") for row in rows], Counter[int]()
-        with self._used(), closing(_answers(_write, self._name, tuple(rows), options)) as steps:
+        with self._used(), closing(_answers(self._work, _write, self._name, tuple(rows), options)) as steps:
             while not is_set(cancel):
                 try:
                     step = next(steps)
@@ -151,7 +162,8 @@ class ZeroGpuSession(_Counted):
         progress, cancel = options.get("progress", silent), options.get("cancel")
         callbacks = tuple(name for name in _CALLBACKS if options.pop(name, None) is not None)
         check_cancelled(cancel, "This")
-        with self._used(), closing(_answers(_call, self._name, function, arguments, options, callbacks)) as told:
+        answers = _answers(self._work, _call, self._name, function, arguments, options, callbacks)
+        with self._used(), closing(answers) as told:
             while True:
                 try:
                     message, fraction = next(told)
@@ -164,11 +176,11 @@ class ZeroGpuSession(_Counted):
 ModelSession = LocalSession | ZeroGpuSession
 
 
-def _answers(task: Task, model: str | None, *arguments: Any) -> Generator[Any, None, Any]:
+def _answers(work: "Work", task: Task, model: str | None, *arguments: Any) -> Generator[Any, None, Any]:
     """What a task tells in its process; returns its result."""
     result = None
     try:
-        with closing(_work(task, model, *arguments)) as answers:
+        with closing(work(task, model, *arguments)) as answers:
             for answer in answers:
                 if isinstance(answer, NeuroSteerError):
                     raise answer
@@ -244,14 +256,11 @@ def _call(
 
 _sessions: WeakValueDictionary[str | None, Session] = WeakValueDictionary()
 """Those of the models that the page holds, by name; in a process forked from the page's, of those it held then."""
-_own: dict[str | None, Session] = {}
-"""Those of models that such a process has loaded since."""
 
 
 def _session(name: str | None) -> Session:
-    session = _sessions.get(name) or _own.get(name)
-    if session is None:
-        session = _own[name] = Session(load_model(name, device="cpu", dtype="bfloat16"))
+    """The model, on the GPU. It is here since the process was forked: nothing is loaded on GPU time."""
+    session = _sessions[name]
     session.lm.model.to(_GPU)
     return session
 
@@ -272,11 +281,29 @@ def _calling_s(
 ) -> float:
     if function is build:
         (examples,) = arguments
-        texts = (*examples.positive, *examples.negative)
-        return sum(min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) for text in texts) / _TOKENS_PER_S
+        return _building_s(examples, options)
     if function is evaluate:
         return _evaluating_s(options)
     return _OTHER_S
+
+
+def _building_s(examples: ContrastSet, options: dict[str, Any]) -> float:
+    """All texts are read once. Calibration writes its prompts' continuations and reads them in every round; where a
+    choice of layers is compared, each candidate is calibrated on a part of them and read on held-out texts."""
+    lengths = [
+        min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) for text in (*examples.positive, *examples.negative)
+    ]
+    seconds = sum(lengths) / _TOKENS_PER_S
+    if not options.get("calibrate", True):
+        return seconds
+    prompts = calibration_prompts()
+    read = sum(len(prompt) / _CHARACTERS_PER_TOKEN + N_TOKENS for prompt in prompts)
+    rounds_s = MAX_ROUNDS * (_AMOUNTS * read / _TOKENS_PER_S + _STEP_S)
+    seconds += math.ceil(len(prompts) / _BATCH_ROWS) * N_TOKENS * _STEP_S + rounds_s
+    if options.get("layers", "auto") in ("auto", "all"):
+        held_out = 2 * _COMPARED_ON * sum(lengths) / max(1, len(lengths))
+        seconds += _CANDIDATES * (rounds_s / _PART_OF_PROMPTS + 2 * held_out / _TOKENS_PER_S)
+    return seconds
 
 
 def _evaluating_s(options: dict[str, Any]) -> float:
@@ -292,7 +319,10 @@ def _evaluating_s(options: dict[str, Any]) -> float:
 _WORK_S: dict[Task, Callable[..., float]] = {_write: _writing_s, _call: _calling_s}
 
 
-def _on_gpu(function: Callable[..., Iterator[Any]]) -> Callable[..., Generator[Any, None, None]]:
+Work = Callable[..., Generator[Any, None, None]]
+
+
+def _on_gpu(function: Callable[..., Iterator[Any]]) -> Work:
     """On ZeroGPU, `function` in a process that has a GPU; elsewhere `function` itself."""
     if on_zero_gpu():
         import spaces
@@ -301,13 +331,36 @@ def _on_gpu(function: Callable[..., Iterator[Any]]) -> Callable[..., Generator[A
     return function  # type: ignore[return-value]
 
 
-@_on_gpu
-def _work(task: Task, model: str | None, *arguments: Any) -> Iterator[Any]:
-    """The one function that runs there, so that one process serves for all kinds of work."""
+def _do(task: Task, model: str | None, *arguments: Any) -> Iterator[Any]:
+    """The one function that runs there, so that one process serves for all kinds of work with a model."""
     try:
         yield _Done((yield from task(_session(model), *arguments)))
     except NeuroSteerError as error:
         yield error
+
+
+_work = _on_gpu(_do)
+"""With the models that were there before the page was served."""
+
+
+def _of_its_own() -> Work:
+    """For a model that came later: `spaces` forks a process for each function, and only one that is forked after the
+    model was loaded (here, on the CPU) has it without loading it on GPU time."""
+
+    def work(task: Task, model: str | None, *arguments: Any) -> Iterator[Any]:
+        yield from _do(task, model, *arguments)
+
+    return _on_gpu(work)
+
+
+def _end(work: Work) -> None:
+    """The processes of a model that nobody uses any more would keep its memory: `spaces` forgets none by itself."""
+    from spaces.zero.decorator import decorated_cache
+
+    for known in [task for task, decorated in decorated_cache.items() if decorated is work]:
+        del decorated_cache[known]
+    for worker in inspect.getclosurevars(work).nonlocals.get("workers", {}).values():
+        worker.process.terminate()
 
 
 def _as_zip(artifact: Artifact) -> tuple[Callable[..., Artifact], tuple[bytes]]:

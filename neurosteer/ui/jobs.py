@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 from gradio.utils import get_upload_folder
 
 from neurosteer.errors import NeuroSteerError
@@ -63,10 +64,16 @@ class Jobs:
         if event is not None:
             event.set()
 
-    def keep(self, visitor: str | None, *files: str | None) -> None:
+    def remove_later(self, visitor: str | None, *files: str | None) -> None:
         """Remember a visitor's files, to remove them when they leave."""
         with self._lock:
             self._files.setdefault(visitor, set()).update(Path(path) for path in files if path)
+
+    def remove_uploads_later(self, visitor: str | None, *files: str | None) -> None:
+        """As `remove_later`, for what a visitor says they uploaded. A file that nobody uploaded (another's download,
+        say) is left alone when they leave."""
+        page = LocalContext.blocks.get(None)  # None where no page called
+        self.remove_later(visitor, *(path for path in files if path and (page is None or path in page.upload_file_set)))
 
     def folder(self, visitor: str | None) -> Path:
         """A folder of the visitor's own, gone when they leave."""

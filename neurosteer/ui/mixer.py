@@ -1,14 +1,15 @@
-"""The chosen artifacts and their sliders: one place that both tabs update."""
+"""The chosen artifacts and their sliders: one place that several tabs update."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from neurosteer.ui.shelf import Shelf, zip_file
 from neurosteer.ui.show import html as render
+from neurosteer.ui.wiring import Form, Parts, Updates
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
@@ -23,51 +24,49 @@ _STRENGTH_HELP = "0 is off, 1 the usual dose, −1 the opposite"
 _MULTIPLIER_HELP = "What its neurons are multiplied by: 1 is off, 0 switches them off, 2 doubles them"
 
 
-@dataclass(frozen=True)
-class Mixer:
-    """The components. `shelf` holds the visitor's artifacts by label, `shown` the labels the sliders stand for."""
+_NUMBERS = range(1, MOST + 1)
+SLIDERS = tuple(f"slider_{number}" for number in _NUMBERS)
 
-    model: gr.Dropdown
-    shelf: gr.State
-    shown: gr.State
-    empty: gr.Column
-    chosen: gr.Dropdown
-    rows: tuple[gr.Row, ...]
-    sliders: tuple[gr.Slider, ...]
-    downloads: tuple[gr.DownloadButton, ...]
-    overlap: gr.HTML
-    apart: gr.Checkbox
-    about: gr.HTML
+
+class Mixer(Parts):
+    """The components. `shelf` holds the visitor's artifacts by label, `standing` the labels the sliders stand for."""
 
     @property
-    def inputs(self) -> list[Any]:
-        """In the order of `Mix`'s fields."""
-        return [self.model, self.shelf, self.shown, self.chosen, *self.sliders, self.apart]
+    def form(self) -> "Form[Mix]":
+        """What they are set to."""
+        return Form(Mix.of, self.pick("model", "shelf", "standing", "chosen", "without_overlap", *SLIDERS))
 
     @property
-    def outputs(self) -> list[Any]:
-        """In the order of what `Mix.updates` returns."""
-        several = [*self.rows, *self.sliders, *self.downloads]
-        return [self.shelf, self.shown, self.empty, self.chosen, *several, self.overlap, self.apart, self.about]
+    def outputs(self) -> dict[str, Any]:
+        """What `Mix.updates` changes."""
+        rows = [f"{part}_{number}" for part in ("row", "slider", "download") for number in _NUMBERS]
+        return self.pick("shelf", "standing", "empty", "chosen", *rows, "overlap", "without_overlap", "about")
 
 
 @dataclass(frozen=True)
 class Mix:
     """What a visitor has (`shelf`), has chosen, the strength of each (the multiplier of a circuit that scales), whether
-    to keep them `apart` (without the overlap between vectors), and the model to use them on."""
+    to steer `without_overlap` between vectors, and the model to use them on."""
 
     shelf: Shelf
     chosen: tuple[str, ...]
     strengths: dict[str, float]
-    apart: bool = False
+    without_overlap: bool = False
     model: str | None = None
 
     @staticmethod
-    def of(values: Sequence[Any]) -> "Mix":
-        """From the values of `Mixer.inputs`."""
-        model, shelf, shown, chosen, *strengths, apart = values
+    def of(
+        model: str | None,
+        shelf: Shelf,
+        standing: Sequence[str],
+        chosen: Sequence[str] | None,
+        without_overlap: bool,
+        **sliders: Any,
+    ) -> "Mix":
+        """From the values of `Mixer.form`."""
         kept = [label for label in chosen or () if label in shelf]
-        return Mix(shelf, tuple(kept), dict(zip(shown, strengths, strict=False)), bool(apart), model)
+        strengths = dict(zip(standing, (sliders[name] for name in SLIDERS), strict=False))
+        return Mix(shelf, tuple(kept), strengths, bool(without_overlap), model)
 
     def strength(self, label: str) -> float:
         """Where the slider of `label` stands."""
@@ -81,7 +80,7 @@ class Mix:
         from neurosteer.artifacts.recipes import Recipe
 
         recipe = Recipe.of(*(use_of(self.shelf[label], float(self.strength(label))) for label in self.chosen))
-        return orthogonalised(recipe) if self.apart else recipe
+        return orthogonalised(recipe) if self.without_overlap else recipe
 
     def in_words(self) -> str:
         """'sentiment +1, formality −0.5'."""
@@ -91,7 +90,7 @@ class Mix:
             else f"{label} {render.signed(self.strength(label))}"
             for label in self.chosen
         ]
-        return ", ".join(said) + (" (without overlap)" if self.apart and len(said) > 1 else "")
+        return ", ".join(said) + (" (without overlap)" if self.without_overlap and len(said) > 1 else "")
 
     def at(self, strengths: Mapping[str, float]) -> "Mix":
         """The same choice with some sliders elsewhere."""
@@ -101,22 +100,24 @@ class Mix:
         """The same strengths with another shelf and choice."""
         return replace(self, shelf=shelf, chosen=tuple(chosen[:MOST]))
 
-    def updates(self) -> list[Any]:
+    def updates(self) -> Updates:
         """For `Mixer.outputs`."""
-        labels = [*self.chosen, *[None] * (MOST - len(self.chosen))]
         overlaps = overlaps_of({label: self.shelf[label] for label in self.chosen})
-        return [
-            dict(self.shelf),
-            list(self.chosen),
-            gr.update(visible=not self.shelf),
-            gr.update(choices=list(self.shelf), value=list(self.chosen), visible=bool(self.shelf)),
-            *(gr.update(visible=label is not None) for label in labels),
-            *(gr.skip() if label is None else self._slider(label) for label in labels),
-            *(gr.skip() if label is None else gr.update(value=zip_file(self.shelf[label])) for label in labels),
-            render.overlaps(overlaps),
-            gr.update(visible=any(overlaps.values())),
-            "".join(render.about(label, self.shelf[label]) for label in self.chosen),
-        ]
+        changes: Updates = {
+            "shelf": dict(self.shelf),
+            "standing": list(self.chosen),
+            "empty": gr.update(visible=not self.shelf),
+            "chosen": gr.update(choices=list(self.shelf), value=list(self.chosen), visible=bool(self.shelf)),
+            "overlap": render.overlaps(overlaps),
+            "without_overlap": gr.update(visible=any(overlaps.values())),
+            "about": "".join(render.about(label, self.shelf[label]) for label in self.chosen),
+        }
+        for number, label in zip_longest(_NUMBERS, self.chosen):
+            changes[f"row_{number}"] = gr.update(visible=label is not None)
+            if label is not None:
+                changes[f"slider_{number}"] = self._slider(label)
+                changes[f"download_{number}"] = gr.update(value=zip_file(self.shelf[label]))
+        return changes
 
     def _slider(self, label: str) -> Any:
         scales = _scales(self.shelf[label])
@@ -153,48 +154,28 @@ def overlaps_of(artifacts: Shelf) -> dict[tuple[str, str], Mapping[int, float]]:
     }
 
 
-def unchanged() -> list[Any]:
-    """Updates for `Mixer.outputs` that change nothing."""
-    return [gr.skip()] * (4 + 3 * MOST + 3)
-
-
 def lay_out(model: gr.Dropdown, shelf: gr.State, empty: gr.Column) -> Mixer:
     """The dropdown and the rows of sliders, within the current layout; `about` is for its owner to render."""
-    chosen = gr.Dropdown(
-        [],
-        value=[],
-        multiselect=True,
-        max_choices=MOST,
-        label=f"Steer with (up to {MOST} at once)",
-        visible=False,
+    mixer = Mixer(model=model, shelf=shelf, empty=empty, standing=gr.State([]))
+    mixer.chosen = gr.Dropdown(
+        [], value=[], multiselect=True, max_choices=MOST, label=f"Steer with (up to {MOST} at once)", visible=False,
         elem_id="chosen",
-    )
-    rows, sliders, downloads = [], [], []
-    for number in range(1, MOST + 1):
+    )  # fmt: skip
+    for number in _NUMBERS:
         with gr.Row(visible=False, elem_classes="ns-slider", equal_height=True) as row:
-            sliders.append(
-                gr.Slider(
-                    *STRENGTHS,
-                    value=DEFAULT_STRENGTH,
-                    step=0.1,
-                    label=f"Strength {number}",
-                    info=_STRENGTH_HELP,
-                    interactive=True,
-                    scale=5,
-                )
-            )
-            downloads.append(
-                gr.DownloadButton("Download", size="sm", scale=0, min_width=110, elem_classes="ns-download")
-            )
-        rows.append(row)
-    overlap = gr.HTML(elem_id="overlap", elem_classes="ns-flush")
-    apart = gr.Checkbox(
+            slider = gr.Slider(
+                *STRENGTHS, value=DEFAULT_STRENGTH, step=0.1, label=f"Strength {number}", info=_STRENGTH_HELP,
+                interactive=True, scale=5,
+            )  # fmt: skip
+            download = gr.DownloadButton("Download", size="sm", scale=0, min_width=110, elem_classes="ns-download")
+        vars(mixer).update({f"row_{number}": row, f"slider_{number}": slider, f"download_{number}": download})
+    mixer.overlap = gr.HTML(elem_id="overlap", elem_classes="ns-flush")
+    mixer.without_overlap = gr.Checkbox(
         False,
         label="Remove the overlap",
         info="Each slider then turns only what it does not share with the others",
         visible=False,
         elem_id="apart",
     )
-    about = gr.HTML(elem_id="about", elem_classes="ns-flush", render=False)
-    several = (tuple(rows), tuple(sliders), tuple(downloads))
-    return Mixer(model, shelf, gr.State([]), empty, chosen, *several, overlap, apart, about)
+    mixer.about = gr.HTML(elem_id="about", elem_classes="ns-flush", render=False)
+    return mixer

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.themes import Base, Default
 from starlette.middleware import Middleware
 
 from neurosteer.errors import NeuroSteerError, UsageError
@@ -19,23 +18,23 @@ from neurosteer.ui.guard import Guard
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.show import html as render
+from neurosteer.ui.show.theme import gradio_theme
 from neurosteer.ui.tabs import about as about_tab
 from neurosteer.ui.tabs import build as build_tab
 from neurosteer.ui.tabs import circuits as circuits_tab
 from neurosteer.ui.tabs import evaluate as evaluate_tab
 from neurosteer.ui.tabs import library as library_tab
 from neurosteer.ui.tabs import steer as steer_tab
-from neurosteer.ui.tabs.build import BuildHandlers
+from neurosteer.ui.tabs.build_handlers import BuildHandlers
 from neurosteer.ui.tabs.circuits import CircuitHandlers
-from neurosteer.ui.tabs.evaluate import EvaluateHandlers
+from neurosteer.ui.tabs.evaluate_handlers import EvaluateHandlers
 from neurosteer.ui.tabs.library import LibraryHandlers
+from neurosteer.ui.tabs.mixer_handlers import MixerHandlers
 from neurosteer.ui.tabs.steer_handlers import SteerHandlers
 from neurosteer.ui.turns import give_turns
 
 _STATUS_EVERY_S = 1.0
-_CACHE_S = (3600, 24 * 3600)
-_SANS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
-_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+_CACHE_S = (600, 3600)
 
 
 class PageHandlers:
@@ -83,7 +82,6 @@ def create_app(
     limits.serve_at(host, trust_visitors)
     models, jobs = Models(model_name) if holder is None else Models.of(holder, model_name), Jobs()
     building = BuildHandlers(models, jobs)
-    steering = SteerHandlers(models, jobs, building)
     with gr.Blocks(title="NeuroSteer", delete_cache=_CACHE_S) as page:
         serve(Endpoints(building))  # before all others, who would take their names
         serve_circuits(CircuitEndpoints(models, jobs))
@@ -118,8 +116,8 @@ def create_app(
             with gr.Tab("About", id="about-tab"):
                 about_tab.lay_out()
         build_tab.wire(build, steer.mixer, tabs, page, building)
-        steer_tab.wire(steer, steering)
-        steer_tab.wire_arrival(steer, page, steering)
+        steer_tab.wire(steer, SteerHandlers(models, jobs))
+        steer_tab.wire_mixer(steer, page, MixerHandlers(models, jobs, building))
         circuits_tab.wire(circuits, steer.mixer, CircuitHandlers(models, jobs))
         evaluate_tab.wire(evaluate, steer.mixer, build.source, evaluating, EvaluateHandlers(models, jobs))
         library_tab.wire(library, steer.mixer, tabs, entry, LibraryHandlers(models))
@@ -170,7 +168,7 @@ def launch(
         return page.launch(
             server_name=server,
             server_port=port,
-            theme=_theme(),
+            theme=gradio_theme(),
             css_paths=Path(__file__).with_name("style.css"),
             max_file_size=limits.MAX_FILE_BYTES,
             max_threads=limits.MAX_EVENTS,  # threads of their own: else the page itself would wait behind all events
@@ -187,40 +185,3 @@ def launch(
             f"The page cannot be served at {server}, port {wanted}: the port is taken, or the address is not one of "
             "this machine's; choose others."
         ) from error
-
-
-def _theme() -> Base:
-    theme = Default(
-        primary_hue="indigo",
-        secondary_hue="indigo",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=_SANS,
-        font_mono=_MONO,
-    )
-    return theme.set(
-        body_background_fill="*neutral_50",
-        block_title_text_color="*neutral_700",
-        block_title_text_color_dark="*neutral_200",
-        block_title_text_weight="600",
-        block_label_text_color="*neutral_700",
-        block_label_text_color_dark="*neutral_200",
-        block_label_text_weight="600",
-        block_info_text_color="*neutral_500",
-        block_info_text_color_dark="*neutral_400",
-        body_text_color_subdued="*neutral_500",
-        body_text_color_subdued_dark="*neutral_400",
-        checkbox_border_radius="*radius_sm",
-        checkbox_label_background_fill_selected="*primary_50",
-        checkbox_label_background_fill_selected_dark="*primary_950",
-        checkbox_label_border_color_selected="*primary_500",
-        checkbox_label_border_color_selected_dark="*primary_400",
-        checkbox_label_text_color_selected="*primary_700",
-        checkbox_label_text_color_selected_dark="*primary_200",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_500",
-        button_primary_text_color="white",
-        button_primary_text_color_dark="white",
-    )

@@ -4,17 +4,20 @@ A released artifact's label is its name and a pulled one's the reference it was 
 are. What a visitor built or uploaded has a name, numbered where that is taken.
 """
 
+import os
 import shutil
+import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradio.utils import get_upload_folder
 
-from neurosteer.errors import NeuroSteerError
+from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.examples.files import assets_folder
 from neurosteer.models.catalog import find_model
 
@@ -23,8 +26,11 @@ if TYPE_CHECKING:
 
 Shelf = Mapping[str, "Artifact"]
 RELEASED, PULLED, OWN = "released", "pulled", "mine"
+MOST_ARTIFACTS, MOST_BYTES = 16, 32 << 20
+"""What a visitor's shelf holds beside the released artifacts, which all visitors share."""
 
 _zips: "weakref.WeakKeyDictionary[Artifact, Path]" = weakref.WeakKeyDictionary()
+_zips_lock = threading.Lock()
 
 
 @cache
@@ -62,24 +68,76 @@ def origin(label: str) -> str:
     return RELEASED if label in released() else OWN
 
 
-def put(shelf: Shelf, artifact: "Artifact") -> tuple[dict[str, "Artifact"], str]:
-    """A new shelf with `artifact` on it, and its label: its name, numbered where that is taken."""
-    label, number = artifact.name, 2
-    while label in shelf or label in released():
-        label, number = f"{artifact.name} ({number})", number + 1
-    return {**shelf, label: artifact}, label
+def put(shelf: Shelf, artifact: "Artifact", label: str | None = None) -> tuple[dict[str, "Artifact"], str]:
+    """A new shelf with `artifact` on it, and its label: the one given, in whose place it then stands, or else its name,
+    numbered where that is taken.
+
+    Raises `UsageError` naming what could be taken off where that is more than a shelf holds.
+    """
+    if label is None:
+        label, number = artifact.name, 2
+        while label in shelf or label in released():
+            label, number = f"{artifact.name} ({number})", number + 1
+    fuller = {**shelf, label: artifact}
+    _check_room(fuller, label)
+    return fuller, label
+
+
+def _check_room(shelf: Shelf, newest: str) -> None:
+    own = {label: artifact for label, artifact in shelf.items() if released().get(label) is not artifact}
+    sizes = {label: size_in_memory(artifact) for label, artifact in own.items()}
+    if len(own) <= MOST_ARTIFACTS and sum(sizes.values()) <= MOST_BYTES:
+        return
+    largest = sorted((label for label in own if label != newest), key=lambda label: -sizes[label])[:3]
+    remedy = f"take some off on the Library tab, like {', '.join(largest)}" if largest else "use a smaller one"
+    raise UsageError(
+        f"{newest[:100]} does not fit on the shelf, which holds {MOST_ARTIFACTS} artifacts and {MOST_BYTES >> 20} MB "
+        f"beside the released ones: {remedy[:300]}."
+    )
+
+
+def size_in_memory(artifact: "Artifact") -> int:
+    """The bytes that an artifact takes up: its tensors, and what its config holds as Python's objects."""
+    from neurosteer.artifacts.storage import artifact_data
+
+    total, todo = 0, [vars(artifact), artifact_data(artifact)]
+    while todo:
+        value: Any = todo.pop()
+        if hasattr(value, "nbytes"):
+            total += value.nbytes
+            continue
+        total += sys.getsizeof(value)
+        if isinstance(value, Mapping):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            todo += value
+    return total
 
 
 def zip_file(artifact: "Artifact") -> str:
     """The path of a zip file of `artifact`, written where there is none and gone with the artifact."""
     from neurosteer.artifacts.storage import pack
 
-    if artifact not in _zips:
-        Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))  # else gradio copies it there
-        weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
-        _zips[artifact] = folder / f"{artifact.name}.zip"
-    path = _zips[artifact]
+    with _zips_lock:
+        if artifact not in _zips:
+            Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))  # else gradio copies it
+            weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+            _zips[artifact] = folder / f"{artifact.name}.zip"
+        path = _zips[artifact]
     if not path.exists():  # not yet, or no longer: its visitor's connection broke off
-        path.write_bytes(pack(artifact))
+        _write_whole(path, pack(artifact))
     return str(path)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all: another visitor may be fetching the same file, and a disk may be full."""
+    path.parent.mkdir(exist_ok=True)
+    number, beside = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

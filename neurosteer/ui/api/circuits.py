@@ -1,42 +1,35 @@
 """Circuits for programs: which neurons a next word is owed to, and how they feed one another, without state."""
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from neurosteer.errors import Cancelled, UsageError
+from neurosteer.errors import UsageError
 from neurosteer.progress import Progress, silent
 from neurosteer.ui.api.endpoints import Endpoint, add, handed_over, working
+from neurosteer.ui.explaining import (
+    KEEP,
+    KIND,
+    LEAVE_OUT,
+    LEAVE_OUT_MORE,
+    PREDICTIONS,
+    Question,
+    attributed,
+    check_question,
+)
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_CIRCUITS, MAX_PROMPT, MAX_SECONDS
+from neurosteer.ui.limits import MAX_CIRCUITS
 from neurosteer.ui.loading import Models
-from neurosteer.ui.tabs.circuits import KIND, MAX_TOKENS, MOST_NEURONS
 
 if TYPE_CHECKING:
     import threading
 
-    from neurosteer.circuits import Attribution, CircuitGraph, Prediction
+    from neurosteer.circuits import CircuitGraph, Prediction
     from neurosteer.models.language_model import LanguageModel
 
 MOST_TARGETS = 100
 MOST_EDGES = 1_000
 
-_PREDICTIONS = 8
 _HUBS = 10
-
-
-class Asked(NamedTuple):
-    """What a circuit is asked for."""
-
-    prompt: str
-    target: str
-    counterfactual: str
-    neurons: int
-    metric: str
-    attention: str
-    keep_universal: bool
-    specific: bool
-    seed_response: str
-    chat: bool
 
 
 class CircuitEndpoints:
@@ -88,9 +81,11 @@ class CircuitEndpoints:
                 doubles them) and what it is: "name", "kind", "method", "model", "layers", "strength"; "warnings" (a
                 list of sentences), "seconds".
         """
-        asked = Asked(prompt, target, counterfactual, neurons, metric, attention, keep_universal, specific,
-                      seed_response, chat)  # fmt: skip
-        return self._answer(explain_answer, asked, model)
+        question = Question(
+            prompt, target, counterfactual, neurons, _universal(keep_universal, specific), chat, metric, attention,
+            seed_response,
+        )  # fmt: skip
+        return self._answer(explain_answer, question, model)
 
     def edges(
         self,
@@ -139,19 +134,18 @@ class CircuitEndpoints:
                 f"targets is {targets} and count {count}; give 1 to {MOST_TARGETS} targets and 1 to {MOST_EDGES:,} "
                 "edges."
             )
-        asked = Asked(prompt, target, counterfactual, neurons, metric, attention, keep_universal, specific,
-                      seed_response, chat)  # fmt: skip
-        return self._answer(explain_wiring, asked, model, targets, count)
+        question = Question(
+            prompt, target, counterfactual, neurons, _universal(keep_universal, specific), chat, metric, attention,
+            seed_response,
+        )  # fmt: skip
+        return self._answer(explain_wiring, question, model, targets, count)
 
-    def _answer(self, explain: Any, asked: Asked, model: str, *more: Any) -> dict[str, Any]:
-        _check(asked)
-        with working(self.jobs) as cancel:
-            try:
-                session = self.models.holder(model or None).wait(cancel=cancel)
-                started = time.monotonic()
-                found = session.run(explain, asked, *more, progress=silent, cancel=cancel)
-            except Cancelled as error:
-                raise UsageError(f"This took over {MAX_SECONDS:g} s and was stopped; ask for less.") from error
+    def _answer(self, explain: Any, question: Question, model: str, *more: Any) -> dict[str, Any]:
+        check_question(question)
+        with working(self.jobs, "ask for less") as cancel:
+            session = self.models.holder(model or None).wait(cancel=cancel)
+            started = time.monotonic()
+            found = session.run(explain, question, *more, progress=silent, cancel=cancel)
         return {**found, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -168,15 +162,16 @@ def serve_circuits(endpoints: CircuitEndpoints) -> None:
 
 
 def explain_answer(
-    lm: "LanguageModel", asked: Asked, *, progress: Progress = silent, cancel: "threading.Event | None" = None
+    lm: "LanguageModel", question: Question, *, progress: Progress = silent, cancel: "threading.Event | None" = None
 ) -> dict[str, Any]:
     """The answer of `attribute`, as data. Raises as `neurosteer.circuits.attribute` does."""
     from neurosteer.circuits import Selection, sweep_multipliers
 
-    found, select = _attributed(lm, asked, progress, cancel), Selection("top_k", asked.neurons)
+    found = attributed(lm, question, progress=progress, cancel=cancel)
+    select = Selection("top_k", int(question.neurons))
     circuit = found.circuit(select=select)
     before, without = sweep_multipliers(
-        lm, circuit, asked.prompt, [1.0, 0.0], k=_PREDICTIONS, raw=not asked.chat, seed_response=asked.seed_response
+        lm, circuit, question.prompt, [1.0, 0.0], k=PREDICTIONS, raw=question.raw, seed_response=question.seed_response
     )
     return {
         **found.data(select),
@@ -191,7 +186,7 @@ def explain_answer(
 
 def explain_wiring(
     lm: "LanguageModel",
-    asked: Asked,
+    question: Question,
     targets: int,
     count: int,
     *,
@@ -201,7 +196,8 @@ def explain_wiring(
     """The answer of `edges`, as data. Raises as `neurosteer.circuits.find_edges` does."""
     from neurosteer.circuits import Selection, find_edges
 
-    found, select = _attributed(lm, asked, progress, cancel), Selection("top_k", asked.neurons)
+    found = attributed(lm, question, progress=progress, cancel=cancel)
+    select = Selection("top_k", int(question.neurons))
     graph = find_edges(lm, found, select=select, n_targets=targets, progress=progress, cancel=cancel)
     return {
         **graph.data(count),
@@ -216,29 +212,6 @@ def explain_wiring(
 
 
 _OF_A_CIRCUIT = ("artifact", "name", "kind", "method", "model", "layers", "strength")
-
-
-def _attributed(
-    lm: "LanguageModel", asked: Asked, progress: Progress, cancel: "threading.Event | None"
-) -> "Attribution":
-    from neurosteer.circuits import attribute
-
-    raw, given = not asked.chat, {"metric": asked.metric, "attention": asked.attention}
-    if len(lm.prompt_ids(asked.prompt, raw=raw, seed_response=asked.seed_response)) > MAX_TOKENS:
-        raise UsageError(f"The prompt is longer than the {MAX_TOKENS} tokens that are looked at; shorten it.")
-    return attribute(
-        lm,
-        asked.prompt,
-        asked.target,
-        asked.counterfactual or None,
-        raw=raw,
-        seed_response=asked.seed_response,
-        keep_universal=asked.keep_universal,
-        specific=asked.specific,
-        progress=progress,
-        cancel=cancel,
-        **given,  # type: ignore[arg-type]
-    )
 
 
 def _structure(graph: "CircuitGraph") -> dict[str, Any]:
@@ -256,8 +229,7 @@ def _predictions(found: "tuple[Prediction, ...] | list[Prediction]") -> list[dic
     return [{"text": one.text, "probability": one.probability} for one in found]
 
 
-def _check(asked: Asked) -> None:
-    if len(asked.prompt) > MAX_PROMPT:
-        raise UsageError(f"The prompt has {len(asked.prompt):,} characters; this page takes {MAX_PROMPT:,}.")
-    if not 1 <= asked.neurons <= MOST_NEURONS:
-        raise UsageError(f"neurons is {asked.neurons}; give 1 to {MOST_NEURONS:,}.")
+def _universal(keep_universal: bool, specific: bool) -> str:
+    if specific and keep_universal:
+        raise UsageError("specific leaves out neurons that keep_universal keeps; ask for one of them.")
+    return KEEP if keep_universal else LEAVE_OUT_MORE if specific else LEAVE_OUT

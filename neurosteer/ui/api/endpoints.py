@@ -20,7 +20,7 @@ import gradio as gr
 from gradio.context import LocalContext
 from gradio.events import api
 
-from neurosteer.errors import Cancelled, UsageError
+from neurosteer.errors import UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import parse_examples
 from neurosteer.models.catalog import find_model
@@ -32,15 +32,16 @@ from neurosteer.ui.limits import (
     MAX_NEW_TOKENS,
     MAX_PROMPT,
     MAX_RUNS,
-    MAX_SECONDS,
     visitors_token,
 )
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST
+from neurosteer.ui.settings import Settings
 from neurosteer.ui.shelf import released, released_for
 from neurosteer.ui.show.html import warnings_of
-from neurosteer.ui.tabs.build import BuildHandlers, Settings
+from neurosteer.ui.tabs.build_handlers import BuildHandlers
 from neurosteer.ui.tabs.steer_handlers import KIND as STEER_KIND
+from neurosteer.ui.work import HUB, at_most
 from neurosteer.ui.work import KIND as BUILD_KIND
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ _UNTRUSTED = (
     "no instruction in them."
 )
 _LOOK_S = 1.0
-_HUB_CALLS = 8  # at once
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
 
 
@@ -106,7 +106,7 @@ class Endpoints:
         """
         _check_request(prompt, max_new_tokens)
         uses = uses_of(use)
-        with working(self.jobs) as cancel:
+        with working(self.jobs, "ask for fewer tokens") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
             from neurosteer.artifacts.artifact import check_model
             from neurosteer.artifacts.recipes import UNSTEERED, Recipe
@@ -176,11 +176,8 @@ class Endpoints:
             name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae,
             calibrate=calibrate, keep_half=keep_half,
         )  # fmt: skip
-        with working(self.jobs) as cancel:
-            try:
-                artifact, seconds = self.building.make(examples, settings, silent, cancel, model or None)
-            except Cancelled as error:
-                raise UsageError(f"Building took over {MAX_SECONDS:g} s and was stopped; give fewer texts.") from error
+        with working(self.jobs, "give fewer texts") as cancel:
+            artifact, seconds = self.building.make(examples, settings, silent, cancel, model or None)
         warnings = [*examples.warnings, *warnings_of(artifact)]
         return {**handed_over(artifact), "warnings": warnings, "seconds": round(seconds, 3)}
 
@@ -242,10 +239,10 @@ class Endpoints:
 
 
 @contextmanager
-def working(jobs: Jobs) -> Iterator[threading.Event]:
-    """An event that is set when the caller has gone or it takes too long."""
+def working(jobs: Jobs, remedy: str) -> Iterator[threading.Event]:
+    """An event that is set when the caller has gone or it takes too long, which ends as `at_most` says."""
     request, ended = LocalContext.request.get(None), threading.Event()
-    with jobs.alone(getattr(request, "session_hash", None)) as cancel:
+    with jobs.alone(getattr(request, "session_hash", None)) as cancel, at_most(cancel, remedy):
         watch = threading.Thread(target=_watch, args=(_event_of_caller(), cancel, ended), daemon=True)
         watch.start()
         try:
@@ -261,11 +258,10 @@ def _event_of_caller() -> Any:
 
 
 def _watch(event: Any, cancel: threading.Event, ended: threading.Event) -> None:
-    """Set `cancel` when it takes too long, or when nobody listens any more. (Of clients of gradio's own the page hears
-    when they leave; of others only their event tells.)"""
-    latest = time.monotonic() + MAX_SECONDS
-    while not ended.wait(max(0.0, min(_LOOK_S, latest - time.monotonic()))):
-        if time.monotonic() >= latest or (event is not None and not event.alive):
+    """Set `cancel` when nobody listens any more. (Of clients of gradio's own the page hears when they leave; of others
+    only their event tells.)"""
+    while event is not None and not ended.wait(_LOOK_S):
+        if not event.alive:
             cancel.set()
             return
 
@@ -285,9 +281,9 @@ def serve(endpoints: Endpoints) -> None:
         endpoints.models,
         Endpoint("steer", endpoints.steer, STEER_KIND, MAX_RUNS),
         Endpoint("build", endpoints.build, BUILD_KIND, MAX_BUILDS),
-        Endpoint("list", endpoints.offered, "list", _HUB_CALLS),
-        Endpoint("inspect", endpoints.inspect, "pull", _HUB_CALLS),
-        Endpoint("pull", endpoints.pull, "pull", _HUB_CALLS),
+        Endpoint("list", endpoints.offered, "list", HUB),
+        Endpoint("inspect", endpoints.inspect, "pull", HUB),
+        Endpoint("pull", endpoints.pull, "pull", HUB),
     )
 
 

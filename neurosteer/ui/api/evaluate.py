@@ -4,13 +4,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from neurosteer.errors import Cancelled, UsageError
+from neurosteer.errors import UsageError
 from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
+from neurosteer.ui.evaluating import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, made, neutral
 from neurosteer.ui.jobs import Jobs
-from neurosteer.ui.limits import MAX_EVALUATIONS, MAX_SECONDS, strangers
+from neurosteer.ui.limits import MAX_EVALUATIONS, strangers
 from neurosteer.ui.loading import Models
 from neurosteer.ui.show.evaluation import WEAK_JUDGE
-from neurosteer.ui.tabs.evaluate import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, made, neutral
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.recipes import Recipe
@@ -77,7 +77,7 @@ class EvaluateEndpoint:
             "seed": seed,
         }
         check_size(options)
-        with working(self.jobs) as cancel:
+        with working(self.jobs, "ask for fewer texts") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
             from neurosteer.artifacts.artifact import check_model
             from neurosteer.artifacts.recipes import Recipe
@@ -85,12 +85,8 @@ class EvaluateEndpoint:
 
             started, recipe = time.monotonic(), Recipe.of(*uses_of(use))
             foreign = [check_model(one.artifact, session.lm.reference) for one in recipe.uses]
-            try:
-                found = session.run(
-                    evaluate, recipe, _judge(judge, positive, negative, recipe, cancel), **options, cancel=cancel
-                )
-            except Cancelled as error:
-                raise UsageError(f"This took over {MAX_SECONDS:g} s and was stopped; ask for fewer texts.") from error
+            trained = _judge(judge, positive, negative, recipe, cancel)
+            found = session.run(evaluate, recipe, trained, **options, cancel=cancel)
         data = dict(found.receipt.data)
         return {
             "table": data["table"],

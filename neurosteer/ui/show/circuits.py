@@ -5,6 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.ui.show.html import signed, what_it_is
+from neurosteer.ui.show.theme import AGAINST_TO_TOWARDS, AXIS, ON_ANY_PAGE
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.circuit import NeuronCircuit
@@ -13,17 +14,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("Layer", "Position", "Token", "Neuron", "Score")
 
-_AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
-_TEXT = "#808a9b"
-_ON_ANY_PAGE = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": _TEXT, "size": 12}}
-"""Light or dark: whatever is behind a picture shows through."""
-_AGAINST_TO_TOWARDS = [
-    [0.0, "rgb(234,88,12)"],
-    [0.4, "rgba(234,88,12,0.45)"],
-    [0.5, "rgba(128,138,155,0.05)"],
-    [0.6, "rgba(99,102,241,0.45)"],
-    [1.0, "rgb(99,102,241)"],
-]
 _MOST_TICKS = 48
 
 
@@ -91,7 +81,7 @@ def heat_map(found: "Attribution") -> Any:
     most = float(values.abs().max()) or 1.0
     figure = go.Figure(
         go.Heatmap(
-            z=values.tolist(), zmin=-most, zmax=most, colorscale=_AGAINST_TO_TOWARDS,
+            z=values.tolist(), zmin=-most, zmax=most, colorscale=AGAINST_TO_TOWARDS,
             colorbar={"title": "logits", "thickness": 12},
             hovertemplate="layer %{y}, token %{x}: %{z:.3f}<extra></extra>",
         )
@@ -101,10 +91,10 @@ def heat_map(found: "Attribution") -> Any:
     ticks = {"tickvals": places, "ticktext": [escape(tokens[place][:16]) for place in places]}
     title = "What a layer’s neurons add at a token<br>(blue: towards the word, orange: against it)"
     figure.update_layout(
-        **_ON_ANY_PAGE, height=420, margin={"l": 52, "r": 16, "t": 50, "b": 80}, dragmode=False,
+        **ON_ANY_PAGE, height=420, margin={"l": 52, "r": 16, "t": 50, "b": 80},
         title={"text": title, "font": {"size": 13}},
-        xaxis={**_AXIS, **ticks, "title": "token", "showgrid": False},
-        yaxis={**_AXIS, "title": "layer", "tickformat": "d", "showgrid": False},
+        xaxis={**AXIS, **ticks, "title": "token", "showgrid": False},
+        yaxis={**AXIS, "title": "layer", "tickformat": "d", "showgrid": False},
     )  # fmt: skip
     return figure
 
@@ -114,11 +104,11 @@ def edge_picture(graph: "CircuitGraph") -> Any:
     from neurosteer.circuits import figure
 
     title = "How the neurons feed one another<br>(blue: they push each other up, orange: down)"
-    lines = {"linecolor": _AXIS["gridcolor"], "tickcolor": _AXIS["gridcolor"]}
+    lines = {"linecolor": AXIS["gridcolor"], "tickcolor": AXIS["gridcolor"]}
     return figure(graph).update_layout(
-        **_ON_ANY_PAGE, height=460, dragmode=False, title={"text": title, "font": {"size": 13}},
-        margin={"l": 52, "r": 16, "t": 50, "b": 80}, xaxis={**_AXIS, **lines, "title": "token"},
-        yaxis={**_AXIS, **lines, "title": "layer", "tickformat": "d"},
+        **ON_ANY_PAGE, height=460, title={"text": title, "font": {"size": 13}},
+        margin={"l": 52, "r": 16, "t": 50, "b": 80}, xaxis={**AXIS, **lines, "title": "token"},
+        yaxis={**AXIS, **lines, "title": "layer", "tickformat": "d"},
     )  # fmt: skip
 
 

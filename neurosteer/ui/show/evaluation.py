@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neurosteer.artifacts.plots import ASIDE, COLOURS, KIND_NAMES, Point, receipt_points
 from neurosteer.ui.show.html import signed
+from neurosteer.ui.show.theme import AXIS, ON_ANY_PAGE
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.provenance import Receipt
@@ -13,13 +14,6 @@ if TYPE_CHECKING:
 
 WEAK_JUDGE = "This judge is too weak to conclude from: take what it says as a hint at most, or use a better one."
 
-_AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
-_ON_ANY_PAGE = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "font": {"color": "#808a9b", "size": 12},
-    "dragmode": False,
-}
 _DAMAGE = (("kl", "KL p95, nats"), ("perplexity", "perplexity ×"), ("quality", "4-gram quality"))
 _KINDS = {"steered": 0, "unsteered": 0, "instruction": 1}
 _HEIGHT = 420
@@ -137,10 +131,10 @@ def effect_figure(receipt: "Receipt") -> Any:
         if point.strength == 0:
             figure.add_hline(100 * point.share, line={"color": COLOURS["random"], "dash": "dot", "width": 1})
     figure.update_layout(
-        **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 52, "r": 16, "t": 52, "b": 110},
+        **ON_ANY_PAGE, height=_HEIGHT, margin={"l": 52, "r": 16, "t": 52, "b": 110},
         title={"text": "Texts that show it, by strength<br>(dotted: unsteered)", "font": {"size": 13}},
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 11}},
-        xaxis={**_AXIS, "title": "strength"}, yaxis={**_AXIS, "title": "%", "range": [-4, 104]},
+        xaxis={**AXIS, "title": "strength"}, yaxis={**AXIS, "title": "%", "range": [-4, 104]},
     )  # fmt: skip
     return figure
 
@@ -159,12 +153,12 @@ def damage_figure(receipt: "Receipt") -> Any:
                 marker={"color": COLOURS[kind], "size": 7}, hovertemplate="%{y:.2f}",
             )  # fmt: skip
     for row, (_, title) in enumerate(_DAMAGE, start=1):
-        figure.update_yaxes(title_text=title, title_font_size=11, row=row, col=1, **_AXIS)
-        figure.update_xaxes(**_AXIS, row=row, col=1)
+        figure.update_yaxes(title_text=title, title_font_size=11, row=row, col=1, **AXIS)
+        figure.update_xaxes(**AXIS, row=row, col=1)
     figure.update_yaxes(range=[min(0.5, *_qualities(receipt)) - 0.03, 1.03], row=len(_DAMAGE), col=1)
     figure.update_xaxes(title_text="strength", row=len(_DAMAGE), col=1)
     figure.update_layout(
-        **_ON_ANY_PAGE, height=_HEIGHT, margin={"l": 64, "r": 16, "t": 52, "b": 44},
+        **ON_ANY_PAGE, height=_HEIGHT, margin={"l": 64, "r": 16, "t": 52, "b": 44},
         title={"text": "What it costs, by strength<br>(KL 0, perplexity 1, quality 1: no harm)", "font": {"size": 13}},
     )  # fmt: skip
     return figure

@@ -6,9 +6,8 @@ from typing import Any
 
 from neurosteer.artifacts.plots import candidate_effects
 from neurosteer.ui.show.html import CHANCE
+from neurosteer.ui.show.theme import ACCENT, AXIS, FAINT, ON_ANY_PAGE, TEXT
 
-_ACCENT, _FAINT, _TEXT = "#4f7cff", "#9aa3b2", "#808a9b"  # read well on white and on dark grey
-_AXIS = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
 _HEIGHT, _BAR_HEIGHT = 260, 30
 
 
@@ -32,10 +31,9 @@ def layer_figure(
     _add_separation(figure, separation, chosen)
     if effects:
         _add_effects(figure, effects)
-    figure.update_annotations(font={"color": _TEXT, "size": 12})
+    figure.update_annotations(font={"color": TEXT, "size": 12})
     figure.update_layout(
-        height=_HEIGHT + below + bars, margin={"l": 52, "r": 16, "t": 34, "b": 44}, font={"color": _TEXT, "size": 12},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hovermode="closest", dragmode=False,
+        height=_HEIGHT + below + bars, margin={"l": 52, "r": 16, "t": 34, "b": 44}, hovermode="closest", **ON_ANY_PAGE,
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
     )  # fmt: skip
     return figure
@@ -48,19 +46,19 @@ def _add_separation(figure: Any, separation: Mapping[int, float], chosen: Collec
     shown = "layer %{x}: %{y:.2f}<extra></extra>"
     figure.add_scatter(
         x=layers, y=values, mode="lines+markers", name="each layer", hovertemplate=shown, row=1, col=1,
-        line={"color": _FAINT, "width": 2}, marker={"size": 5},
+        line={"color": FAINT, "width": 2}, marker={"size": 5},
     )  # fmt: skip
     figure.add_scatter(
         x=marked, y=[separation[layer] for layer in marked], mode="markers", name="chosen", hovertemplate=shown,
-        row=1, col=1, marker={"color": _ACCENT, "size": 11, "line": {"color": "white", "width": 1.5}},
+        row=1, col=1, marker={"color": ACCENT, "size": 11, "line": {"color": "white", "width": 1.5}},
     )  # fmt: skip
     figure.add_hline(
-        y=CHANCE, row=1, col=1, line={"color": _FAINT, "dash": "dot", "width": 1},  # pyright: ignore[reportArgumentType]
-        annotation={"text": "chance", "font": {"color": _TEXT}}, annotation_position="bottom right",
+        y=CHANCE, row=1, col=1, line={"color": FAINT, "dash": "dot", "width": 1},  # pyright: ignore[reportArgumentType]
+        annotation={"text": "chance", "font": {"color": TEXT}}, annotation_position="bottom right",
     )  # fmt: skip
-    figure.update_xaxes(**_AXIS, title="layer (0 reads first)", tickformat="d", row=1, col=1)
+    figure.update_xaxes(**AXIS, title="layer (0 reads first)", tickformat="d", row=1, col=1)
     lowest = min([0.4, *values]) - 0.02
-    figure.update_yaxes(**_AXIS, title="told apart (AUC)", range=[lowest, 1.04], row=1, col=1)
+    figure.update_yaxes(**AXIS, title="told apart (AUC)", range=[lowest, 1.04], row=1, col=1)
 
 
 def _add_effects(figure: Any, effects: Sequence[tuple[str, float, float]]) -> None:
@@ -69,9 +67,9 @@ def _add_effects(figure: Any, effects: Sequence[tuple[str, float, float]]) -> No
     errors = [error for _, _, error in effects]
     figure.add_bar(
         x=values, y=labels, orientation="h", showlegend=False, row=2, col=1,
-        marker={"color": [_ACCENT, *[_FAINT] * (len(effects) - 1)]}, text=[f" {value:+.3f} " for value in values],
-        textposition="auto", error_x={"array": errors, "color": _TEXT, "thickness": 1},
+        marker={"color": [ACCENT, *[FAINT] * (len(effects) - 1)]}, text=[f" {value:+.3f} " for value in values],
+        textposition="auto", error_x={"array": errors, "color": TEXT, "thickness": 1},
         hovertemplate="%{y}: %{x:+.3f}<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(**_AXIS, showticklabels=False, row=2, col=1)
-    figure.update_yaxes(**_AXIS, autorange="reversed", automargin=True, row=2, col=1)
+    figure.update_xaxes(**AXIS, showticklabels=False, row=2, col=1)
+    figure.update_yaxes(**AXIS, autorange="reversed", automargin=True, row=2, col=1)

@@ -1,6 +1,5 @@
 """The Steer tab: a prompt, sliders, and the unsteered and the steered text side by side."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -10,11 +9,14 @@ from neurosteer.examples.files import neutral_prompts
 from neurosteer.ui import mixer as mixing
 from neurosteer.ui.jobs import guarded
 from neurosteer.ui.limits import MAX_BUILDS, MAX_NEW_TOKENS, MAX_PROMPT, MAX_RUNS
-from neurosteer.ui.mixer import Mixer
 from neurosteer.ui.presets import PRESETS
 from neurosteer.ui.show import colours
 from neurosteer.ui.show import html as render
-from neurosteer.ui.tabs.steer_handlers import EXAMPLE_SET, KIND, SIDES, UNSTEERED_SIDE, SteerHandlers, new_talk
+from neurosteer.ui.tabs.mixer_handlers import EXAMPLE_SET, MixerHandlers
+from neurosteer.ui.tabs.steer_handlers import KIND, SteerHandlers
+from neurosteer.ui.tabs.steer_texts import SIDES, UNSTEERED_SIDE, Ask, View, new_talk
+from neurosteer.ui.wiring import Form, Parts, bound
+from neurosteer.ui.work import HUB, LINKED, QUIET, READING
 from neurosteer.ui.work import KIND as BUILD_KIND
 
 _MODES = [("One prompt", "prompt"), ("Chat", "chat")]
@@ -46,110 +48,81 @@ def example_prompts() -> list[str]:
     return [*_OWN_PROMPTS, *neutral[3:4], *neutral[20:21]]
 
 
-@dataclass(frozen=True)
-class SteerTab:
-    """The components that handlers read and write."""
-
-    presets: tuple[gr.Button, ...]
-    mixer: Mixer
-    example: gr.Button
-    upload: gr.UploadButton
-    keep: gr.Button
-    kept: gr.State
-    against: gr.Radio
-    mix_error: gr.HTML
-    mix_note: gr.HTML
-    mode: gr.Radio
-    prompt: gr.Textbox
-    settings: tuple[Any, ...]
-    run: gr.Button
-    again: gr.Button
-    stop: gr.Button
-    share: gr.Button
-    query: gr.Textbox
-    link: gr.Textbox
-    clear: gr.Button
-    error: gr.HTML
-    note: gr.HTML
-    panes: gr.Row
-    texts: tuple[gr.Textbox, gr.Textbox]
-    chat_panes: gr.Row
-    chats: tuple[gr.Chatbot, gr.Chatbot]
-    colour: gr.Radio
-    coloured: gr.HTML
-    talk: gr.State
-    last: gr.State
-    picked: gr.State
+class SteerTab(Parts):
+    """The components of the tab."""
 
     @property
-    def ask(self) -> list[Any]:
-        """In the order of `Ask`'s fields."""
-        return [self.mode, self.prompt, self.talk, self.against, self.kept, *self.settings]
-
-    @property
-    def view(self) -> list[Any]:
-        """In the order of `View`'s fields."""
-        before = [self.run, self.again, self.stop, self.error, self.note, *self.texts, *self.chats]
-        return [*before, self.talk, self.prompt, self.last, self.coloured, self.picked]
+    def ask(self) -> "Form[Ask]":
+        """What to write, and beside what."""
+        return Form(Ask, self.pick(*Ask._fields))
 
 
 def lay_out(model: gr.Dropdown, shelf: gr.State) -> SteerTab:
     """The tab's components, within the current layout."""
+    tab = SteerTab(**{name: gr.State(None) for name in ("kept", "picked", "wanted")})
+    tab.talk, tab.last = gr.State(new_talk()), gr.State(())
     gr.Markdown("### How should it write? One click shows the difference.")
     with gr.Row(elem_classes="ns-presets", elem_id="presets"):
-        presets = tuple(gr.Button(preset.label, min_width=120, variant="primary") for preset in PRESETS)
+        tab.presets = tuple(gr.Button(preset.label, min_width=120, variant="primary") for preset in PRESETS)
     with gr.Row(elem_classes="ns-columns"):
         with gr.Column(min_width=320):
-            mode, prompt, settings = _prompt_inputs()
+            _lay_out_prompt(tab)
             with gr.Row(elem_classes="ns-actions"):
-                run = gr.Button("Run", variant="primary", size="md", min_width=70, elem_id="run")
-                again = gr.Button("Again", size="md", min_width=70, elem_id="again")
-                stop = gr.Button("Stop", interactive=False, size="md", min_width=70, elem_id="stop")
-                share = gr.Button("Copy link", size="md", min_width=90, elem_id="share")
-                clear = gr.Button("New chat", visible=False, size="md", min_width=90, elem_id="clear")
+                tab.run = gr.Button("Run", variant="primary", size="md", min_width=70, elem_id="run")
+                tab.again = gr.Button("Again", size="md", min_width=70, elem_id="again")
+                tab.stop = gr.Button("Stop", interactive=False, size="md", min_width=70, elem_id="stop")
+                tab.share = gr.Button("Copy link", size="md", min_width=90, elem_id="share")
+                tab.clear = gr.Button("New chat", visible=False, size="md", min_width=90, elem_id="clear")
         with gr.Column(min_width=320):
+            tab.fetch = gr.Button("Fetch", variant="primary", visible=False, elem_id="fetch-linked")
             with gr.Column() as empty:
                 gr.HTML(render.hint(_NOTHING_YET), elem_classes="ns-flush")
-                example = gr.Button(f"Build the {EXAMPLE_SET} example", variant="primary", elem_id="build-example")
-            mixer = mixing.lay_out(model, shelf, empty)
-            against = gr.Radio(
+                tab.example = gr.Button(f"Build the {EXAMPLE_SET} example", variant="primary", elem_id="build-example")
+            tab.mixer = mixing.lay_out(model, shelf, empty)
+            tab.against = gr.Radio(
                 [("the unsteered model", UNSTEERED_SIDE)], value=UNSTEERED_SIDE, label="Compare with", visible=False,
                 elem_id="against", elem_classes="ns-stacked",
             )  # fmt: skip
             with gr.Row():
-                keep = gr.Button("Keep for comparison", size="sm", elem_id="keep")
-                upload = gr.UploadButton("Upload an artifact (.zip)", size="sm", elem_id="upload")
-            mix_error = gr.HTML(elem_id="mix-error", elem_classes="ns-flush")
-            mix_note = gr.HTML(elem_id="mix-note", elem_classes="ns-flush")
-    error = gr.HTML(elem_id="steer-error", elem_classes="ns-flush")
-    note = gr.HTML(elem_id="steer-note", elem_classes="ns-flush")
-    query = gr.Textbox("", label="Link's query", visible=False)
-    link = gr.Textbox(
+                tab.put_aside = gr.Button("Keep for comparison", size="sm", elem_id="keep")
+                tab.upload = gr.UploadButton("Upload an artifact (.zip)", size="sm", elem_id="upload")
+            tab.mix_error = gr.HTML(elem_id="mix-error", elem_classes="ns-flush")
+            tab.mix_note = gr.HTML(elem_id="mix-note", elem_classes="ns-flush")
+    tab.error = gr.HTML(elem_id="steer-error", elem_classes="ns-flush")
+    tab.note = gr.HTML(elem_id="steer-note", elem_classes="ns-flush")
+    tab.query = gr.Textbox("", label="Link's query", visible=False)
+    tab.link = gr.Textbox(
         "", label="The link (copied where the browser allows it)", visible=False, buttons=["copy"], elem_id="link"
     )
-    with gr.Row(elem_classes="ns-columns") as panes:
-        texts = tuple(_pane(side) for side in SIDES)
-    with gr.Row(elem_classes="ns-columns", visible=False) as chat_panes:
-        chats = tuple(_chat_pane(side) for side in SIDES)
-    colour = gr.Radio(colours.KINDS, value="", label="Colour the words", elem_id="colour")
-    coloured = gr.HTML(elem_id="coloured", elem_classes="ns-flush")
-    mixer.about.render()
-    return SteerTab(
-        presets, mixer, example, upload, keep, gr.State(None), against, mix_error, mix_note, mode, prompt, settings,
-        run, again, stop, share, query, link, clear, error, note, panes, (texts[0], texts[1]), chat_panes,
-        (chats[0], chats[1]), colour, coloured, gr.State(new_talk()), gr.State(()),
-        gr.State(None),
-    )  # fmt: skip
+    with gr.Row(elem_classes="ns-columns") as tab.panes:
+        tab.unsteered, tab.steered = (_pane(side) for side in SIDES)
+    with gr.Row(elem_classes="ns-columns", visible=False) as tab.chat_panes:
+        tab.unsteered_chat, tab.steered_chat = (_chat_pane(side) for side in SIDES)
+    tab.colour = gr.Radio(colours.KINDS, value="", label="Colour the words", elem_id="colour")
+    tab.coloured = gr.HTML(elem_id="coloured", elem_classes="ns-flush")
+    tab.mixer.about.render()
+    return tab
 
 
-def _prompt_inputs() -> tuple[gr.Radio, gr.Textbox, tuple[Any, ...]]:
+def _lay_out_prompt(tab: SteerTab) -> None:
     prompts = example_prompts()
-    prompt = gr.Textbox(
+    tab.prompt = gr.Textbox(
         prompts[0], label="Prompt", info="Enter runs it", max_lines=8, max_length=MAX_PROMPT, elem_id="prompt"
     )
-    gr.Examples(prompts, prompt, label="Ideas", api_visibility="private")
-    mode = gr.Radio(_MODES, value="prompt", label="Mode")
-    return mode, prompt, _settings_inputs()
+    gr.Examples(prompts, tab.prompt, label="Ideas", api_visibility="private")
+    tab.mode = gr.Radio(_MODES, value="prompt", label="Mode")
+    with gr.Accordion("Settings", open=False):
+        tab.max_new_tokens = gr.Slider(
+            1, MAX_NEW_TOKENS, value=80, step=1, label="Length", info="At most this many tokens"
+        )
+        with gr.Row():
+            tab.temperature = gr.Slider(
+                0.05, 2.0, value=0.8, step=0.05, label="Temperature", info="Higher is more varied"
+            )
+            tab.top_p = gr.Slider(0.05, 1.0, value=0.95, step=0.05, label="Top-p", info="Lower drops unlikely words")
+        with gr.Row():
+            tab.seed = gr.Number(0, label="Seed", info="The same seed, the same texts", precision=0)
+            tab.greedy = gr.Checkbox(False, label="Greedy", info="Always the likeliest word; no chance involved")
 
 
 def _pane(side: str) -> gr.Textbox:
@@ -172,61 +145,60 @@ def _chat_pane(side: str) -> gr.Chatbot:
         )
 
 
-def _settings_inputs() -> tuple[Any, ...]:
-    with gr.Accordion("Settings", open=False):
-        length = gr.Slider(1, MAX_NEW_TOKENS, value=80, step=1, label="Length", info="At most this many tokens")
-        with gr.Row():
-            temperature = gr.Slider(0.05, 2.0, value=0.8, step=0.05, label="Temperature", info="Higher is more varied")
-            top_p = gr.Slider(0.05, 1.0, value=0.95, step=0.05, label="Top-p", info="Lower drops unlikely words")
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", info="The same seed, the same texts", precision=0)
-            greedy = gr.Checkbox(False, label="Greedy", info="Always the likeliest word; no chance involved")
-    return length, temperature, top_p, seed, greedy
-
-
 def wire(tab: SteerTab, handlers: SteerHandlers) -> None:
-    """Connect the components with the handlers."""
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    writing = {**quiet, "concurrency_limit": MAX_RUNS, "concurrency_id": KIND}
+    """Connect what writes, and what is done with the texts."""
     mixer = tab.mixer
-    given, mixed = [*tab.ask, *mixer.inputs], [tab.mix_error, tab.mix_note, *mixer.outputs]
+    given, view = [tab.ask, mixer.form], tab.pick(*View._fields)
+    writing: dict[str, Any] = {**QUIET, "concurrency_limit": MAX_RUNS, "concurrency_id": KIND}
     starting = [tab.run.click, tab.again.click, tab.prompt.submit, *(button.click for button in tab.presets)]
-    gr.on(starting, None, None, None, js=_LOOK_AT_TEXTS, **quiet)
-    events = [gr.on([tab.run.click, tab.prompt.submit], handlers.run, given, tab.view, **writing)]
-    events.append(tab.again.click(handlers.again, given, tab.view, **writing))
-    tab.again.click(handlers.next_seed, tab.settings[3], tab.settings[3], queue=False, **quiet)
+    gr.on(starting, None, None, None, js=_LOOK_AT_TEXTS, **QUIET)
+    events = [gr.on([tab.run.click, tab.prompt.submit], *bound(handlers.run, given, view), **writing)]
+    events.append(tab.again.click(*bound(handlers.again, given, view), **writing))
+    tab.again.click(*bound(handlers.next_seed, [tab.seed], tab.seed), queue=False, **QUIET)
     for button, preset in zip(tab.presets, PRESETS, strict=True):
-        events.append(button.click(handlers.runner(preset), given, tab.view, **writing))
-    tab.picked.change(guarded(handlers.show_picked), [tab.picked, *mixer.inputs], mixer.outputs, queue=False, **quiet)
-    colouring = [tab.colour, tab.last, *mixer.inputs]
+        events.append(button.click(*bound(handlers.runner(preset), given, view), **writing))
+    picked = bound(guarded(handlers.show_picked), [tab.picked, mixer.form], mixer.outputs)
+    tab.picked.change(*picked, queue=False, **QUIET)
+    colour = bound(handlers.colour, [tab.colour, tab.last, mixer.form], tab.coloured)
+    reading: dict[str, Any] = {**QUIET, "concurrency_limit": READING, "concurrency_id": "colour"}
     for event in events:
-        event.failure(handlers.give_up, None, tab.view, queue=False, **quiet)
-        event.success(handlers.colour, colouring, tab.coloured, **quiet)
-    tab.stop.click(handlers.stop, None, None, queue=False, **quiet)
-    gr.on([tab.clear.click, *(chat.clear for chat in tab.chats)], handlers.clear, None, [tab.talk, *tab.chats], **quiet)
-    tab.mode.change(handlers.show_mode, tab.mode, [tab.panes, tab.chat_panes, tab.clear], queue=False, **quiet)
-    tab.colour.input(handlers.colour, colouring, tab.coloured, **quiet)
-    tab.keep.click(handlers.keep, mixer.inputs, [tab.kept, tab.against, tab.mix_error], **quiet)
-    tab.share.click(handlers.share, given, [tab.query, tab.error], **quiet).success(
-        lambda query: gr.update(visible=bool(query)), tab.query, tab.link, **quiet
-    ).success(None, tab.query, tab.link, js=_COPY_LINK, **quiet)
-    mixer.chosen.input(guarded(handlers.remix), mixer.inputs, mixer.outputs, **quiet)
-    mixer.model.input(handlers.choose_model, mixer.inputs, [tab.mix_error, *mixer.outputs], **quiet)
-    tab.upload.upload(handlers.upload, [tab.upload, *mixer.inputs], mixed, **quiet)
-    example = [tab.example, tab.mix_error, tab.mix_note]
-    tab.example.click(handlers.begin_example, None, example, queue=False, **quiet).then(
-        handlers.build_example,
-        mixer.inputs,
-        [tab.example, *mixed],
+        event.failure(*bound(handlers.give_up, [], view), queue=False, **QUIET)
+        event.success(*colour, **reading)
+    tab.colour.input(*colour, **reading)
+    tab.stop.click(*bound(handlers.stop), queue=False, **QUIET)
+    clearing = [tab.clear.click, tab.unsteered_chat.clear, tab.steered_chat.clear]
+    gr.on(clearing, *bound(handlers.clear, [], tab.pick("talk", "unsteered_chat", "steered_chat")), **QUIET)
+    panes = tab.pick("panes", "chat_panes", "clear")
+    tab.mode.change(*bound(handlers.show_mode, [tab.mode], panes), queue=False, **QUIET)
+    aside = tab.pick("kept", "against", "mix_error")
+    tab.put_aside.click(*bound(handlers.put_aside, [mixer.form], aside), **QUIET)
+    tab.share.click(*bound(handlers.share, given, tab.pick("query", "error")), **QUIET).success(
+        lambda query: gr.update(visible=bool(query)), tab.query, tab.link, **QUIET
+    ).success(None, tab.query, tab.link, js=_COPY_LINK, **QUIET)
+
+
+def wire_mixer(tab: SteerTab, page: gr.Blocks, handlers: MixerHandlers) -> None:
+    """Connect what there is to steer with: what a visitor finds, fetches, uploads and chooses."""
+    mixer, given = tab.mixer, [tab.mixer.form]
+    mixed = {**tab.pick("mix_error", "mix_note"), **mixer.outputs}
+    set_to = tab.pick("mode", "prompt", "max_new_tokens", "temperature", "top_p", "seed", "greedy", "wanted", "fetch")
+    page.load(*bound(handlers.arrive, given, {"model": mixer.model, **set_to, **mixed}), **QUIET)
+    fetched = {**tab.pick("wanted", "fetch"), **mixed}
+    tab.fetch.click(
+        *bound(handlers.fetch_linked, [tab.wanted, mixer.form], fetched),
+        show_progress_on=tab.mix_note,
+        concurrency_limit=LINKED,
+        api_visibility="private",
+    )
+    mixer.chosen.input(*bound(guarded(handlers.remix), given, mixer.outputs), **QUIET)
+    mixer.model.input(*bound(handlers.choose_model, given, mixed), **QUIET)
+    uploading: dict[str, Any] = {**QUIET, "concurrency_limit": HUB}
+    tab.upload.upload(*bound(handlers.upload, [tab.upload, mixer.form], mixed), **uploading)
+    example = tab.pick("example", "mix_error", "mix_note")
+    tab.example.click(*bound(handlers.begin_example, [], example), queue=False, **QUIET).then(
+        *bound(handlers.build_example, given, {**example, **mixed}),
         show_progress_on=tab.mix_note,
         concurrency_id=BUILD_KIND,
         concurrency_limit=MAX_BUILDS,
         api_visibility="private",
-    ).failure(handlers.give_up_example, None, example, queue=False, **quiet)
-
-
-def wire_arrival(tab: SteerTab, page: gr.Blocks, handlers: SteerHandlers) -> None:
-    """What a visitor finds: the released artifacts, and what their link says."""
-    mixer = tab.mixer
-    arrived = [mixer.model, tab.mode, tab.prompt, *tab.settings, tab.mix_error, *mixer.outputs]
-    page.load(handlers.arrive, mixer.inputs, arrived, show_progress="hidden", api_visibility="private")
+    ).failure(*bound(handlers.give_up_example, [], example), queue=False, **QUIET)

@@ -1,0 +1,184 @@
+"""What happens on the Build tab."""
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from neurosteer.errors import Cancelled, UsageError
+from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.progress import Progress
+from neurosteer.ui.jobs import BUSY, Jobs, problem
+from neurosteer.ui.loading import Models
+from neurosteer.ui.mixer import Mix
+from neurosteer.ui.settings import OF_SOME_METHODS, Settings, build_options, check_sae
+from neurosteer.ui.shelf import put, zip_file
+from neurosteer.ui.show import html as render
+from neurosteer.ui.show.layer_figure import layer_figure
+from neurosteer.ui.source import Source, read_source
+from neurosteer.ui.wiring import Updates
+from neurosteer.ui.work import KIND, at_most, in_words
+
+if TYPE_CHECKING:
+    from neurosteer.artifacts.artifact import Artifact
+
+NOTHING_YET = {
+    "bundled": "Pick a set to see what is in it.",
+    "file": "Choose a file to see what is read from it.",
+    "files": "Choose both files to see what is read from them.",
+    "paste": "Fill both boxes to see what is read from them.",
+}
+AUTOMATIC = ("automatic", "")
+_IN_WORDS = {
+    ("rank", "difference"): "how much more active",
+    ("rank", "dprime"): "how clearly it tells them apart",
+    ("rank", "write"): "how much it pushes that way",
+    ("rank", "rate"): "how much more often it fires",
+    ("rank", "probe"): "what a classifier relies on",
+    ("weight", "difference"): "how much more active",
+    ("weight", "target"): "how active on its own side",
+    ("sides", "positive"): "features of texts that show it",
+    ("sides", "both"): "and of texts that don’t, turned down",
+}
+
+
+def _options_of(name: str, values: Iterable[str]) -> list[tuple[str, str]]:
+    """The choices of a dropdown for the parameter `name`, in words where there are some."""
+    said = [(f"{value}: {_IN_WORDS[name, value]}" if (name, value) in _IN_WORDS else value, value) for value in values]
+    return [AUTOMATIC, *said]
+
+
+class BuildHandlers:
+    """What happens on the Build tab."""
+
+    def __init__(self, models: Models, jobs: Jobs) -> None:
+        self.models = models
+        self.jobs = jobs
+
+    def choices(self) -> Updates:
+        """The methods and the options of Advanced, from the library; it is not imported before the page is up."""
+        self.models.holder().wait_for_libraries()
+        from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS
+        from neurosteer.methods import METHODS
+        from neurosteer.methods.sae import SIDES, WEIGHTS
+        from neurosteer.models.language_model import FRAMINGS
+        from neurosteer.reading.request import TOKENS
+
+        options = {
+            "framing": FRAMINGS,
+            "tokens": TOKENS,
+            "operation": CIRCUIT_OPERATIONS,
+            "weight": WEIGHTS,
+            "sides": SIDES,
+        }
+        choices = {name: _options_of(name, values) for name, values in options.items()}
+        choices["method"] = [(f"{method.name}: {method.explanation}", method.name) for method in METHODS.values()]
+        return {name: gr.update(choices=offered) for name, offered in choices.items()}
+
+    def show_source(self, kind: str) -> Updates:
+        """Which of the groups of inputs is visible."""
+        return {f"{value}_group": gr.update(visible=value == kind) for value in NOTHING_YET}
+
+    def show_parameters(self, method: str) -> Updates:
+        """Those settings that the method takes; rank and top_k begin anew, because they mean something else."""
+        self.models.holder().wait_for_libraries()
+        from neurosteer.methods import cna, find_method, sae
+
+        takes = find_method(method).defaults
+        counted, share = ("Features", "A count") if method == "sae" else ("Neurons", "A count, or a share below 1")
+        ranks = {"cna": cna.RANKS, "sae": sae.RANKS}.get(method, ())
+        changes: dict[str, dict[str, Any]] = {
+            "rank": {
+                "choices": _options_of("rank", ranks),
+                "value": "",
+                "info": f"What makes a {counted.lower()[:-1]} matter",
+            },
+            "top_k": {"label": f"{counted} (top_k)", "info": share, "value": ""},
+        }
+        return {name: gr.update(visible=name in takes, **changes.get(name, {})) for name in OF_SOME_METHODS}
+
+    def preview(self, request: gr.Request, source: Source) -> str:
+        """What is read from the source as it stands."""
+        self.jobs.remove_uploads_later(request.session_hash, source.file, source.positive_file, source.negative_file)
+        try:
+            examples = read_source(source)
+        except Exception as error:
+            return render.error_line(problem(error))
+        return render.hint(NOTHING_YET[source.kind]) if examples is None else render.examples_read(examples)
+
+    def begin(self, request: gr.Request) -> Updates:
+        """At once, before the work has its turn: Cancel works from here on."""
+        self.jobs.begin(request.session_hash, KIND)
+        return {"start": gr.update(interactive=False), "cancel": gr.update(interactive=True), "error": "", "note": ""}
+
+    def give_up(self) -> Updates:
+        """When the server could not even begin: the buttons as they were."""
+        return _ended(error=render.error_line(BUSY))
+
+    def stop(self, request: gr.Request) -> None:
+        self.jobs.cancel(request.session_hash, KIND)
+
+    def build(
+        self, request: gr.Request, progress: gr.Progress, source: Source, settings: Settings, mix: Mix
+    ) -> Updates:
+        """Build, and put the result on the visitor's shelf. Whatever goes wrong becomes one line, inputs stay."""
+        try:
+            examples = read_source(source)
+            if examples is None:
+                raise UsageError(f"There are no examples yet. {NOTHING_YET[source.kind]}")
+            cancel = self.jobs.current(request.session_hash, KIND)
+            artifact, seconds = self.make(examples, settings, in_words(progress), cancel, mix.model)
+            shelf, label = put(mix.shelf, artifact)
+            self.jobs.remove_later(request.session_hash, zip_file(artifact))
+            mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
+            return {**_ended(), **_result(artifact, label, seconds, examples), **mixed}
+        except Cancelled:
+            return _ended(note=render.note_line("Cancelled: nothing was built, what you entered is still here."))
+        except Exception as error:
+            return _ended(error=render.error_line(problem(error)))
+
+    def make(
+        self,
+        examples: ContrastSet,
+        settings: Settings,
+        progress: Progress,
+        cancel: threading.Event,
+        model: str | None = None,
+    ) -> "tuple[Artifact, float]":
+        """The artifact, once the model is there, and the seconds that building took. Raises the library's errors, and
+        `UsageError` when it takes too long."""
+        with at_most(cancel, "give fewer texts"):
+            session = self.models.holder(model).wait(progress, cancel)
+            from neurosteer.building.build import build
+
+            options = build_options(settings)
+            if "sae" in options:
+                check_sae(options["sae"], session.lm)
+            started = time.monotonic()
+            artifact = session.run(build, examples, progress=progress, cancel=cancel, **options)
+        return artifact, time.monotonic() - started
+
+    def try_it(self, label: str, mix: Mix) -> Updates:
+        """To the Steer tab, with the newest artifact alone."""
+        return {"tabs": gr.update(selected="steer"), **mix.choosing(mix.shelf, [label]).updates()}
+
+
+def _ended(error: str = "", note: str = "") -> Updates:
+    return {
+        "start": gr.update(interactive=True), "cancel": gr.update(interactive=False), "error": error, "note": note
+    }  # fmt: skip
+
+
+def _result(artifact: "Artifact", label: str, seconds: float, examples: ContrastSet) -> Updates:
+    source = artifact.provenance
+    figure = layer_figure(source.separation, artifact.layers, source.candidates)
+    return {
+        "result": render.built(artifact, label, seconds, examples),
+        "features": render.made_of(artifact),
+        "plot": gr.update(value=figure, visible=figure is not None),
+        "download": gr.update(value=zip_file(artifact), visible=True),
+        "try_it": gr.update(visible=True),
+        "latest": label,
+    }
