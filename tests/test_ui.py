@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import logging
 import os
 import pickle
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import pytest
@@ -32,6 +34,7 @@ from neurosteer.ui.jobs import Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.page import PageHandlers, create_app
 from neurosteer.ui.shelf import MOST_ARTIFACTS, MOST_BYTES, put, size_in_memory, zip_file
+from neurosteer.ui.wiring import Form, bound
 
 # --- the visitor's artifacts, and stopping ----------------------------------------------------------------------------
 
@@ -264,6 +267,38 @@ def test_no_handler_of_the_page_is_an_open_endpoint() -> None:
     page = create_app(holder=Never())
     opened = [str(fn.api_name) for fn in page.fns.values() if fn.fn is not None and fn.api_visibility != "private"]
     assert opened == ENDPOINTS
+
+
+def test_handlers_get_objects_and_change_components_by_name() -> None:
+    class Two(NamedTuple):
+        first: str
+        second: float
+
+    heard: list[Any] = []
+
+    def handle(request: gr.Request, progress: gr.Progress, one: int, two: Two) -> dict[str, Any]:
+        heard.append((request, one, two))
+        return {"there": one} if one else {}
+
+    def stream(two: Two) -> Iterator[Two]:
+        yield two
+        yield two._replace(first="later")
+
+    with gr.Blocks():
+        alone, first, second, there = gr.Number(), gr.Textbox(), gr.Number(), gr.HTML()
+        form = Form(Two, {"second": second, "first": first})
+        run, inputs, _ = bound(handle, [alone, form], {"there": there, "other": first})
+        grow, _, outputs = bound(stream, [form], {"first": first, "second": second})
+    assert inputs == [alone, second, first] and outputs == [first, second]
+    names = [parameter.name for parameter in inspect.signature(run).parameters.values()]
+    default = inspect.signature(run).parameters["progress"].default
+    assert names == ["request", "progress", "values"] and isinstance(default, gr.Progress)
+    assert run("who", None, 7, 0.5, "a") == {there: 7} and heard == [("who", 7, Two("a", 0.5))]
+    assert run("who", None, 0, 0.5, "a") == gr.skip()
+    assert list(grow(0.5, "a")) == [{first: "a", second: 0.5}, {first: "later", second: 0.5}]
+    wrong, *_ = bound(lambda: {"no such": 1}, [], {"there": there})
+    with pytest.raises(KeyError):
+        wrong()
 
 
 def test_no_visitor_waits_for_another_who_does_the_same() -> None:
