@@ -41,7 +41,7 @@ from neurosteer.ui.api.evaluate import EvaluateEndpoint
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.page import launch
-from neurosteer.ui.tabs.build import BuildHandlers
+from neurosteer.ui.tabs.build_handlers import BuildHandlers
 
 EVIL, VICTIM = "127.0.0.2", "127.0.0.1"
 VECTOR = base64.b64encode(pack(make_vector())).decode()
