@@ -36,7 +36,7 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
 from neurosteer.steering.session import Row, Session
-from neurosteer.ui import gpu
+from neurosteer.ui import gpu, gpu_time
 from neurosteer.ui.jobs import problem
 from neurosteer.ui.loading import ModelHolder
 from neurosteer.ui.show import colours
@@ -271,7 +271,7 @@ def test_a_model_that_is_loaded_later_costs_no_gpu_time_to_load_and_its_process_
 
 def test_calibrating_and_comparing_layers_asks_for_more_seconds_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(examples: ContrastSet, **options: Any) -> float:
-        return gpu._calling_s(build, (examples,), options, ())
+        return gpu_time.calling_s(build, (examples,), options, ())
 
     longer = replace(EXAMPLES, positive=tuple(f"{text} {'long ' * 400}" for text in EXAMPLES.positive))
     plain, given, auto = (
@@ -279,9 +279,9 @@ def test_calibrating_and_comparing_layers_asks_for_more_seconds_in_proportion(mo
     )
     assert plain + 5 < given and given + 3 < auto  # 13 to 14 passes over the prompts, and several candidates' besides
     assert seconds(longer, calibrate=False) > plain and seconds(longer) > auto
-    monkeypatch.setattr(gpu, "calibration_prompts", lambda: ("a prompt of some words",) * 600)
+    monkeypatch.setattr(gpu_time, "calibration_prompts", lambda: ("a prompt of some words",) * 600)
     many = seconds(EXAMPLES, layers="2")
-    monkeypatch.setattr(gpu, "calibration_prompts", lambda: ("a prompt of some words",) * 1200)
+    monkeypatch.setattr(gpu_time, "calibration_prompts", lambda: ("a prompt of some words",) * 1200)
     assert seconds(EXAMPLES, layers="2") == pytest.approx(2 * many, rel=0.1)
     assert gpu._seconds(gpu._call, "Llama-3.1-8B-Instruct", build, (EXAMPLES,), {}, ()) <= 120
 

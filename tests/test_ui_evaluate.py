@@ -23,7 +23,7 @@ from neurosteer.evaluation.report import generations_csv
 from neurosteer.examples.files import bundled_sets, neutral_prompts
 from neurosteer.steering.batches import Batch
 from neurosteer.steering.session import Session
-from neurosteer.ui import evaluating, gpu, work
+from neurosteer.ui import evaluating, gpu_time, work
 from neurosteer.ui.evaluating import KIND, Plan
 from neurosteer.ui.jobs import Jobs
 from neurosteer.ui.limits import MAX_EVALUATED_TEXTS, MAX_PROMPT
@@ -498,9 +498,9 @@ def test_a_gpu_is_asked_for_longer_where_more_is_written() -> None:
     few: dict[str, Any] = {
         "prompts": PROMPTS, "strengths": (-1.0, 0.0, 1.0), "samples": 1, "max_new_tokens": 8, "n_random": 1,
     }  # fmt: skip
-    seconds = gpu._calling_s(evaluate, (), few, ())
-    assert seconds < gpu._calling_s(evaluate, (), {**few, "max_new_tokens": 800}, ())
-    assert seconds < gpu._calling_s(evaluate, (), {**few, "prompts": PROMPTS * 20}, ())
+    seconds = gpu_time.calling_s(evaluate, (), few, ())
+    assert seconds < gpu_time.calling_s(evaluate, (), {**few, "max_new_tokens": 800}, ())
+    assert seconds < gpu_time.calling_s(evaluate, (), {**few, "prompts": PROMPTS * 20}, ())
 
 
 def test_the_work_is_cancelled_when_its_visitor_leaves(handlers: EvaluateHandlers) -> None:

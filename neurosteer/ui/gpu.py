@@ -26,13 +26,7 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import UNSTEERED
 from neurosteer.artifacts.storage import pack, unpack
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.building.build import build
 from neurosteer.errors import NeuroSteerError
-from neurosteer.evaluation import evaluate
-from neurosteer.evaluation.controls import n_groups
-from neurosteer.examples.contrast_set import ContrastSet
-from neurosteer.examples.files import calibration_prompts
-from neurosteer.measuring.calibration import MAX_ROUNDS, N_TOKENS
 from neurosteer.models.catalog import find_model
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
@@ -40,17 +34,11 @@ from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Options, Row, Session, Step, is_set
 from neurosteer.steering.shared import SharedSession
+from neurosteer.ui.gpu_time import BATCH_ROWS, calling_s, writing_s
 from neurosteer.ui.limits import on_zero_gpu
 
 _GPU = "cuda"
 _BEGIN_S = 10.0  # of a fresh process, until the model is on the GPU
-_STEP_S = 0.05  # of decoding, whatever the model: a step waits for the many small things it launches
-_BATCH_ROWS = 64  # that decode in one step
-_TOKENS_PER_S = 5_000  # read while building, by a large model
-_TEXT_TOKENS, _CHARACTERS_PER_TOKEN = 512, 3
-_AMOUNTS = 2.5  # that a round of calibrating tries: several in the first one, then one or two for each sign
-_CANDIDATES, _COMPARED_ON, _PART_OF_PROMPTS = 5, 12, 3  # choices of layers, texts of a class, a third of the prompts
-_OTHER_S = 15.0  # whatever else there is to do with a prompt and a text or two
 _MOST_S = 120  # that can be asked for
 
 Task = Callable[..., Generator[Any, None, Any]]
@@ -223,7 +211,7 @@ def _write(session: Session, rows: Sequence[Row], options: Options) -> Generator
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling,
         raw=options.raw,
-        batch_rows=_BATCH_ROWS,
+        batch_rows=BATCH_ROWS,
     )
     return [{"text": row.text, "tokens": row.tokens, "finish": row.finish} for row in filled]
 
@@ -272,51 +260,7 @@ def _seconds(task: Task, model: str | None, *arguments: Any) -> int:
     return min(_MOST_S, math.ceil(_BEGIN_S + moving + _WORK_S[task](*arguments)))
 
 
-def _writing_s(rows: Sequence[Row], options: Options) -> float:
-    return math.ceil(len(rows) / _BATCH_ROWS) * options.max_new_tokens * _STEP_S
-
-
-def _calling_s(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], callbacks: tuple[str, ...]
-) -> float:
-    if function is build:
-        (examples,) = arguments
-        return _building_s(examples, options)
-    if function is evaluate:
-        return _evaluating_s(options)
-    return _OTHER_S
-
-
-def _building_s(examples: ContrastSet, options: dict[str, Any]) -> float:
-    """All texts are read once. Calibration writes its prompts' continuations and reads them in every round; where a
-    choice of layers is compared, each candidate is calibrated on a part of them and read on held-out texts."""
-    lengths = [
-        min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) for text in (*examples.positive, *examples.negative)
-    ]
-    seconds = sum(lengths) / _TOKENS_PER_S
-    if not options.get("calibrate", True):
-        return seconds
-    prompts = calibration_prompts()
-    read = sum(len(prompt) / _CHARACTERS_PER_TOKEN + N_TOKENS for prompt in prompts)
-    rounds_s = MAX_ROUNDS * (_AMOUNTS * read / _TOKENS_PER_S + _STEP_S)
-    seconds += math.ceil(len(prompts) / _BATCH_ROWS) * N_TOKENS * _STEP_S + rounds_s
-    if options.get("layers", "auto") in ("auto", "all"):
-        held_out = 2 * _COMPARED_ON * sum(lengths) / max(1, len(lengths))
-        seconds += _CANDIDATES * (rounds_s / _PART_OF_PROMPTS + 2 * held_out / _TOKENS_PER_S)
-    return seconds
-
-
-def _evaluating_s(options: dict[str, Any]) -> float:
-    """All texts are written once and read once; so many groups more are read to measure KL, and twins to bring them to
-    the same."""
-    groups = n_groups(options["strengths"])
-    texts = groups * len(options["prompts"]) * options["samples"]
-    steps = math.ceil(texts / _BATCH_ROWS) * options["max_new_tokens"]
-    matching = 2 * options.get("n_random", 10) * 8 * 3  # signs, twins, prompts, and how often a strength is tried
-    return _OTHER_S + steps * _STEP_S + (2 * texts + matching) * _TEXT_TOKENS / 4 / _TOKENS_PER_S
-
-
-_WORK_S: dict[Task, Callable[..., float]] = {_write: _writing_s, _call: _calling_s}
+_WORK_S: dict[Task, Callable[..., float]] = {_write: writing_s, _call: calling_s}
 
 
 Work = Callable[..., Generator[Any, None, None]]

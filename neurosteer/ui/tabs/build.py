@@ -12,8 +12,9 @@ from neurosteer.ui.settings import OF_SOME_METHODS, Settings
 from neurosteer.ui.show import html as render
 from neurosteer.ui.source import Source
 from neurosteer.ui.tabs.build_handlers import AUTOMATIC, NOTHING_YET, BuildHandlers
+from neurosteer.ui.tabs.startable import wire_work
 from neurosteer.ui.wiring import Form, Parts, bound
-from neurosteer.ui.work import KIND, QUIET, READING
+from neurosteer.ui.work import QUIET, READING
 
 _SOURCES = [
     ("A ready-made set", "bundled"),
@@ -156,7 +157,6 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
     """Connect the components with the handlers."""
     from_library = tab.pick("method", "framing", "tokens", "operation", "weight", "sides")
     groups = tab.pick(*(f"{kind}_group" for kind in NOTHING_YET))
-    buttons = tab.pick("start", "cancel", "error", "note")
     result = tab.pick("result", "features", "plot", "download", "try_it", "latest")
     preview = bound(guarded(handlers.preview), [tab.source], tab.preview)
     parsing: dict[str, Any] = {**QUIET, "concurrency_limit": READING, "concurrency_id": "preview"}
@@ -167,14 +167,9 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
         component.change(*preview, trigger_mode="always_last", **parsing)
     own = tab.pick(*OF_SOME_METHODS)
     tab.method.change(*bound(guarded(handlers.show_parameters), [tab.method], own), **QUIET)
+    given = [tab.source, tab.settings, mixer.form]
     starting = [tab.start.click, tab.name.submit, tab.layers.submit]
-    gr.on(starting, *bound(handlers.begin, [], buttons), queue=False, **QUIET).then(
-        *bound(handlers.build, [tab.source, tab.settings, mixer.form], {**buttons, **result, **mixer.outputs}),
-        show_progress_on=tab.result,
-        concurrency_id=KIND,
-        concurrency_limit=MAX_BUILDS,
-        api_visibility="private",
-    ).failure(*bound(handlers.give_up, [], buttons), queue=False, **QUIET)
-    tab.cancel.click(*bound(handlers.stop), queue=False, **QUIET)
+    outputs = {**result, **mixer.outputs}
+    wire_work(tab, starting, handlers, handlers.build, given, outputs, at_once=MAX_BUILDS, shown_on=tab.result)
     tried = {"tabs": tabs, **mixer.outputs}
     tab.try_it.click(*bound(guarded(handlers.try_it), [tab.latest, mixer.form], tried), **QUIET)

@@ -10,14 +10,14 @@ import gradio as gr
 from neurosteer.errors import Cancelled, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.progress import Progress
-from neurosteer.ui.jobs import BUSY, Jobs, problem
-from neurosteer.ui.loading import Models
+from neurosteer.ui.jobs import problem
 from neurosteer.ui.mixer import Mix
 from neurosteer.ui.settings import OF_SOME_METHODS, Settings, build_options, check_sae
 from neurosteer.ui.shelf import put, zip_file
 from neurosteer.ui.show import html as render
 from neurosteer.ui.show.layer_figure import layer_figure
 from neurosteer.ui.source import Source, read_source
+from neurosteer.ui.tabs.startable import Startable, ended
 from neurosteer.ui.wiring import Updates
 from neurosteer.ui.work import KIND, at_most, in_words
 
@@ -50,12 +50,10 @@ def _options_of(name: str, values: Iterable[str]) -> list[tuple[str, str]]:
     return [AUTOMATIC, *said]
 
 
-class BuildHandlers:
+class BuildHandlers(Startable):
     """What happens on the Build tab."""
 
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
+    kind = KIND
 
     def choices(self) -> Updates:
         """The methods and the options of Advanced, from the library; it is not imported before the page is up."""
@@ -108,18 +106,6 @@ class BuildHandlers:
             return render.error_line(problem(error))
         return render.hint(NOTHING_YET[source.kind]) if examples is None else render.examples_read(examples)
 
-    def begin(self, request: gr.Request) -> Updates:
-        """At once, before the work has its turn: Cancel works from here on."""
-        self.jobs.begin(request.session_hash, KIND)
-        return {"start": gr.update(interactive=False), "cancel": gr.update(interactive=True), "error": "", "note": ""}
-
-    def give_up(self) -> Updates:
-        """When the server could not even begin: the buttons as they were."""
-        return _ended(error=render.error_line(BUSY))
-
-    def stop(self, request: gr.Request) -> None:
-        self.jobs.cancel(request.session_hash, KIND)
-
     def build(
         self, request: gr.Request, progress: gr.Progress, source: Source, settings: Settings, mix: Mix
     ) -> Updates:
@@ -133,11 +119,11 @@ class BuildHandlers:
             shelf, label = put(mix.shelf, artifact)
             self.jobs.remove_later(request.session_hash, zip_file(artifact))
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
-            return {**_ended(), **_result(artifact, label, seconds, examples), **mixed}
+            return {**ended(), **_result(artifact, label, seconds, examples), **mixed}
         except Cancelled:
-            return _ended(note=render.note_line("Cancelled: nothing was built, what you entered is still here."))
+            return ended(note=render.note_line("Cancelled: nothing was built, what you entered is still here."))
         except Exception as error:
-            return _ended(error=render.error_line(problem(error)))
+            return ended(error=render.error_line(problem(error)))
 
     def make(
         self,
@@ -163,12 +149,6 @@ class BuildHandlers:
     def try_it(self, label: str, mix: Mix) -> Updates:
         """To the Steer tab, with the newest artifact alone."""
         return {"tabs": gr.update(selected="steer"), **mix.choosing(mix.shelf, [label]).updates()}
-
-
-def _ended(error: str = "", note: str = "") -> Updates:
-    return {
-        "start": gr.update(interactive=True), "cancel": gr.update(interactive=False), "error": error, "note": note
-    }  # fmt: skip
 
 
 def _result(artifact: "Artifact", label: str, seconds: float, examples: ContrastSet) -> Updates:

@@ -19,13 +19,13 @@ from neurosteer.ui.explaining import (
     explain_circuit,
     predicted,
 )
-from neurosteer.ui.jobs import BUSY, Jobs, problem
+from neurosteer.ui.jobs import BUSY, problem
 from neurosteer.ui.limits import MAX_CIRCUITS, MAX_PROMPT
-from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST, MULTIPLIERS, Mix, Mixer
 from neurosteer.ui.shelf import put
 from neurosteer.ui.show import html as render
 from neurosteer.ui.show.circuits import COLUMNS
+from neurosteer.ui.tabs.startable import Startable
 from neurosteer.ui.wiring import Form, Parts, Updates, bound
 from neurosteer.ui.work import QUIET, at_most, in_words
 
@@ -52,12 +52,10 @@ class OnScreen(NamedTuple):
     sweep: "tuple[SweepPoint, ...]"
 
 
-class CircuitHandlers:
+class CircuitHandlers(Startable):
     """What happens on the Circuits tab."""
 
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
+    kind = KIND
 
     def attribute(self, request: gr.Request, progress: gr.Progress, question: Question, mix: Mix) -> Updates:
         """The neurons that the word is owed to."""
@@ -112,12 +110,6 @@ class CircuitHandlers:
             return {"error": render.error_line(problem(error))}
         done = render.note_line(f"{label} is on your shelf: steer with it, download or publish it.")
         return {"summary": done, **mix.choosing(shelf, [*mix.chosen[: MOST - 1], label]).updates()}
-
-    def stop(self, request: gr.Request) -> None:
-        self.jobs.cancel(request.session_hash, KIND)
-
-    def give_up(self) -> str:
-        return render.error_line(BUSY)
 
 
 def _shown(found: Explained) -> Updates:
@@ -203,7 +195,7 @@ def wire(tab: Parts, mixer: Mixer, handlers: CircuitHandlers) -> None:
         "show_progress_on": tab.summary, "concurrency_id": KIND, "concurrency_limit": MAX_CIRCUITS,
         "api_visibility": "private",
     }  # fmt: skip
-    give_up = bound(handlers.give_up, [], tab.error)
+    give_up = bound(lambda: render.error_line(BUSY), [], tab.error)
     starting = [tab.start.click, tab.prompt.submit, tab.target.submit, tab.counterfactual.submit]
     asked = gr.on(starting, *bound(handlers.attribute, given, outputs), **working)
     taken = tab.built.input(*bound(handlers.take, [tab.built, *given], outputs), **working)

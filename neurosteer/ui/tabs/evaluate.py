@@ -3,7 +3,7 @@
 import gradio as gr
 
 from neurosteer.examples.files import bundled_sets
-from neurosteer.ui.evaluating import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, STRENGTHS, Plan
+from neurosteer.ui.evaluating import MOST_RANDOM, N_PROMPTS, N_TOKENS, STRENGTHS, Plan
 from neurosteer.ui.limits import (
     MAX_EVALUATED_PROMPTS,
     MAX_EVALUATED_SAMPLES,
@@ -24,6 +24,7 @@ from neurosteer.ui.tabs.evaluate_handlers import (
     EvaluateHandlers,
     JudgeAsked,
 )
+from neurosteer.ui.tabs.startable import wire_work
 from neurosteer.ui.wiring import Form, Parts, bound
 from neurosteer.ui.work import QUIET, READING
 
@@ -133,17 +134,9 @@ def wire(tab: Parts, mixer: Mixer, source: Form[Source], entry: gr.Tab, handlers
     for component in (tab.what, tab.kind, tab.bundled, tab.file):
         component.change(*about, trigger_mode="always_last", **parsing)
     entry.select(*about, **parsing)
-    buttons = tab.pick("start", "cancel", "error", "note")
     found = tab.pick("summary", "effect", "damage", "table", "texts", "download", "attach", "measured")
     given = [tab.what, judge, Form(Plan, tab.pick(*Plan._fields)), source, mixer.form]
     starting = [tab.start.click, tab.words.submit, tab.pattern.submit]
-    gr.on(starting, *bound(handlers.begin, [], buttons), queue=False, **QUIET).then(
-        *bound(handlers.evaluate, given, {**buttons, **found}),
-        show_progress_on=tab.summary,
-        concurrency_id=KIND,
-        concurrency_limit=MAX_EVALUATIONS,
-        api_visibility="private",
-    ).failure(*bound(handlers.give_up, [], buttons), queue=False, **QUIET)
-    tab.cancel.click(*bound(handlers.stop), queue=False, **QUIET)
+    wire_work(tab, starting, handlers, handlers.evaluate, given, found, at_once=MAX_EVALUATIONS, shown_on=tab.summary)
     attached = {**tab.pick("error", "note", "attach"), **mixer.outputs}
     tab.attach.click(*bound(handlers.attach, [tab.measured, mixer.form], attached), **QUIET)

@@ -14,14 +14,14 @@ import gradio as gr
 from neurosteer.errors import Cancelled, NeuroSteerError, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.ui.evaluating import KIND, Plan, built_from_all, made, options_of, seen, sets_about
-from neurosteer.ui.jobs import BUSY, Jobs, problem
+from neurosteer.ui.jobs import problem
 from neurosteer.ui.limits import strangers
-from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix
 from neurosteer.ui.shelf import put, zip_file
 from neurosteer.ui.show import evaluation as show_evaluation
 from neurosteer.ui.show import html as render
 from neurosteer.ui.source import Source, read_bundled, read_file, read_source
+from neurosteer.ui.tabs.startable import Startable, ended
 from neurosteer.ui.wiring import Updates
 from neurosteer.ui.work import at_most, in_words
 
@@ -59,12 +59,10 @@ class Measured(NamedTuple):
     receipt: "Receipt"
 
 
-class EvaluateHandlers:
+class EvaluateHandlers(Startable):
     """What happens on the Evaluate tab."""
 
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
+    kind = KIND
 
     # --- choosing ---
 
@@ -126,18 +124,6 @@ class EvaluateHandlers:
 
     # --- measuring ---
 
-    def begin(self, request: gr.Request) -> Updates:
-        """At once, before the work has its turn: Cancel works from here on."""
-        self.jobs.begin(request.session_hash, KIND)
-        return {"start": gr.update(interactive=False), "cancel": gr.update(interactive=True), "error": "", "note": ""}
-
-    def give_up(self) -> Updates:
-        """When the server could not even begin: the buttons as they were."""
-        return _ended(error=render.error_line(BUSY))
-
-    def stop(self, request: gr.Request) -> None:
-        self.jobs.cancel(request.session_hash, KIND)
-
     def evaluate(
         self, request: gr.Request, progress: gr.Progress, what: str | None, asked: JudgeAsked, plan: Plan,
         source: Source, mix: Mix,
@@ -158,11 +144,11 @@ class EvaluateHandlers:
                 found = session.run(evaluate, recipe, judge, **options, out=folder, progress=report, cancel=cancel)
             seconds = time.monotonic() - started
             progress(0.99, desc="Drawing")
-            return {**_ended(), **_shown(found, seconds), **_offered(found, folder, _measured(what, mix, found))}
+            return {**ended(), **_shown(found, seconds), **_offered(found, folder, _measured(what, mix, found))}
         except Cancelled:
-            return _ended(note=render.note_line(_CANCELLED))
+            return ended(note=render.note_line(_CANCELLED))
         except Exception as error:
-            return _ended(error=render.error_line(problem(error)))
+            return ended(error=render.error_line(problem(error)))
 
     def attach(self, request: gr.Request, measured: Measured | None, mix: Mix) -> Updates:
         """Put the receipt on the artifact of the shelf."""
@@ -183,12 +169,6 @@ class EvaluateHandlers:
         self.jobs.remove_later(request.session_hash, zip_file(kept))
         said = render.note_line(f"{label} carries the receipt now: downloads and its card on the Hub show it.")
         return {"error": "", "note": said, "attach": hidden, **mix.choosing(shelf, mix.chosen).updates()}
-
-
-def _ended(error: str = "", note: str = "") -> Updates:
-    return {
-        "start": gr.update(interactive=True), "cancel": gr.update(interactive=False), "error": error, "note": note
-    }  # fmt: skip
 
 
 def _labelled(asked: JudgeAsked, source: Source) -> ContrastSet | None:
