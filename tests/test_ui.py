@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from neurosteer.artifacts.storage import unpack
 from neurosteer.errors import Cancelled, ModelError, UsageError
 from neurosteer.steering.decoding import Sampling
 from neurosteer.ui import shelf as shelves
+from neurosteer.ui import work
 from neurosteer.ui.jobs import Jobs, guarded, problem
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.page import PageHandlers, create_app
@@ -299,6 +301,21 @@ def test_handlers_get_objects_and_change_components_by_name() -> None:
     wrong, *_ = bound(lambda: {"no such": 1}, [], {"there": there})
     with pytest.raises(KeyError):
         wrong()
+
+
+def test_what_does_not_answer_is_given_up_and_never_piles_up() -> None:
+    gone, refused = threading.Event(), []
+    for _ in range(3 * work.HUB):
+        with pytest.raises(UsageError, match=r"Fetching x (took over 0\.01 s|has to wait)") as raised:
+            work.within(0.01, "Fetching x", lambda: gone.wait(30))
+        refused.append("has to wait" in str(raised.value))
+    assert refused.count(False) == 2 * work.HUB
+    gone.set()
+    while any(thread.name == "neurosteer-hub" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    assert work.within(5, "Fetching x", lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        work.within(5, "Fetching x", lambda: 1 // 0)
 
 
 def test_no_visitor_waits_for_another_who_does_the_same() -> None:

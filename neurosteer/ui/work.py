@@ -27,6 +27,8 @@ LINKED = 4  # fetches what a stranger's link names
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": LIGHT}
 """Options of an event that is done at once."""
 
+_places = threading.BoundedSemaphore(2 * HUB)
+
 SOON_S = 60.0  # that a quick piece of work waits for the model
 LINK_S = 60.0  # that is given to what a link names
 
@@ -76,7 +78,10 @@ def session_soon(models: "Models", name: str | None) -> "ModelSession":
 
 
 def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
-    """The result of `function`, which is left to itself after so many seconds. Raises `UsageError` then."""
+    """The result of `function`, which is left to itself after so many seconds. Raises `UsageError` then, and where too
+    many are left to themselves already."""
+    if not _places.acquire(blocking=False):
+        raise UsageError(f"{what} has to wait: others wait for the same, and it is slow today; try again in a minute.")
     results: list[Result] = []
     errors: list[Exception] = []
 
@@ -85,6 +90,8 @@ def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
             results.append(function())
         except Exception as error:
             errors.append(error)
+        finally:
+            _places.release()
 
     thread = threading.Thread(target=run, name="neurosteer-hub", daemon=True)
     thread.start()
