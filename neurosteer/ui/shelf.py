@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,18 +100,21 @@ def size_in_memory(artifact: "Artifact") -> int:
     """The bytes that an artifact takes up: its tensors, and what its config holds as Python's objects."""
     from neurosteer.artifacts.storage import artifact_data
 
-    total, todo = 0, [vars(artifact), artifact_data(artifact)]
+    total, todo = sum(_tensor_bytes(artifact)), [artifact_data(artifact)]
     while todo:
         value: Any = todo.pop()
-        if hasattr(value, "nbytes"):
-            total += value.nbytes
-            continue
         total += sys.getsizeof(value)
         if isinstance(value, Mapping):
             todo += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):
             todo += value
     return total
+
+
+def _tensor_bytes(artifact: "Artifact") -> Iterator[int]:
+    for value in vars(artifact).values():
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            yield getattr(getattr(one, "weights", one), "nbytes", 0)  # an encoder holds its tensor
 
 
 def zip_file(artifact: "Artifact") -> str:
