@@ -196,7 +196,10 @@ def test_building_with_sae_shows_what_it_is_made_of(building: BuildHandlers, sae
     [
         (Settings(method="sae"), "No SAE is shipped for tiny/llama"),
         (Settings(method="sae", sae="no-such-thing"), "There is no SAE &#x27;no-such-thing&#x27;"),
-        (Settings(method="sae", sae="{folder}", top_k="0.5"), "top_k is 0.5; it must be a whole number from 1 to 10000"),
+        (
+            Settings(method="sae", sae="{folder}", top_k="0.5"),
+            "top_k is 0.5; it must be a whole number",
+        ),
         (Settings(method="sae", sae="{folder}", min_output_score="much"), "min_output_score is &#x27;much&#x27;"),
     ],
 )
