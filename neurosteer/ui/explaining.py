@@ -11,7 +11,8 @@ from neurosteer.ui.show import circuits as show_circuits
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.circuit import NeuronCircuit
-    from neurosteer.circuits import Attribution, SweepPoint
+    from neurosteer.circuits import Attribution
+    from neurosteer.circuits.checks.probing import SweepPoint
     from neurosteer.models.language_model import LanguageModel
 
 KIND = "circuits"

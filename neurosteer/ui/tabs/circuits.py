@@ -31,7 +31,7 @@ from neurosteer.ui.work import QUIET, at_most, in_words
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.circuit import NeuronCircuit
-    from neurosteer.circuits import SweepPoint
+    from neurosteer.circuits.checks.probing import SweepPoint
 
 _HELP = (
     "Write a prompt and the word that should come next. In one pass forth and back the model tells which of its "
