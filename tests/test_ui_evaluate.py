@@ -453,7 +453,7 @@ def test_training_the_judge_is_within_the_limit_and_can_be_cancelled(
         time.sleep(0.5)
         return PatternJudge(["a"])
 
-    monkeypatch.setattr("neurosteer.evaluation.judge_for", train)
+    monkeypatch.setattr("neurosteer.evaluation.judges.judge_for", train)
     monkeypatch.setattr(Batch, "step", lambda self: pytest.fail("texts are written after the time was over"))
     with monkeypatch.context() as patch:
         patch.setattr(work, "MAX_SECONDS", 0.2)

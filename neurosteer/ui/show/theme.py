@@ -4,7 +4,7 @@ from typing import Any
 
 from gradio.themes import Base, Default
 
-ACCENT, AGAINST, ASKED = "#6366f1", "#ea580c", "#d97706"  # indigo for what steers; orange against it; amber
+ACCENT = "#6366f1"  # indigo: what steers
 FAINT, TEXT = "#9aa3b2", "#808a9b"
 AXIS: dict[str, Any] = {"gridcolor": "rgba(128,138,155,0.18)", "zeroline": False, "fixedrange": True}
 ON_ANY_PAGE: dict[str, Any] = {
@@ -21,7 +21,7 @@ AGAINST_TO_TOWARDS = [
     [0.6, "rgba(99,102,241,0.45)"],
     [1.0, "rgb(99,102,241)"],
 ]
-"""A colour scale from `AGAINST` to `ACCENT`, with nothing between."""
+"""A colour scale from orange to `ACCENT`, with nothing between."""
 
 _SANS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
