@@ -49,7 +49,7 @@ from neurosteer.evaluation import texts as texts_module
 from neurosteer.evaluation.controls import Group, TwinKind, control_strengths, default_instructions, groups, n_groups
 from neurosteer.evaluation.receipts import receipt_text
 from neurosteer.evaluation.texts import TextPlan
-from neurosteer.evaluation.twins import permuted_twin, with_permuted_labels
+from neurosteer.evaluation.matched_twins import permuted_twin, with_permuted_labels
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.hub import push

@@ -23,8 +23,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("building",),
     ("circuits",),
     ("evaluation",),
-    ("hub", "export"),
-    ("ui", "server"),
+    ("hub",),
+    ("ui",),
     ("cli",),  # below the interface, because one of its verbs starts it
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -18,7 +18,7 @@ from neurosteer.evaluation.judges import Judge
 from neurosteer.evaluation.metrics import KL_PERCENTILE, Sampled, difference, difference_from_twins, figures_of
 from neurosteer.evaluation.receipts import Compared, Measured, receipt_of
 from neurosteer.evaluation.texts import TextPlan, write_texts
-from neurosteer.evaluation.twins import MATCHED_ON, TwinMaker, Twins
+from neurosteer.evaluation.matched_twins import MATCHED_ON, TwinMaker, Twins
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import sweep_prompts
 from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
