@@ -47,9 +47,9 @@ from neurosteer.errors import Cancelled, MismatchError, UsageError
 from neurosteer.evaluation import CallableJudge, Evaluation, TextClassifier, evaluate, write_evaluation
 from neurosteer.evaluation import texts as texts_module
 from neurosteer.evaluation.controls import Group, TwinKind, control_strengths, default_instructions, groups, n_groups
+from neurosteer.evaluation.matched_twins import permuted_twin, with_permuted_labels
 from neurosteer.evaluation.receipts import receipt_text
 from neurosteer.evaluation.texts import TextPlan
-from neurosteer.evaluation.matched_twins import permuted_twin, with_permuted_labels
 from neurosteer.examples.contrast_set import HOLD_OUT_SEED, ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.hub import push

@@ -15,10 +15,10 @@ from neurosteer.errors import ExamplesError, ModelError, UsageError
 from neurosteer.evaluation.controls import Group, Kind, control_strengths, default_instructions, groups, moved
 from neurosteer.evaluation.damage import surprises
 from neurosteer.evaluation.judges import Judge
+from neurosteer.evaluation.matched_twins import MATCHED_ON, TwinMaker, Twins
 from neurosteer.evaluation.metrics import KL_PERCENTILE, Sampled, difference, difference_from_twins, figures_of
 from neurosteer.evaluation.receipts import Compared, Measured, receipt_of
 from neurosteer.evaluation.texts import TextPlan, write_texts
-from neurosteer.evaluation.matched_twins import MATCHED_ON, TwinMaker, Twins
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import sweep_prompts
 from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
