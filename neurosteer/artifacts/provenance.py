@@ -1,6 +1,6 @@
 """Where an artifact comes from, and what was measured of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -35,9 +35,9 @@ class Provenance:
     tokens: Line = ""
     layer_choice: Line = ""
     separation: Annotated[Mapping[int, Finite], _MANY] = field(default_factory=dict)
-    candidates: Annotated[Sequence[Mapping[str, Any]], _FEW] = ()
+    candidates: Annotated[tuple[Mapping[str, Any], ...], _FEW] = ()
     hold_out: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
-    parents: Annotated[Sequence[Line], _MANY] = ()
+    parents: Annotated[tuple[Line, ...], _MANY] = ()
     warnings: Annotated[tuple[Line, ...], _FEW] = ()
     template_options: Annotated[Mapping[str, Any], _FEW] = field(default_factory=dict)
 
