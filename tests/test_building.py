@@ -465,7 +465,7 @@ def test_a_build_says_what_it_is_doing(llama: Tiny) -> None:
 @pytest.mark.parametrize("method", ["caa", "pca", "probe", "cna"])
 def test_texts_too_short_to_be_read_change_nothing_and_are_recorded(method: str) -> None:
     this = make_tiny("llama", chat=False)
-    positive, negative = texts(12, seed=51), texts(12, seed=52)
+    positive, negative = ([one for one in texts(20, seed=seed) if " " in one][:12] for seed in (51, 52))
     plain = ContrastSet(tuple(positive), tuple(negative), name="plain")
     mixed = ContrastSet(("a", *positive), (*negative, "b"), name="mixed", dropped={"blank": 1, "duplicate": 0})
     heard: list[str] = []
