@@ -100,14 +100,14 @@ def model_of(name: str) -> Tiny:
 
 
 @torch.no_grad()
-def true_logits(this: Tiny, ids: list[int], layer: int | None = None, push: Tensor | None = None) -> Tensor:
-    """`[seq, vocab]`, float64, of transformers alone; `push` is added to what block `layer` returns."""
+def true_logits(this: Tiny, ids: list[int], push: Tensor | None = None) -> Tensor:
+    """`[seq, vocab]`, float64, of transformers alone; `push` is added to what block 1 returns."""
 
     def add(_module: Any, _inputs: Any, output: Any) -> Any:
         assert push is not None
         return (output[0] + push, *output[1:]) if isinstance(output, tuple) else output + push
 
-    hooks = [] if layer is None else [(this.blocks[layer], add)]
+    hooks = [] if push is None else [(this.blocks[1], add)]
     with own_hooks(hooks):
         return this.model(torch.tensor([ids]), use_cache=False).logits[0].double()
 
@@ -146,12 +146,12 @@ def test_divergences_are_those_of_the_distributions_that_the_model_draws_from(na
     this = model_of(name)
     recipe, push = steering(this)
     before, after = this.lm.token_ids(PROMPT), this.lm.token_ids(TEXT)
-    plain, steered = (true_logits(this, [*before, *after], *how)[len(before) - 1 : -1] for how in ((), (1, push)))
+    plain, steered = (true_logits(this, [*before, *after], how)[len(before) - 1 : -1] for how in (None, push))
     found = token_divergences(this.lm, recipe, PROMPT, TEXT, raw=True)
     assert sum(one.score for one in found) == pytest.approx(float(naive_kl(steered, plain).sum()), rel=1e-3)
     texts = unsteered_texts(this.lm, [PROMPT], 4, raw=True)
     ids = texts.texts[0].ids
-    plain, steered = (true_logits(this, ids, *how)[len(before) - 1 : -1] for how in ((), (1, push)))
+    plain, steered = (true_logits(this, ids, how)[len(before) - 1 : -1] for how in (None, push))
     measured = divergences(this.lm, texts, [recipe])[0, 0]
     torch.testing.assert_close(measured.double(), naive_kl(steered, plain), rtol=1e-3, atol=1e-6)
 
@@ -161,8 +161,8 @@ def test_next_tokens_have_the_models_own_probabilities(name: str) -> None:
     this = model_of(name)
     ids = this.lm.token_ids(PROMPT)
     recipe, push = steering(this)
-    for given, how in ((Recipe(()), ()), (recipe, (1, push))):
-        wanted = true_logits(this, ids, *how)[-1].softmax(-1)
+    for given, how in ((Recipe(()), None), (recipe, push)):
+        wanted = true_logits(this, ids, how)[-1].softmax(-1)
         best = top_predictions(this.lm, PROMPT, given, k=5, raw=True)
         assert [one.probability for one in best] == pytest.approx(wanted.topk(5).values.tolist(), rel=1e-3)
         asked = next_token_probs(this.lm, PROMPT, " bread", given, raw=True)[" bread"]
@@ -201,8 +201,9 @@ def test_scores_are_shares_of_the_scaled_logit(name: str) -> None:
 @pytest.mark.parametrize("name", ["granite", "gemma2", "gemma4", "olmo"])
 def test_shares_of_the_last_neurons_and_of_what_passes_them_by_add_up_to_the_logit(name: str) -> None:
     """Also where a norm has no weight of its own, as OLMo's and some of Gemma 4's."""
-    this, streams = model_of(name), []
-    block = this.blocks[-1]
+    this = model_of(name)
+    streams: list[Tensor] = []
+    block: Any = this.blocks[-1]
     before_mlp = block.pre_feedforward_layernorm if name.startswith("gemma") else block.post_attention_layernorm
     with (
         own_hooks([(before_mlp, lambda _module, inputs: streams.append(inputs[0]))], before=True),
@@ -314,7 +315,8 @@ def test_columns_are_the_derivative_of_the_stream_by_a_neuron(name: str, layer: 
 
 def test_a_scale_on_the_stream_is_in_the_columns() -> None:
     this = model_of("gemma4")
-    before, block = this.lm.write_columns(1), this.blocks[1]
+    before = this.lm.write_columns(1)
+    block: Any = this.blocks[1]
     block.layer_scalar.fill_(0.5)
     try:
         torch.testing.assert_close(this.lm.write_columns(1), before / 2)
