@@ -54,11 +54,18 @@ class Explained(NamedTuple):
 
 
 def check_prompt(question: Question) -> None:
-    """Raise `UsageError` for a prompt that is empty or too long."""
+    """Raise `UsageError` for a prompt that is empty, and for any text that is too long."""
     if not question.prompt.strip():
         raise UsageError("The prompt is empty; write at least one character.")
     if len(question.prompt) > MAX_PROMPT:
         raise UsageError(f"The prompt has {len(question.prompt):,} characters; this page takes {MAX_PROMPT:,}.")
+    for what, text in (
+        ("next word", question.target),
+        ("word it is held against", question.counterfactual),
+        ("answer's beginning", question.seed_response),
+    ):
+        if len(text) > MAX_PROMPT:
+            raise UsageError(f"The {what} has {len(text):,} characters; this page takes {MAX_PROMPT:,}.")
 
 
 def check_question(question: Question) -> None:
