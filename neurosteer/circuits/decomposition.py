@@ -5,6 +5,7 @@ with a direction at layer L, in blocks up to L, are the ones that can write it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,5 +176,7 @@ def _rank_correlation(one: Tensor, other: Tensor) -> float | None:
     """Spearman's, `[n]` with `[n]`; None where all values of one are equal."""
     from scipy.stats import spearmanr
 
-    defined = all(len(values.unique()) > 1 for values in (one, other))
-    return float(spearmanr(one.numpy(), other.numpy()).statistic) if defined else None
+    if any(len(values.unique()) < 2 for values in (one, other)):
+        return None
+    found: Any = spearmanr(one.numpy(), other.numpy())
+    return float(found.statistic)
