@@ -92,7 +92,7 @@ def artifact_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
             "parameters": dict(config.get("parameters", {})),
             "operation": config["operation"],
             "calibration": Calibration(**config["calibration"]),
-            "provenance": Provenance(**config.get("provenance", {})),
+            "provenance": _provenance(config.get("provenance", {})),
             "receipts": tuple(Receipt(dict(data)) for data in config.get("receipts", [])),
         }
         if config["kind"] == SteeringVector.kind:
@@ -127,6 +127,11 @@ def _encoders(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         )
         for layer, data in config["encoders"].items()
     }
+
+
+def _provenance(data: Mapping[str, Any]) -> Provenance:
+    """JSON has no numbers for keys."""
+    return Provenance(**{**data, "separation": {int(key): value for key, value in data.get("separation", {}).items()}})
 
 
 def _known(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:

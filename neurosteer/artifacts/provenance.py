@@ -34,7 +34,7 @@ class Provenance:
     framing: Line = ""
     tokens: Line = ""
     layer_choice: Line = ""
-    separation: Annotated[Mapping[int, Finite], _MANY] = field(default_factory=dict)
+    separation: Annotated[Mapping[Count, Finite], _MANY] = field(default_factory=dict)
     candidates: Annotated[tuple[Mapping[str, Any], ...], _FEW] = ()
     hold_out: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
     parents: Annotated[tuple[Line, ...], _MANY] = ()

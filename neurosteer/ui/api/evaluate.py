@@ -115,7 +115,7 @@ def _strength(text: str) -> float:
 
 
 def _judge(
-    named: str, positive: list[str], negative: list[str], recipe: "Recipe", cancel: "threading.Event | None" = None
+    named: str, positive: list[str], negative: list[str], recipe: "Recipe", cancel: "threading.Event"
 ) -> "Judge":
     from neurosteer.evaluation import JudgeRequest
 
