@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from typing import Any, Literal
 
 from neurosteer.errors import ModelError, UsageError
@@ -18,6 +19,7 @@ TODAY = "2024-07-26"
 one that Llama's templates fall back to themselves."""
 
 _TOKENIZE_AT_ONCE = 500
+_DATE_LETTERS = "dmbBYyaAjHMSIp"  # of strftime: those that do not depend on where one is
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def template_options(tokenizer: Any, given: Mapping[str, Any] | None = None) -> 
 
     By default a template that knows `enable_thinking` gets False, so that what is measured is the answer and not the
     thinking; and one that prints the date gets `today`, a date as in `TODAY` (it reaches the template as `date_string`
-    and as `strftime_now`). Raises `UsageError` for options that JSON cannot hold, or a `today` that is no date.
+    and through `strftime_now`). Raises `UsageError` for options that JSON cannot hold, or a `today` that is no date.
     """
     source = _template_source(tokenizer)
     options: dict[str, Any] = {}
@@ -65,8 +67,18 @@ def _variables(options: Mapping[str, Any]) -> dict[str, Any]:
     variables = {name: value for name, value in options.items() if name != "today"}
     if "today" in options:
         today = date.fromisoformat(options["today"])
-        variables = {"date_string": today.strftime("%d %b %Y"), "strftime_now": today.strftime, **variables}
+        variables = {"date_string": today.strftime("%d %b %Y"), **variables}
     return variables
+
+
+def _dated(source: str, options: Mapping[str, Any]) -> str | None:
+    """The template with a `strftime_now` that knows one day only, in place of transformers' own; None where it prints
+    none. It is a macro, since whatever reaches a template from outside reaches it as text."""
+    if "today" not in options or "strftime_now" not in source:
+        return None
+    today = date.fromisoformat(options["today"])
+    known = "".join(f"|replace('%{letter}', '{today.strftime(f'%{letter}')}')" for letter in _DATE_LETTERS)
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{known} }}}}{{%- endmacro -%}}{source}"
 
 
 @dataclass(frozen=True)
@@ -131,11 +143,16 @@ class Framer:
         one, other = (self.ids(self._user_turn(text), special=False) for text in ("A", "?"))
         return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
 
+    @cached_property
+    def _template(self) -> str | None:
+        return _dated(_template_source(self.tokenizer), self.options)
+
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_variables
-            )
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True,
+                **self.template_variables,
+            )  # fmt: skip
         except Exception as error:  # templates raise whatever they like
             raise ModelError(f"The chat template of {self.name} refused the conversation: {error}") from error
 
