@@ -204,7 +204,7 @@ def named_judge(text: str, examples: ContrastSet | None = None) -> Judge:
     if colon and kind == "regex":
         return PatternJudge(rest, examples)
     if colon and kind == "words":
-        return PatternJudge(rest.split(","), examples)
+        return PatternJudge([word.strip() for word in rest.split(",") if word.strip()], examples)
     raise UsageError(f"There is no judge {text[:80]!r}; use {_NAMED}, or the name of a bundled set.")
 
 
