@@ -297,7 +297,7 @@ def test_mistakes_are_named(llama: Tiny) -> None:
         profile_layers(llama.lm, EXAMPLES, framing="odd")  # type: ignore[arg-type]
     with pytest.raises(ExamplesError, match="at least 2"):  # one is kept back, and one is left
         profile_layers(llama.lm, ContrastSet(("good", "fine"), ("bad", "poor")))
-    with pytest.raises(UsageError, match="longer than one token"):
+    with pytest.raises(ExamplesError, match="of one token none is"):
         profile_layers(llama.lm, ContrastSet(tuple("abcdef"), tuple("ghijkl")), framing="raw", layers=1)
     cancel = threading.Event()
     cancel.set()
