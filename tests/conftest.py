@@ -34,11 +34,25 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 
+SLOW = {"embedded", "browser", "shared"}
+"""Markers of tests left out by default: they need the embedded model, a browser or data beside the checkout."""
+SLOW_MODULES = {
+    "test_clamp",  # products of recipes and architectures; steering's own stay
+    "test_gpu",  # processes of the real scheduler of GPUs
+    "test_hub_faults",  # connections that break in every way
+    "test_lm_harness",
+    "test_sae_method",  # products of options; one of each stands in test_features
+    "test_sae_training",
+    "test_serving",  # many callers by the clock
+    "test_visitors",
+}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs a browser is slow; a marker of a whole module has to be there before tests are left out."""
+    """Before tests are left out by their markers."""
     for item in items:
-        if item.get_closest_marker("browser"):
+        if SLOW & {mark.name for mark in item.iter_markers()} or item.path.stem in SLOW_MODULES:
             item.add_marker(pytest.mark.slow)
 
 

@@ -23,8 +23,8 @@ from neurosteer.circuits import (
 )
 from neurosteer.steering.session import Session
 from neurosteer.ui import work
+from neurosteer.ui.explaining import MAX_TOKENS, MOST_NEURONS
 from neurosteer.ui.limits import MAX_PROMPT
-from neurosteer.ui.tabs.circuits import MAX_TOKENS, MOST_NEURONS
 
 PROMPT = "the cat runs over the"
 ASKED: dict[str, Any] = {"prompt": PROMPT, "target": "a", "counterfactual": "t"}

@@ -19,7 +19,7 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.steering.session import Session
 from neurosteer.ui.api import endpoints
-from neurosteer.ui.tabs.evaluate import MOST_RANDOM, N_PROMPTS, neutral
+from neurosteer.ui.evaluating import MOST_RANDOM, N_PROMPTS, neutral
 
 VECTOR = make_vector([1], name="mood")
 PROMPTS = ["the cat", "over the", "happy"]

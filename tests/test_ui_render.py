@@ -207,7 +207,7 @@ def test_what_fires_alike_or_hardly_ever_is_said_so() -> None:
     ],
 )
 def test_a_feature_links_nowhere_but_to_neuronpedia(link: str) -> None:
-    with pytest.raises(ArtifactError, match="link is .*neuronpedia"):
+    with pytest.raises(ArtifactError, match=r"link is .*neuronpedia"):
         feature(link=link)
 
 

@@ -42,5 +42,6 @@ def _refusal(what: str, names: Sequence[str], error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     begin, *inner = first["loc"] or ("keys",)
     place = shown(".".join(map(str, [names[begin] if isinstance(begin, int) else begin, *inner])))[1:-1]
-    value = "missing" if first["type"] == "missing" else f"{shown(first['input'])}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+    why = first["msg"][:1].lower() + first["msg"][1:]
+    value = "missing" if first["type"] == "missing" else f"{shown(first['input'])}; {why}"
     return f"The {what}'s {place} is {value}."

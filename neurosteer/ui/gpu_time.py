@@ -19,8 +19,8 @@ _STEP_S = 0.05  # of decoding, whatever the model: a step waits for the many sma
 BATCH_ROWS = 64  # that decode in one step
 _TOKENS_PER_S = 5_000  # read while building, by a large model
 _TEXT_TOKENS, _CHARACTERS_PER_TOKEN = 512, 3
-_AMOUNTS = 2.5  # that a round of calibrating tries: several in the first one, then one or two for each sign
-_CANDIDATES, _COMPARED_ON, _PART_OF_PROMPTS = 5, 12, 3  # choices of layers, texts of a class, a third of the prompts
+_AMOUNTS = 2  # that a round of calibrating tries: one for each sign
+_CANDIDATES, _COMPARED_ON, _PART_OF_PROMPTS = 5, 24, 3  # choices of layers, texts of a class, a third of the prompts
 _OTHER_S = 15.0  # whatever else there is to do with a prompt and a text or two
 
 
