@@ -277,7 +277,7 @@ def test_calibrating_and_comparing_layers_asks_for_more_seconds_in_proportion(mo
     plain, given, auto = (
         seconds(EXAMPLES, **options) for options in ({"calibrate": False}, {"layers": "2"}, {"layers": "auto"})
     )
-    assert plain + 4 < given and given + 3 < auto  # the rounds of calibrating, and several candidates' besides
+    assert plain + 3 < given and given + 3 < auto  # the rounds of calibrating, and several candidates' besides
     assert seconds(longer, calibrate=False) > plain and seconds(longer) > auto
     monkeypatch.setattr(gpu_time, "calibration_prompts", lambda: ("a prompt of some words",) * 600)
     many = seconds(EXAMPLES, layers="2")

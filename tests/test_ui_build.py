@@ -129,7 +129,7 @@ def test_a_build_that_takes_too_long_is_stopped_and_said(
     def read(*given: Any, **options: Any) -> Any:
         begun.append(time.monotonic())
         while time.monotonic() - begun[-1] < 20:
-            check_cancelled(given[-1], "Reading")
+            check_cancelled(given[-1].cancel, "Reading")
             time.sleep(0.02)
 
     monkeypatch.setattr(module, "read_plan", read)
