@@ -237,6 +237,7 @@ def terminal(model_folder: Path, tmp_path: Path) -> Iterator[Terminal]:
     opened.end()
 
 
+@pytest.mark.slow
 def test_a_session_finds_changes_and_keeps_a_circuit(terminal: Terminal, llama: Tiny, tmp_path: Path) -> None:
     assert "There is no circuit" in terminal.do("top")
     assert "Probability" in terminal.do(f"prompt {PROMPT}")
@@ -263,6 +264,7 @@ def test_a_session_finds_changes_and_keeps_a_circuit(terminal: Terminal, llama: 
     assert "discover [--specific]" in terminal.do("help")
 
 
+@pytest.mark.slow
 def test_commands_of_the_shell_take_the_options_of_the_verbs(terminal: Terminal, llama: Tiny, tmp_path: Path) -> None:
     terminal.do(f"prompt {PROMPT}")
     assert "30 neurons" in terminal.do('discover --top-k 30 --attention frozen "a" "t"')
@@ -290,6 +292,7 @@ def test_commands_of_the_shell_take_the_options_of_the_verbs(terminal: Terminal,
     assert "circuit of 9 neurons" in terminal.do(f"contrast --top-k 9 --rank difference {texts}")
 
 
+@pytest.mark.slow
 def test_mistakes_say_what_is_wrong_and_the_shell_goes_on(terminal: Terminal, tmp_path: Path) -> None:
     save(make_circuit(model=make_tiny("llama", num_hidden_layers=6).lm.reference), tmp_path / "other")
     for line, word in (
@@ -324,6 +327,7 @@ def test_mistakes_say_what_is_wrong_and_the_shell_goes_on(terminal: Terminal, tm
         assert word in shown and "Traceback" not in shown, (line, shown)
 
 
+@pytest.mark.slow
 def test_control_c_stops_the_command_or_the_line_and_not_the_shell(terminal: Terminal) -> None:
     terminal.do(f"prompt {PROMPT}")
     terminal.do('discover "a" "t"')
@@ -351,6 +355,7 @@ def test_control_c_stops_the_command_or_the_line_and_not_the_shell(terminal: Ter
     assert terminal.process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_and_parts_and_history_outlives_the_shell(
     terminal: Terminal, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_released_artifacts_take_no_room_on_a_shelf(mood: Any, monkeypatch: pyte
     assert put(released, mood)[1] == "mood"
 
 
+@pytest.mark.slow
 def test_what_little_bytes_of_an_upload_become_in_memory_counts(mood: Any) -> None:
     nested = replace(mood, parameters={"x": [[] for _ in range(700_000)]})  # 2 MB of JSON
     tracemalloc.start()
@@ -251,6 +252,7 @@ def test_waiting_for_the_model_can_be_cancelled() -> None:
         Never().wait(cancel=cancel)
 
 
+@pytest.mark.slow
 def test_the_page_is_made_without_importing_torch() -> None:
     code = (
         "import sys, neurosteer.ui.page as page\n"

@@ -118,6 +118,7 @@ def test_nothing_found_says_what_to_do(tab: LibraryHandlers, hub: FakeHub) -> No
     assert not found["found"]["visible"] and "build your own" in found["found_note"] and found["hub_error"] == ""
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_away_is_one_line_and_nothing_is_lost(
     tab: LibraryHandlers, mood: Any, monkeypatch: pytest.MonkeyPatch, hub: FakeHub
 ) -> None:
