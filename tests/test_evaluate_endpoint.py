@@ -18,7 +18,6 @@ from neurosteer.evaluation import PatternJudge, TextClassifier, evaluate
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import read_examples
 from neurosteer.steering.session import Session
-from neurosteer.ui.api import endpoints
 from neurosteer.ui.evaluating import MOST_RANDOM, N_PROMPTS, neutral
 
 VECTOR = make_vector([1], name="mood")
@@ -139,5 +138,5 @@ def test_strangers_patterns_are_not_taken(client: Client, monkeypatch: pytest.Mo
 
 
 def test_what_takes_too_long_is_stopped(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "MAX_SECONDS", 0.0)
+    monkeypatch.setattr("neurosteer.ui.work.MAX_SECONDS", 0.0)
     assert "was stopped; ask for fewer texts" in refusal(client, "evaluate", **ASKED)
