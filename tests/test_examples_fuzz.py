@@ -219,7 +219,7 @@ def test_every_split_is_a_partition_with_something_on_each_side(
 
 # --- what a hostile file may cost ------------------------------------------------------------------------------------
 
-COMBINING = "\u0301\u0323"  # in alternating order, Python's own normalisation takes time with the square of such a run
+ACCENTS = "\u0301\u0323"  # in alternating order, Python's own normalisation takes time with the square of such a run
 
 
 def said(call: Callable[[], object]) -> str:
@@ -232,13 +232,11 @@ def said(call: Callable[[], object]) -> str:
 
 
 HOSTILE: dict[str, Callable[[int], object]] = {  # each of about so many bytes
-    "marks": lambda n: paste_examples(COMBINING * (n // 4) + "\nb", "c\nd"),
+    "marks": lambda n: paste_examples(ACCENTS * (n // 4) + "\nb", "c\nd"),
     "marks in JSON": lambda n: parse_examples(
-        json.dumps([{"text": COMBINING * (n // 12), "label": 1}]), filename="a.json"
+        json.dumps([{"text": ACCENTS * (n // 12), "label": 1}]), filename="a.json"
     ),
-    "many runs of marks": lambda n: paste_examples(
-        "\n".join(f"{k}a{COMBINING * 400}" for k in range(n // 1600)), "c\nd"
-    ),
+    "many runs of marks": lambda n: paste_examples("\n".join(f"{k}a{ACCENTS * 400}" for k in range(n // 1600)), "c\nd"),
     "line ends": lambda n: paste_examples("\n" * n, "c\nd"),
     "line ends in a table": lambda n: parse_examples("\n" * n + "a,b", filename="a.csv"),
     "empty objects": lambda n: parse_examples("{}\n" * (n // 3), filename="a.jsonl"),
@@ -277,5 +275,5 @@ def test_a_text_is_kept_to_twenty_thousand_characters() -> None:
 def test_texts_that_differ_by_their_normal_form_are_the_same_unless_marks_run_on() -> None:
     assert key("e\u0301") == key("é") and key("ø\u0301 x") == key("ǿ\n x")
     assert key("a" + "\u0301\u0323" * 15) == key("a" + "\u0323\u0301" * 15)
-    zalgo = "a" + COMBINING * 40
+    zalgo = "a" + ACCENTS * 40
     assert key(zalgo) == zalgo

@@ -122,7 +122,7 @@ def candidate_effects(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str
     keys = ("label", "effect", "effect_error")
     found = [[one.get(key) for key in keys] for one in candidates if isinstance(one, Mapping)]
     return [
-        (label[:60], float(effect), float(error) if is_finite(error) else 0.0  # pyright: ignore[reportArgumentType])
+        (label[:60], effect + 0.0, error + 0.0 if is_finite(error) else 0.0)  # type: ignore[operator]
         for label, effect, error in found
         if isinstance(label, str) and is_finite(effect)
     ]
