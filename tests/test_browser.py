@@ -506,4 +506,4 @@ def test_a_circuit_of_nothing_is_one_line(page: Any) -> None:
     go(page, "Circuits")
     page.locator("#target input, #target textarea").fill("")
     page.locator("#attribute").click()
-    page.locator("#circuit-error .ns-error").get_by_text("no next word").wait_for()
+    page.locator("#circuit-error .ns-error").get_by_text("next word is empty").wait_for()
