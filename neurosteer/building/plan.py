@@ -125,7 +125,7 @@ def without_short(lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, pro
     Raises `ExamplesError` where fewer than 2 of a class are left.
     """
     sides = (examples.positive, examples.negative)
-    kept = readable(lm, *sides, plan.request(), paired=examples.paired)
+    kept = readable(lm, *sides, plan.request(), paired=examples.paired, prompts=examples.prompts)
     n_short = sum(map(len, sides)) - sum(map(len, kept))
     if not n_short:
         return examples
@@ -135,9 +135,8 @@ def without_short(lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, pro
             f"be read (of one token none is); {MIN_PER_CLASS} of each are needed: give longer texts."
         )
     progress(f"Left out {n_short} texts that are too short to be read")
-    positive, negative = (tuple(side[place] for place in places) for side, places in zip(sides, kept, strict=True))
     dropped = {**examples.dropped, TOO_SHORT: examples.dropped.get(TOO_SHORT, 0) + n_short}
-    return replace(examples, positive=positive, negative=negative, dropped=dropped)
+    return replace(examples.only(*kept), dropped=dropped)
 
 
 def read_plan(
@@ -159,6 +158,7 @@ def read_plan(
         examples.positive,
         examples.negative,
         request,
+        prompts=examples.prompts,
         held_out_positive=split.held_out_positive,
         held_out_negative=split.held_out_negative,
         paired=examples.paired,

@@ -120,11 +120,14 @@ class LanguageModel:
         return self.framer.ids(text, special=False)
 
     def frame(
-        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[str] | None = None
+        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[Prompt] | None = None
     ) -> list[FramedText]:
         """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens.
 
-        With `answer`, `prompts` are what the texts answer; without them, every text answers an empty turn.
+        `prompts` are what the texts answer, requests or conversations: under `answer` through the chat template, under
+        `raw` as lines before the text; a text's own tokens begin behind. Without them, under `answer` every text
+        answers an empty turn. Raises `UsageError` for a framing that is none, that needs a chat template the model
+        lacks, or for prompts under `prompt`.
         """
         return self.framer.frame(texts, framing, max_tokens=max_tokens, prompts=prompts)
 
