@@ -11,6 +11,7 @@ from neurosteer.cli.choices import Operation, Rank, Sides, Weight
 from neurosteer.cli.inputs import read_prompts, whole_numbers
 from neurosteer.cli.options import (
     EXAMPLES,
+    ColumnOptions,
     ExamplesArgument,
     FramingOption,
     JsonOption,
@@ -28,6 +29,7 @@ from neurosteer.cli.options import (
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
 from neurosteer.cli.places import artifact_place, files_place, folder_of
 from neurosteer.errors import UsageError
+from neurosteer.text import flat
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
@@ -61,6 +63,7 @@ def build(
     *,
     examples: ExamplesArgument,
     negative: NegativeOption = None,
+    reading: ColumnOptions,
     method: MethodOption = "caa",
     layers: Annotated[str, typer.Option("--layers", help="auto, all, 14, 10-18 or 3,7,9.")] = "auto",
     name: Annotated[str | None, typer.Option("--name", help="The artifact's name.")] = None,
@@ -122,7 +125,7 @@ def build(
     from neurosteer.artifacts.storage import save
     from neurosteer.building.build import build as build_artifact
 
-    contrast = _contrast(examples, negative)
+    contrast = _contrast(reading, examples, negative)
     called = safe_name(name or f"{contrast.name}-{method}")
     if name is not None and called != name:
         err.print(f"Note: the name {name[:100]!r} becomes {called}; names are of letters, digits, '.', '_' and '-'.")
@@ -154,6 +157,7 @@ def layers(
     *,
     examples: ExamplesArgument,
     negative: NegativeOption = None,
+    reading: ColumnOptions,
     method: MethodOption = "caa",
     layers: Annotated[str, typer.Option("--layers", help="all, 14, 10-18 or 3,7,9; sae: those of its SAEs.")] = "all",
     folder: Annotated[Path | None, out_option("layers.csv and layers.html")] = None,
@@ -171,7 +175,7 @@ def layers(
     from neurosteer.building.layer_plot import write_profile
     from neurosteer.building.layer_profile import profile_data, profile_layers
 
-    place, contrast = files_place(folder), _contrast(examples, negative)
+    place, contrast = files_place(folder), _contrast(reading, examples, negative)
     given = {"rank": rank, "top_k": count_or_share(top_k), "sae": sae}
     with progress_line() as progress:
         lm = asked.load(progress)
@@ -248,10 +252,9 @@ def calibrate(
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _contrast(examples: str, negative: str | None) -> "ContrastSet":
-    from neurosteer.examples.reading import read_examples
-
-    contrast = read_examples(examples, negative)
+def _contrast(reading: ColumnOptions, examples: str, negative: str | None) -> "ContrastSet":
+    contrast = reading.read(examples, negative)
+    err.print(f"Read {flat(contrast.source)}.")
     for warning in contrast.warnings:
         err.print(f"Warning: {warning}")
     return contrast

@@ -8,6 +8,7 @@ import typer
 
 from neurosteer.cli.inputs import model_of, numbers, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
+    ColumnOptions,
     JsonOption,
     JudgeOptions,
     MaxNewTokensOption,
@@ -35,6 +36,7 @@ def evaluate(
     *,
     use: UseOption,
     judging: JudgeOptions,
+    reading: ColumnOptions,
     strengths: StrengthsOption = "-2,-1,0,1,2",
     prompts: PromptsOption = None,
     samples: SamplesOption = 1,
@@ -58,7 +60,7 @@ def evaluate(
 
     place, kept = files_place(folder), _folder_to_save(use) if save else None
     values = numbers(strengths, "--strengths")
-    asked = judge_request(judging)
+    asked = judge_request(judging, reading)
     uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else sweep_prompts()
     with progress_line(logged=True) as progress:
@@ -72,14 +74,14 @@ def evaluate(
     report(found, place, kept, as_json)
 
 
-def judge_request(judging: JudgeOptions) -> "JudgeRequest":
+def judge_request(judging: JudgeOptions, reading: ColumnOptions) -> "JudgeRequest":
     """What --judge and --examples ask for; mistakes in them show before a model is loaded."""
     from neurosteer.evaluation import JudgeRequest
-    from neurosteer.examples.reading import read_examples
 
-    return JudgeRequest(
-        judging.judge or "", read_examples(judging.examples) if judging.examples is not None else None, "--examples"
-    )
+    if judging.examples is None and reading != ColumnOptions():
+        raise UsageError("What columns hold is said without --examples; name the file they are in.")
+    labelled = reading.read(judging.examples) if judging.examples is not None else None
+    return JudgeRequest(judging.judge or "", labelled, "--examples")
 
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:

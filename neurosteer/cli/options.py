@@ -15,6 +15,7 @@ from neurosteer.cli.grammar import OUTPUT
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
+    from neurosteer.examples.contrast_set import ContrastSet
     from neurosteer.models.language_model import LanguageModel
     from neurosteer.steering.decoding import Sampling
 
@@ -109,6 +110,49 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class ColumnOptions:
+    """What a file of examples calls its columns, and what becomes of texts in both classes."""
+
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="The column of texts.", rich_help_panel=EXAMPLES)
+    ] = None
+    label: Annotated[
+        str | None, typer.Option("--label", metavar="COLUMN", help="The column of labels.", rich_help_panel=EXAMPLES)
+    ] = None
+    positive: Annotated[
+        str | None,
+        typer.Option(
+            "--positive", metavar="VALUE", help="The label of texts that show the behaviour.", rich_help_panel=EXAMPLES
+        ),
+    ] = None
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-column",
+            metavar="COLUMN",
+            help="What the texts answer; else prompt or question.",
+            rich_help_panel=EXAMPLES,
+        ),
+    ] = None
+    drop_conflicts: Annotated[
+        bool, typer.Option("--drop-conflicts", help="Leave out texts in both classes.", rich_help_panel=EXAMPLES)
+    ] = False  # fmt: skip
+
+    def read(self, examples: str, negative: str | None = None) -> "ContrastSet":
+        """The examples of a file (or two), a bundled set or a data set on the Hub. Raises the library's errors."""
+        from neurosteer.examples.columns import Columns
+        from neurosteer.examples.reading import read_examples
+
+        columns = Columns(self.text, self.label, self.positive, self.prompt_column)
+        if negative is None and "/" in examples:
+            from neurosteer.hub.datasets import is_dataset, read_dataset
+
+            if is_dataset(examples):
+                return read_dataset(examples, columns=columns, drop_conflicts=self.drop_conflicts)
+        return read_examples(examples, negative, columns=columns, drop_conflicts=self.drop_conflicts)
+
+
+@dataclass(frozen=True)
 class JudgeOptions:
     """Who says which texts show the behaviour."""
 
@@ -122,8 +166,8 @@ class JudgeOptions:
     examples: Annotated[
         str | None,
         typer.Option(
-            "--examples", metavar="FILE",
-            help="Labelled texts for the judge: others than the artifact's, or held out (build).",
+            "--examples", metavar="EXAMPLES",
+            help="Labelled texts for the judge, as for build: others than the artifact's, or held out.",
             autocompletion=_set_names,
         ),
     ] = None  # fmt: skip
@@ -133,12 +177,15 @@ class JudgeOptions:
 ExamplesArgument = Annotated[
     str,
     typer.Argument(
-        metavar="EXAMPLES", help="A file of examples, or the name of a bundled set.", autocompletion=_set_names
+        metavar="EXAMPLES",
+        help="A file of examples, a bundled set, or a data set on the Hub: user/name[:split] or "
+        "hf://datasets/user/name/file.csv.",
+        autocompletion=_set_names,
     ),
 ]
 NegativeOption = Annotated[
     str | None,
-    typer.Option("--negative", metavar="FILE", help="With two plain text files: the negative one."),
+    typer.Option("--negative", metavar="FILE", help="With a file for each class: the negative one."),
 ]
 MethodOption = Annotated[Method, typer.Option("--method", help="How an artifact is made of activations.")]
 FramingOption = Annotated[

@@ -13,6 +13,7 @@ import typer
 from neurosteer.cli.evaluate_commands import judge_request, report
 from neurosteer.cli.inputs import given_prompts, model_of, numbers, read_prompts, recipe_of, uses_of
 from neurosteer.cli.options import (
+    ColumnOptions,
     JsonOption,
     JudgeOptions,
     MaxNewTokensOption,
@@ -91,6 +92,7 @@ def sweep(
     max_new_tokens: MaxNewTokensOption = 30,
     folder: Annotated[Path | None, out_option("generations.csv, or what `evaluate` writes")] = None,
     judging: JudgeOptions,
+    reading: ColumnOptions,
     positions: PositionsOption = "all",
     orthogonalise: OrthogonaliseOption = False,
     choosing: SamplingOptions,
@@ -107,7 +109,8 @@ def sweep(
     from neurosteer.steering.session import Session
 
     place = files_place(folder)
-    asked = judge_request(judging) if judging != JudgeOptions() else None
+    has_judge = judging != JudgeOptions() or reading != ColumnOptions()
+    asked = judge_request(judging, reading) if has_judge else None
     if asked is not None and (raw or positions != "all"):
         raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
     values = numbers(strengths, "--strengths")

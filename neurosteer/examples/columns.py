@@ -135,8 +135,9 @@ class _Labels:
             refuse(where, f"the label is missing: use {_LABELS_IN_WORDS}")
         self.seen[folded] = None
         if self.positive is not None:
-            if len(self.seen) - (self.positive in self.seen) > 1:
-                refuse(where, f"more than two labels, {listed(self.seen)}: keep the rows of two of them")
+            labels = {self.positive: None, **self.seen}
+            if len(labels) > 2:
+                refuse(where, f"more than two labels, {listed(labels)}: keep the rows of two of them")
             return int(folded != self.positive)
         if folded not in _POSITIVE and folded not in _NEGATIVE:
             remedy = f"use {_LABELS_IN_WORDS}, or say which one is positive (--positive)"
