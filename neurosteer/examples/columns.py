@@ -107,7 +107,7 @@ def find_one_class(names: Collection[str], columns: Columns) -> Shape | None:
     text = fold(columns.text) if columns.text is not None else next((name for name in TEXTS if name in names), None)
     prompts = (fold(columns.prompt),) if columns.prompt is not None else PROMPTS
     prompt = next((name for name in prompts if name in names and name != text), None)
-    return Shape((text,), None, prompt) if text in names and LABEL not in names else None
+    return Shape((text,), None, prompt) if text is not None and text in names and LABEL not in names else None
 
 
 def refuse_columns(file: str, found: Collection[str]) -> NoReturn:

@@ -55,7 +55,7 @@ def read_file(path: Path) -> bytes:
         if path.is_dir():
             refuse(str(path), "is a folder: name a file in it")
         if not path.exists():
-            remedy = f"name a file, one of {', '.join(bundled_sets())}, or a data set on the Hub (`read_dataset`)"
+            remedy = f"name a file, one of {', '.join(bundled_sets())}, or a data set on the Hub (user/name)"
             refuse(str(path), f"no such file, nor a bundled set: {remedy}")
         if not path.is_file():
             refuse(str(path), "is not a regular file: save the examples as a CSV or text file")

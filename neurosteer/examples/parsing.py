@@ -280,7 +280,10 @@ def _parse_json(text: str, encoding: str, file: str, columns: Columns) -> Parsed
     kind, values = found
     if isinstance(values, dict):
         named = ", ".join((*SIDES, *_PROMPT_LISTS) if _PROMPT_LISTS[0] in values else SIDES)
-        return Parsed(_from_lists(values, file), f"{kind}, {encoding}, lists {' and '.join(named.rsplit(', ', 1))}")
+        return Parsed(
+            _from_lists(cast(dict[str, object], values), file),
+            f"{kind}, {encoding}, lists {' and '.join(named.rsplit(', ', 1))}",
+        )
     names, records = _records(values, file, columns)
     shape = find_shape(names, columns, file) or refuse_columns(file, names)
     source = f"{kind}, {encoding}, keys {shape.in_words}"
