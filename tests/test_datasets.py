@@ -159,7 +159,7 @@ def test_the_command_line_builds_from_a_data_set_and_from_columns_that_are_named
     fixed = ("--model", model_folder, "--layers", "1", "--no-calibrate", "--out", tmp_path / "made", "--json")
     ran = run("build", "some/reviews", *told, *fixed)
     assert ran.code == 0, ran.err
-    assert '"n_positive": 2' in ran.out and "JSON lines, UTF-8, keys review and stars" in ran.err
+    assert '"n_positive": 2' in ran.out and "JSON lines, UTF-8, keys review and stars" in ran.out
     ran = run("build", "some/reviews", *fixed)
     assert ran.code != 0 and "say which columns are the text and the label (--text, --label)" in ran.err
     ran = run("layers", "some/none", *told, "--model", model_folder)

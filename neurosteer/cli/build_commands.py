@@ -147,9 +147,10 @@ def build(
         seconds = time.perf_counter() - started
     written = save(artifact, place)
     if as_json:
-        print_json(_build_data(artifact, written, seconds))
+        print_json({**_build_data(artifact, written, seconds), "source": contrast.source})
         return
     out.print(_build_text(artifact, seconds))
+    out.print(f"Read: {flat(contrast.source)}.")
     out.print(f"Written to {written}. Try: neurosteer steer --use {written}:1 --prompt 'Tell me a story.' --compare")
 
 
@@ -188,9 +189,11 @@ def layers(
     seconds = time.perf_counter() - started
     files = write_profile(profile, place) if place is not None else ()
     if as_json:
-        print_json({**profile_data(profile), "files": list(map(str, files)), "seconds": round(seconds, 3)})
+        more = {"source": contrast.source, "files": list(map(str, files)), "seconds": round(seconds, 3)}
+        print_json({**profile_data(profile), **more})
         return
     _print_profile(profile)
+    out.print(f"Read: {flat(contrast.source)}.")
     if files:
         out.print(f"Written to {' and '.join(map(str, files))} in {seconds:.1f} s.")
 
@@ -254,7 +257,6 @@ def calibrate(
 
 def _contrast(reading: ColumnOptions, examples: str, negative: str | None) -> "ContrastSet":
     contrast = reading.read(examples, negative)
-    err.print(f"Read {flat(contrast.source)}.")
     for warning in contrast.warnings:
         err.print(f"Warning: {warning}")
     return contrast
