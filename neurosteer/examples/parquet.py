@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from neurosteer.examples.columns import Columns, Row, Shape, find_one_class, find_shape, fold, refuse_columns
-from neurosteer.examples.refusing import MAX_ROWS, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.refusing import MAX_BYTES, MAX_ROWS, TOO_LARGE, TOO_MANY_ROWS, refuse, short
 from neurosteer.examples.thrift import read_struct
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ _VALUE_BYTES = (
 def parse_parquet(data: bytes, file: str, columns: Columns, *, one_class: bool = False) -> tuple[Shape, Iterator[Row]]:
     """What a Parquet file holds, and its rows.
 
-    Raises `ExamplesError` for a damaged file, one that unpacks to more than 64 MB or 200,000 rows, and columns that are
-    none of ours.
+    Raises `ExamplesError` for more than 20 MB, a damaged file, one that unpacks to more than 64 MB or 200,000 rows, and
+    columns that are none of ours.
     """
+    if len(data) > MAX_BYTES:
+        refuse(file, TOO_LARGE)
     footer = _footer(data, file)
     parquet = _opened(data, file)
     names = {fold(name): name for name in parquet.schema_arrow.names}

@@ -30,7 +30,7 @@ from neurosteer.examples.columns import (
 )
 from neurosteer.examples.encodings import decode
 from neurosteer.examples.parquet import MAGIC, parse_parquet
-from neurosteer.examples.refusing import MAX_BYTES, MAX_ROWS, TOO_LARGE, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.refusing import MAX_ROWS, TOO_MANY_ROWS, refuse, short
 from neurosteer.examples.texts import SIDES, clean_text
 
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
@@ -53,8 +53,6 @@ class Parsed(NamedTuple):
 def parse_file(data: bytes | str, file: str, columns: Columns) -> Parsed:
     """The entries of one file; its content decides the format."""
     if isinstance(data, bytes) and data.startswith(MAGIC):
-        if len(data) > MAX_BYTES:
-            refuse(file, TOO_LARGE)
         shape, rows = parse_parquet(data, file, columns)
         return _of_shape(shape, rows, columns, file, f"Parquet, columns {shape.in_words}")
     text, encoding = decode(data, file)
@@ -258,7 +256,7 @@ def _pick(rows: Iterable[_TableRow], shape: Shape, table: _Table, file: str) -> 
     """The cells of the columns that matter. What an unquoted separator in a text would tear apart is refused: the row
     has too many cells, or a text goes on after the separator and a space where the header has none."""
     width, at = len(table.names), [table.names.index(name) for name in shape.names]
-    is_torn = table.has_header and not table.is_spaced and (len(shape.texts) > 1 or shape.prompt is not None)
+    is_torn = table.has_header and not table.is_spaced and (shape.label is None or shape.prompt is not None)
     remedy = "put double quotes around a text that contains the separator"
     for row, cells, is_spaced in rows:
         if any(map(str.strip, cells[width:])):
