@@ -21,7 +21,7 @@ from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE, TARGET_KL
 from neurosteer.measuring.calibration import calibrate as calibrated
 from neurosteer.measuring.divergence import UnsteeredTexts, unsteered_texts
 from neurosteer.measuring.preference import labelled_texts
-from neurosteer.methods.base import Tensors
+from neurosteer.methods.base import Given
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress, silent
 from neurosteer.reading.request import Tokens
@@ -198,17 +198,16 @@ class _Work:
 
     def computed(self, activations: Activations, layers: tuple[int, ...], name: str) -> Artifact:
         lm, plan = self.lm, self.plan
-        return plan.method.function(
+        given = Given(
             activations,
             layers,
-            name=name,
-            tensors=Tensors(
-                columns=lm.write_columns,
-                decoders={layer: sae.decoder for layer, sae in plan.saes.items()},
-                output_scores=lambda layer, rows: output_scores(lm, layer, rows, activations.norms[layer]),
-            ),
-            parameters=plan.parameters,
+            name,
+            plan.parameters,
+            columns=lm.write_columns,
+            decoders={layer: sae.decoder for layer, sae in plan.saes.items()},
+            output_scores=lambda layer, rows: output_scores(lm, layer, rows, activations.norms[layer]),
         )
+        return plan.method.function(given)
 
     def finished(self, made: _Made) -> Artifact:
         """With its features, where it has some, in words, and with where it comes from."""

@@ -51,9 +51,9 @@ def attribute(
     *,
     question: QuestionOptions,
     folder: Annotated[Path | None, out_option("the circuit")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The circuit's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The circuit's name.")] = None,
     selection: SelectionOptions,
-    aggregate: Annotated[Aggregate, typer.Option("--aggregate", help="How several prompts are put together.")] = "mean",
+    aggregate: Annotated[Aggregate, typer.Option(help="How several prompts are put together.")] = "mean",
     how: AttributionOptions,
     model: ModelOptions,
     as_json: JsonOption = False,
@@ -84,7 +84,7 @@ def edges(
     *,
     question: QuestionOptions,
     n_targets: Annotated[int, typer.Option("--targets", help="Edges into this many of the strongest neurons.")] = 30,
-    count: Annotated[int | None, typer.Option("--count", help="The strongest edges, this many; else all.")] = None,
+    count: Annotated[int | None, typer.Option(help="The strongest edges, this many; else all.")] = None,
     folder: Annotated[Path | None, out_option("edges.json, edges.dot and edges.html")] = None,
     selection: SelectionOptions,
     how: AttributionOptions,
@@ -117,14 +117,11 @@ def faithfulness(
     question: QuestionOptions,
     circuit: CircuitOption = None,
     percents: Annotated[
-        str, typer.Option("--percents", metavar="NUMBERS", help="Sizes, in percent of the neurons ranked.")
+        str, typer.Option(metavar="NUMBERS", help="Sizes, in percent of the neurons ranked.")
     ] = "0,0.2,0.5,1,2,5,10,20,50,70,100",
-    ablation: Annotated[
-        Ablation, typer.Option("--ablation", help="paired: each with its counterfactual prompt.")
-    ] = "zero",
+    ablation: Annotated[Ablation, typer.Option(help="paired: each with its counterfactual prompt.")] = "zero",
     counterfactual_prompt: Annotated[
-        list[str] | None,
-        typer.Option("--counterfactual-prompt", metavar="TEXT", help="mean, paired: what ablated neurons come from."),
+        list[str] | None, typer.Option(metavar="TEXT", help="mean, paired: what ablated neurons come from.")
     ] = None,
     draws: RandomOption = None,
     seed: SeedOption = 0,
@@ -156,8 +153,8 @@ def decompose(
     *,
     reference: Annotated[str, typer.Argument(metavar="REF", help="A steering vector.", autocompletion=artifact_names)],
     circuit: CircuitOption = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="One of the vector's; its last when left out.")] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="How many neurons.")] = 200,
+    layer: Annotated[int | None, typer.Option(help="One of the vector's; its last when left out.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many neurons.")] = 200,
     folder: Annotated[Path | None, out_option("the neurons, as a circuit")] = None,
     model: ModelOptions,
     as_json: JsonOption = False,

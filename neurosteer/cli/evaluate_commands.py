@@ -40,8 +40,7 @@ def evaluate(
     samples: SamplesOption = 1,
     max_new_tokens: MaxNewTokensOption = 40,
     instructions: Annotated[
-        tuple[str, str] | None,
-        typer.Option("--instructions", metavar="UP DOWN", help="What asks in plain words for +1 and for −1."),
+        tuple[str, str] | None, typer.Option(metavar="UP DOWN", help="What asks in plain words for +1 and for −1.")
     ] = None,
     random: RandomOption = _RANDOM,
     folder: Annotated[Path | None, out_option("the receipt, texts and plots; run again, it goes on")] = None,

@@ -20,14 +20,12 @@ def harness(
     tasks: Annotated[
         list[str],
         typer.Option(
-            "--tasks",
-            metavar="TASKS",
-            help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again.",
+            metavar="TASKS", help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again."
         ),
     ],
     folder: Annotated[Path | None, out_option("harness.json and harness_samples.jsonl")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Of each task, at most this many documents.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Requests in one pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Of each task, at most this many documents.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests in one pass.")] = 8,
     model: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,

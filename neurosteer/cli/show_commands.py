@@ -18,13 +18,11 @@ def open_page(
     model: ModelOption = None,
     host: Annotated[
         str | None,
-        typer.Option("--host", envvar="GRADIO_SERVER_NAME", help="Address to listen on; this machine only, if none."),
+        typer.Option(envvar="GRADIO_SERVER_NAME", help="Address to listen on; this machine only, if none."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(
-            "--port", envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="The first free one from 7860, if none."
-        ),
+        typer.Option(envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="The first free one from 7860, if none."),
     ] = None,
     trust_visitors: Annotated[
         bool,

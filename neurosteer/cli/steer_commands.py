@@ -46,8 +46,7 @@ def steer(
     use: UseOption,
     prompt: PromptOption = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE", help="A text file, one prompt a line; - reads standard input."),
+        Path | None, typer.Option(metavar="FILE", help="A text file, one prompt a line; - reads standard input.")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
     samples: SamplesOption = 1,

@@ -11,9 +11,9 @@ from torch import Tensor
 from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Layers, Method, Tensors, single_layers, together
+from neurosteer.methods.base import Given, Layers, Method, single_layers, together
 from neurosteer.reading.request import Request
-from neurosteer.reading.statistics import Activations, FeatureStatistics
+from neurosteer.reading.statistics import FeatureStatistics
 from neurosteer.saes.autoencoder import SparseAutoencoder
 from neurosteer.validation import check_count
 
@@ -25,14 +25,7 @@ _PENALTIES = tuple(4.0**power / 100 for power in range(-3, 5))  # sklearn's C
 _FOLDS = 5
 
 
-def feature_direction(
-    activations: Activations,
-    layers: tuple[int, ...],
-    *,
-    name: str,
-    tensors: Tensors,
-    parameters: Mapping[str, Any],
-) -> SteeringVector:
+def feature_direction(given: Given) -> SteeringVector:
     """Directions `[d_model]`: Σ weight × decoder row over the `top_k` features of each layer's SAE.
 
     Features are ranked by `rank`: `rate`, the share of tokens at which they fire on positives minus the same on
@@ -43,36 +36,27 @@ def feature_direction(
     """
     directions: dict[int, Tensor] = {}
     features: list[Feature] = []
-    for layer in layers:
-        found = _features_of(activations, layer, tensors, parameters)
-        decoder = tensors.decoders[layer].cpu()
+    for layer in given.layers:
+        found = _features_of(given, layer)
+        decoder = given.decoders[layer].cpu()
         weights = torch.tensor([feature.weight for feature in found])
         direction = weights @ decoder[[feature.index for feature in found]]
-        directions[layer] = direction / direction.norm() if parameters["unit_norm"] else direction
+        directions[layer] = direction / direction.norm() if given.parameters["unit_norm"] else direction
         features += found
-    return SteeringVector(
-        name=name,
-        model=activations.model,
-        method="sae",
-        parameters=dict(parameters),
-        directions=directions,
-        norms={layer: activations.norms[layer] for layer in layers},
-        features=tuple(features),
-    )
+    return given.vector("sae", directions, features=tuple(features))
 
 
-def _features_of(
-    activations: Activations, layer: int, tensors: Tensors, parameters: Mapping[str, Any]
-) -> list[Feature]:
-    statistics = activations.features[layer]
+def _features_of(given: Given, layer: int) -> list[Feature]:
+    activations, parameters = given.activations, given.parameters
+    statistics, decoder = activations.features[layer], given.decoders[layer].cpu()
     scores = _scores(statistics, parameters["rank"], activations.n_positive, activations.paired)
     chosen = _strongest(scores, parameters)
     output: list[float | None] = [None] * len(chosen)
     least = parameters["min_output_score"]
     if least is not None:
-        assert tensors.output_scores is not None
+        assert given.output_scores is not None
         signs = scores[chosen].sign().float()[:, None]
-        moved = tensors.output_scores(layer, tensors.decoders[layer].cpu()[chosen] * signs)
+        moved = given.output_scores(layer, decoder[chosen] * signs)
         kept = (moved >= least).nonzero().flatten()[: parameters["top_k"]]
         if not len(kept):
             raise UsageError(
