@@ -6,6 +6,7 @@ For showing texts in colour. Both read a text that is there already; nothing is 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,9 +76,9 @@ def _reading(lm: LanguageModel, artifact: Artifact) -> Iterator[dict[int, Tensor
         found[layer] = hidden[0].float()
 
     hooks: list[Hook] = [
-        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: keep(layer, hidden))
+        InputHook(lm.down_projections[layer], partial(keep, layer))
         if isinstance(artifact, NeuronCircuit)
-        else OutputHook(lm.blocks[layer], lambda hidden, layer=layer: keep(layer, hidden))
+        else OutputHook(lm.blocks[layer], partial(keep, layer))
         for layer in artifact.layers
     ]
     with hooked(hooks):
