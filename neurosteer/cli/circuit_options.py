@@ -90,22 +90,16 @@ CircuitOption = Annotated[
 
 
 def attributed(
-    lm: "LanguageModel",
-    prompts: Sequence[str],
-    targets: Sequence[str],
-    counterfactuals: Sequence[str] | None,
-    how: AttributionOptions,
-    *,
-    raw: bool,
-    progress: Progress,
+    lm: "LanguageModel", prompts: Sequence[str], question: QuestionOptions, how: AttributionOptions, progress: Progress
 ) -> "Attribution":
     """As `circuits.attribute` in the words of the options. Raises `UsageError` for --specific with --keep-universal."""
     from neurosteer.circuits import attribute
 
     if how.specific and how.keep_universal:
         raise UsageError("--specific leaves out neurons that --keep-universal keeps; give one of them.")
-    others = _one_or_each(counterfactuals) if counterfactuals else None
-    return attribute(lm, prompts, _one_or_each(targets), others, raw=raw, progress=progress, **asdict(how))
+    others = _one_or_each(question.counterfactual) if question.counterfactual else None
+    targets = _one_or_each(question.target)
+    return attribute(lm, prompts, targets, others, raw=question.raw, progress=progress, **asdict(how))
 
 
 def _one_or_each(texts: Sequence[str]) -> str | Sequence[str]:

@@ -16,6 +16,7 @@ from neurosteer.errors import UsageError
 from neurosteer.hub.client import Token, connect
 from neurosteer.models.reference import ModelReference
 from neurosteer.text import one_line
+from neurosteer.validation import check_option
 
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100
@@ -67,8 +68,8 @@ def search(
     Raises:
         HubError, HubUnreachable: as the Hub answers. UsageError: a kind or a limit that is not allowed.
     """
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"kind is {kind[:60]!r}; it must be one of {', '.join(KINDS)}.")
+    if kind is not None:
+        check_option("kind", kind, KINDS)
     if not 1 <= limit <= MOST_FOUND:
         raise UsageError(f"limit is {limit}; it must be from 1 to {MOST_FOUND}.")
     hub = connect(token)
