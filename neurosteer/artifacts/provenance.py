@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from neurosteer.artifacts.records import Count, Finite, Line, record
 from neurosteer.validation import check_json
+from neurosteer.version import VERSION
 
 _FEW, _MANY = Field(max_length=200), Field(max_length=1000)
 """How many entries there may be: whoever wrote them, cards and plots are drawn from them."""
@@ -44,6 +46,11 @@ class Provenance:
     def __post_init__(self) -> None:
         check_json("provenance's template options", dict(self.template_options))
         check_json("provenance's candidates", [dict(one) for one in self.candidates])
+
+
+def made_now(**known: Any) -> Provenance:
+    """The provenance of what is made by this version at this moment."""
+    return Provenance(created=datetime.now(UTC).isoformat(timespec="seconds"), version=VERSION, **known)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.common import safe_name
-from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.provenance import Provenance, made_now
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building.layer_choice import Candidate, best_single_layers, compare, neutral_places, reason
 from neurosteer.building.layers import LayerChoice
@@ -27,7 +26,6 @@ from neurosteer.progress import Job, Progress, silent
 from neurosteer.reading.request import Tokens
 from neurosteer.reading.statistics import Activations
 from neurosteer.saes.words import describe_features, output_scores
-from neurosteer.version import VERSION
 
 _FEWEST_TO_COMPARE = 50
 _COMPARED_ON = 24  # texts per class: every choice of layers costs two forward passes over them
@@ -228,9 +226,7 @@ class _Work:
 
     def _provenance(self, made: _Made) -> Provenance:
         examples, plan = self.examples, self.plan
-        return Provenance(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            version=VERSION,
+        return made_now(
             examples=examples.name,
             examples_sha256=examples.sha256,
             n_positive=len(examples.positive),

@@ -9,7 +9,7 @@ push of that size moves something.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from neurosteer.artifacts.artifact import Artifact
@@ -117,11 +117,7 @@ def profile_layers(
     if "contexts" in find_method(method).defaults:
         parameters = {"contexts": 0, **parameters}  # words for features are of no use here and cost a pass
     split = examples.split(HELD_OUT_SHARE, at_most=HELD_OUT_TEXTS)
-    training = replace(
-        examples,
-        positive=tuple(examples.positive[place] for place in split.train_positive),
-        negative=tuple(examples.negative[place] for place in split.train_negative),
-    )
+    training = examples.at(split.train_positive, split.train_negative)
     positive = [examples.positive[place] for place in split.held_out_positive]  # one is enough: no `parts`
     negative = [examples.negative[place] for place in split.held_out_negative]
     artifacts = build_each(

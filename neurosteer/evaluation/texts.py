@@ -44,15 +44,15 @@ class TextPlan:
         """Groups outermost, then prompts, then samples."""
         return [
             Row(
-                group.ask(prompt), group.recipes[group.turn(place, sample)], self._number(group, sample), group.strength
+                group.ask(prompt),
+                group.recipes[group.turn(place, sample)],
+                sample + self.samples * group.again,
+                group.strength,
             )
             for group in self.groups
             for place, prompt in enumerate(self.prompts)
             for sample in range(self.samples)
         ]
-
-    def _number(self, group: Group, sample: int) -> int:
-        return sample + self.samples if group.again else sample
 
     def sha256(self, lm: LanguageModel) -> str:
         """A hash of all that the texts depend on: the model, the prompts as it reads them (with its chat template and

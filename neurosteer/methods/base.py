@@ -3,7 +3,7 @@ what is read for it and at which layers it may work."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +23,15 @@ Columns = Callable[[int], Tensor]
 
 Layers = tuple[int, ...]
 """Block numbers, ascending."""
+
+
+class Places(NamedTuple):
+    """The layers that were `chosen`, or among which to choose: `candidates`, and where `everywhere` is not empty also
+    spreads over it."""
+
+    chosen: Layers | None
+    candidates: Layers
+    everywhere: Layers
 
 
 @dataclass(frozen=True)
@@ -102,18 +111,10 @@ class Method:
         """Those of `layers` at which the method may work. Raises `UsageError` where there are none."""
         return layers
 
-    def request(
-        self,
-        parameters: Mapping[str, Any],
-        chosen: Layers | None,
-        candidates: Layers,
-        everywhere: Layers,
-        saes: Mapping[int, SparseAutoencoder],
-    ) -> Request:
-        """What to read at the layers that were `chosen`, or for a choice among `candidates` (where `everywhere` is not
-        empty, also of spreads over it)."""
-        residual = chosen or everywhere or tuple(range(candidates[-1] + 1))
-        return Request(residual=residual, rows=(chosen or candidates) if self.needs_rows else ())
+    def request(self, parameters: Mapping[str, Any], places: Places, saes: Mapping[int, SparseAutoencoder]) -> Request:
+        """What to read for working there."""
+        residual = places.chosen or places.everywhere or tuple(range(places.candidates[-1] + 1))
+        return Request(residual=residual, rows=(places.chosen or places.candidates) if self.needs_rows else ())
 
     def up_to(self, layer: int) -> tuple[Layers, str]:
         """Where to work when `layer` separates best, and how to say so before "separates held-out examples best"."""

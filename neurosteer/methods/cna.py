@@ -9,10 +9,10 @@ from torch import Tensor
 from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS, NeuronCircuit
 from neurosteer.artifacts.strength import default_calibration
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import APART, Given, Layers, Method
+from neurosteer.methods.base import APART, Given, Layers, Method, Places
 from neurosteer.models.language_model import Framing
 from neurosteer.reading.request import Request, Tokens
-from neurosteer.validation import is_finite
+from neurosteer.validation import check_option, is_finite
 
 RANKS = ("difference", "dprime", "write")
 SKIPPED_LAYERS = (0, 1)
@@ -81,12 +81,8 @@ def _count(given: Given) -> int:
 
 
 def _check(parameters: Mapping[str, Any]) -> None:
-    if parameters["rank"] not in RANKS:
-        raise UsageError(f"rank is {parameters['rank']!r}; it must be one of {', '.join(RANKS)}.")
-    if parameters["operation"] not in CIRCUIT_OPERATIONS:
-        raise UsageError(
-            f"operation is {parameters['operation']!r}; a circuit's must be one of {', '.join(CIRCUIT_OPERATIONS)}."
-        )
+    check_option("rank", parameters["rank"], RANKS)
+    check_option("operation", parameters["operation"], CIRCUIT_OPERATIONS)
     top_k = parameters["top_k"]
     if not is_finite(top_k) or not 0 < top_k < 1e9:
         raise UsageError(f"top_k is {top_k!r}; give a count of neurons, or a share below 1 of all neurons.")
@@ -115,12 +111,12 @@ class _Neurons(Method):
     def usable(self, layers: Layers, parameters: Mapping[str, Any]) -> Layers:
         return _searched(layers, parameters)
 
-    def request(
-        self, parameters: Mapping[str, Any], chosen: Layers | None, candidates: Layers, everywhere: Layers, saes: object
-    ) -> Request:
-        if chosen is None:
-            return Request(residual=candidates, neurons=tuple(range(candidates[-1] + 1)))
-        return Request(residual=chosen[-1:], neurons=chosen)  # ranking by write needs the last class difference
+    def request(self, parameters: Mapping[str, Any], places: Places, saes: object) -> Request:
+        if places.chosen is None:
+            return Request(residual=places.candidates, neurons=tuple(range(places.candidates[-1] + 1)))
+        return Request(
+            residual=places.chosen[-1:], neurons=places.chosen
+        )  # ranking by write needs the last class difference
 
     def up_to(self, layer: int) -> tuple[Layers, str]:
         return tuple(range(layer + 1)), f"neurons up to layer {layer}, which separates held-out examples"

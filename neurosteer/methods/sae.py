@@ -11,11 +11,11 @@ from torch import Tensor
 from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Given, Layers, Method, single_layers, together
+from neurosteer.methods.base import Given, Layers, Method, Places, single_layers, together
 from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import FeatureStatistics
 from neurosteer.saes.autoencoder import SparseAutoencoder
-from neurosteer.validation import check_count
+from neurosteer.validation import check_count, check_option
 
 RANKS = ("rate", "dprime", "probe")
 WEIGHTS = ("difference", "target")
@@ -135,11 +135,8 @@ def _strongest(scores: Tensor, parameters: Mapping[str, Any]) -> Tensor:
     values, places = ranked.topk(min(count, len(ranked)))
     places = places[values > 0]
     if not len(places):
-        sides = (
-            "the positive texts than on the negative"
-            if parameters["sides"] == "positive"
-            else "one class than the other"
-        )
+        one_sided = parameters["sides"] == "positive"
+        sides = "the positive texts than on the negative" if one_sided else "one class than the other"
         raise UsageError(f"No feature fires more on {sides}; are the two sets of examples different?")
     return places
 
@@ -157,17 +154,14 @@ def _pair(values: Tensor, index: int) -> tuple[float, float]:
 
 def _check(parameters: Mapping[str, Any]) -> None:
     for key, allowed in (("rank", RANKS), ("weight", WEIGHTS), ("sides", SIDES)):
-        if parameters[key] not in allowed:
-            raise UsageError(f"{key} is {parameters[key]!r}; with sae it must be one of {', '.join(allowed)}.")
-    top_k = parameters["top_k"]
-    check_count("top_k", top_k, 1, 10_000)
+        check_option(key, parameters[key], allowed)
+    check_count("top_k", parameters["top_k"], 1, 10_000)
     least = parameters["min_output_score"]
     if least is not None and (not isinstance(least, (int, float)) or not math.isfinite(least)):
         raise UsageError(f"min_output_score is {least!r}; give a number, or leave it out.")
     if not isinstance(parameters["unit_norm"], bool):
         raise UsageError(f"unit_norm is {parameters['unit_norm']!r}; it must be true or false.")
-    contexts = parameters["contexts"]
-    check_count("contexts", contexts, 0, 3)
+    check_count("contexts", parameters["contexts"], 0, 3)
 
 
 class _Features(Method):
@@ -176,16 +170,9 @@ class _Features(Method):
     needs_features = True
     spreads = False
 
-    def request(
-        self,
-        parameters: Mapping[str, Any],
-        chosen: Layers | None,
-        candidates: Layers,
-        everywhere: Layers,
-        saes: Mapping[int, SparseAutoencoder],
-    ) -> Request:
+    def request(self, parameters: Mapping[str, Any], places: Places, saes: Mapping[int, SparseAutoencoder]) -> Request:
         return Request(
-            residual=chosen or candidates,
+            residual=places.chosen or places.candidates,
             encoders=saes,
             feature_rows=parameters["rank"] == "probe",
             prepend_bos=all(sae.prepend_bos for sae in saes.values()),
