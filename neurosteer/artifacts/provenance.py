@@ -1,13 +1,13 @@
 """Where an artifact comes from, and what was measured of it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from neurosteer.artifacts.records import Count, Finite, Line, record
+from neurosteer.models.records import Count, Finite, Line, record
 from neurosteer.validation import check_json
 from neurosteer.version import VERSION
 
@@ -61,13 +61,3 @@ class Receipt:
 
     def __post_init__(self) -> None:
         check_json("receipt", dict(self.data))
-
-
-def provenance_data(provenance: Provenance) -> dict[str, Any]:
-    """`provenance` as JSON-ready data."""
-    data = asdict(provenance)
-    data["separation"] = {str(layer): value for layer, value in provenance.separation.items()}
-    data["parents"] = list(provenance.parents)
-    data["warnings"] = list(provenance.warnings)
-    data["candidates"] = [dict(one) for one in provenance.candidates]
-    return data

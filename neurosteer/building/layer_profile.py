@@ -28,7 +28,6 @@ from neurosteer.measuring.preference import LabelledText, labelled_texts, log_li
 from neurosteer.methods import find_method
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress, silent
-from neurosteer.reading.request import Tokens
 
 HELD_OUT_TEXTS = 32
 """Per class, at most: every layer costs four forward passes over them."""
@@ -97,8 +96,6 @@ def profile_layers(
     *,
     method: str = "caa",
     layers: LayerChoice = "all",
-    framing: Framing | None = None,
-    tokens: Tokens | None = None,
     seed: int = 0,
     target_kl: float = TARGET_KL,
     progress: Progress = silent,
@@ -121,8 +118,8 @@ def profile_layers(
     positive = [examples.positive[place] for place in split.held_out_positive]  # one is enough: no `parts`
     negative = [examples.negative[place] for place in split.held_out_negative]
     artifacts = build_each(
-        lm, training, method=method, layers="all" if len(chosen) == lm.n_layers else chosen, framing=framing,
-        tokens=tokens, **job.named, **parameters,
+        lm, training, method=method, layers="all" if len(chosen) == lm.n_layers else chosen,
+        **job.named, **parameters,
     )  # fmt: skip
     source = next(iter(artifacts.values()))
     as_read: Framing = source.provenance.framing  # type: ignore[assignment]

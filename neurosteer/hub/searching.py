@@ -12,11 +12,10 @@ from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.metadata import LIBRARY, shape_tag
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.errors import UsageError
 from neurosteer.hub.client import Token, connect
 from neurosteer.models.reference import ModelReference
 from neurosteer.text import one_line
-from neurosteer.validation import check_option
+from neurosteer.validation import check_count, check_option
 
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100
@@ -70,8 +69,7 @@ def search(
     """
     if kind is not None:
         check_option("kind", kind, KINDS)
-    if not 1 <= limit <= MOST_FOUND:
-        raise UsageError(f"limit is {limit}; it must be from 1 to {MOST_FOUND}.")
+    check_count("limit", limit, 1, MOST_FOUND)
     hub = connect(token)
     tags = [LIBRARY, *([kind] if kind else []), *([_BASE_MODEL + base_model] if base_model else [])]
     wanted = {"search": text.strip()[:200] or None, "author": author or None, "sort": "likes", "limit": limit}

@@ -15,13 +15,12 @@ from neurosteer.circuits.relp.choices import Choice, likely_choices
 from neurosteer.circuits.relp.linearised import batch_tokens_for
 from neurosteer.circuits.relp.scores import score_prompts
 from neurosteer.circuits.relp.weights import Neuron, edge_weights, super_weights
-from neurosteer.errors import UsageError
 from neurosteer.examples.files import bundled_lines
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
-from neurosteer.validation import is_int
+from neurosteer.validation import check_count, check_number
 
 TOP_PER_LAYER = 20
 SHARE_OF_PROMPTS = 0.8
@@ -79,11 +78,8 @@ def find_universal(
     by_default = prompts is None and (top_per_layer, share) == (TOP_PER_LAYER, SHARE_OF_PROMPTS)
     if by_default and lm in _FOUND:
         return _FOUND[lm]
-    if not 1 <= top_per_layer <= lm.shape.d_mlp or not 0 < share <= 1:
-        raise UsageError(
-            f"top_per_layer is {top_per_layer!r:.40} and share {share!r:.40}; give 1 to {lm.shape.d_mlp} neurons and a "
-            "share above 0 and up to 1."
-        )
+    check_count("top_per_layer", top_per_layer, 1, lm.shape.d_mlp)
+    check_number("share", share, 0, 1, above=True)
     progress("Finding universal neurons")
     choices = likely_choices(lm, everyday_prompts() if prompts is None else prompts)
     counts = torch.zeros(lm.n_layers, lm.shape.d_mlp, dtype=torch.int32)
@@ -150,11 +146,8 @@ def find_unspecific(
     Ablating a circuit without them takes away less of its answer, but leaves other answers alone. Raises `UsageError`
     for no prompts, an empty one, or an option out of its range, `Cancelled`.
     """
-    n_neurons = lm.n_layers * lm.shape.d_mlp
-    if not is_int(top) or not 1 <= top <= n_neurons or not 0 < share <= 1:
-        raise UsageError(
-            f"top is {top!r:.40} and share {share!r:.40}; give 1 to {n_neurons} neurons and a share above 0 up to 1."
-        )
+    check_count("top", top, 1, lm.n_layers * lm.shape.d_mlp)
+    check_number("share", share, 0, 1, above=True)
     universal = find_universal(lm, progress=progress, cancel=cancel)
     choices = likely_choices(lm, everyday_prompts() if prompts is None else prompts)
     counts: Counter[int] = Counter()
