@@ -374,8 +374,8 @@ def test_a_model_that_can_think_is_told_not_to_unless_asked() -> None:
 def test_a_template_that_prints_the_date_prints_the_same_one_on_every_day(kind: str) -> None:
     lm = with_template(DATED[kind])
     assert lm.template_options == {"today": "2024-07-26"}
-    assert lm.framer._user_turn("one") == "26 Jul 2024"
-    assert with_template(DATED[kind], template_options={"today": "2020-02-03"}).framer._user_turn("x") == "03 Feb 2020"
+    assert lm._user_turn("one") == "26 Jul 2024"
+    assert with_template(DATED[kind], template_options={"today": "2020-02-03"})._user_turn("x") == "03 Feb 2020"
     assert json.loads(json.dumps(lm.template_options)) == lm.template_options
 
 

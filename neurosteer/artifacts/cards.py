@@ -174,13 +174,13 @@ def _templates() -> Environment:
         "text": _text,
         "cell": _cell,
         "code": _code,
-        "python": _literal,
+        "python": lambda text: json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text),
         "shell": lambda text: shlex.quote(printable(text)),
         "what": _what,
         "layers": layers_text,
         "meaning": strength_meaning,
         "model": _model_link,
-        "feature": _feature_link,
+        "feature": lambda one: f"[{one.index}]({one.link})" if one.link else str(one.index),
         "fires": lambda rates: " / ".join(f"{rate:.2%}" for rate in rates),
     }
     return environment
@@ -270,10 +270,6 @@ def _model_link(name: str) -> str:
     return f"[{_code(name)}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else _code(name)
 
 
-def _feature_link(feature: Feature) -> str:
-    return f"[{feature.index}]({feature.link})" if feature.link else str(feature.index)
-
-
 # --- other people's words --------------------------------------------------------------------------------------------
 
 
@@ -292,11 +288,6 @@ def _code(token: str) -> str:
     """A token as a Markdown code span, also inside a table."""
     shown = printable(token).replace("`", "ˋ").replace("|", "¦").strip()
     return f"`{shown[:_LONGEST_CELL] or '␣'}`"
-
-
-def _literal(text: str) -> str:
-    """`text` as Python source."""
-    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 # --- features --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from neurosteer.building.layers import LayerChoice, layers_shown, parse_layers
 from neurosteer.errors import ExamplesError, UsageError
 from neurosteer.examples.contrast_set import MIN_PER_CLASS, ContrastSet
 from neurosteer.methods import find_method
-from neurosteer.methods.base import Method
+from neurosteer.methods.base import Method, Places
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress
 from neurosteer.reading.loop import read_activations, readable
@@ -52,7 +52,8 @@ class BuildPlan:
 
     def request(self) -> Request:
         """What to read, by the method's own rules."""
-        asked = self.method.request(self.parameters, self.layers, self.candidates, self.everywhere, self.saes)
+        places = Places(self.layers, self.candidates, self.everywhere)
+        asked = self.method.request(self.parameters, places, self.saes)
         return replace(asked, framing=self.framing, tokens=self.tokens)
 
 
@@ -135,9 +136,8 @@ def without_short(lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, pro
             f"be read (of one token none is); {MIN_PER_CLASS} of each are needed: give longer texts."
         )
     progress(f"Left out {n_short} texts that are too short to be read")
-    positive, negative = (tuple(side[place] for place in places) for side, places in zip(sides, kept, strict=True))
     dropped = {**examples.dropped, TOO_SHORT: examples.dropped.get(TOO_SHORT, 0) + n_short}
-    return replace(examples, positive=positive, negative=negative, dropped=dropped)
+    return examples.at(*kept, dropped=dropped)
 
 
 def read_plan(

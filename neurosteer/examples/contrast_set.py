@@ -6,9 +6,10 @@ import random
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 from neurosteer.examples.parsing import SIDES, clean_text, listed, refuse, short
 
@@ -99,16 +100,13 @@ class ContrastSet:
         """The texts left to train on, and those held out as in `split`. Raises `ExamplesError` also where one of the
         two parts would have fewer than 2 texts of a class."""
         split = self.split(fraction, seed=seed, at_most=at_most)
-        rows = ((split.train_positive, split.train_negative), (split.held_out_positive, split.held_out_negative))
-        kept, held = (
-            replace(
-                self,
-                positive=tuple(self.positive[place] for place in positive),
-                negative=tuple(self.negative[place] for place in negative),
-            )
-            for positive, negative in rows
-        )
-        return kept, held
+        kept = self.at(split.train_positive, split.train_negative)
+        return kept, self.at(split.held_out_positive, split.held_out_negative)
+
+    def at(self, positive: Iterable[int], negative: Iterable[int], **changes: Any) -> "ContrastSet":
+        """The texts at these positions, otherwise as it is but for `changes`. Raises as making one does."""
+        shown, others = [self.positive[place] for place in positive], [self.negative[place] for place in negative]
+        return replace(self, positive=tuple(shown), negative=tuple(others), **changes)
 
 
 def key(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageModel:
+class LanguageModel(Framer):
     """A decoder-only model of transformers with the parts that reading and writing need.
 
     `blocks[L]` returns the residual stream after layer L, `[batch, seq, d_model]`; the input of
@@ -100,33 +100,6 @@ class LanguageModel:
         Where the MLP's output is normalised before it is added, the norm's gain is folded in (`written_columns`).
         """
         return written_columns(self.blocks[layer], self.down_projections[layer])
-
-    # --- formatting (see `framing`) ------------------------------------------------------------------------------
-
-    @property
-    def framer(self) -> Framer:
-        return Framer(self.tokenizer, self.name, self.chat, self.template_options)
-
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, seed_response: str = "") -> list[int]:
-        """Token ids of a prompt (or a conversation) up to where the model is to write.
-
-        A chat model gets its chat template unless `raw`. `seed_response` is how the answer begins. Raises `UsageError`
-        for a conversation without a template.
-        """
-        return self.framer.prompt_ids(prompt, raw=raw, seed_response=seed_response)
-
-    def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text by itself, without special tokens."""
-        return self.framer.ids(text, special=False)
-
-    def frame(
-        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[str] | None = None
-    ) -> list[FramedText]:
-        """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens.
-
-        With `answer`, `prompts` are what the texts answer; without them, every text answers an empty turn.
-        """
-        return self.framer.frame(texts, framing, max_tokens=max_tokens, prompts=prompts)
 
 
 def fingerprint_of(model: Module) -> str:

@@ -19,6 +19,7 @@ from neurosteer.models.language_model import LanguageModel, ModelShape, fingerpr
 from neurosteer.models.parts import find_blocks, find_decoder, find_down_projection, find_final_norm, input_width
 from neurosteer.models.sources import Source, locate
 from neurosteer.progress import Progress, silent
+from neurosteer.validation import check_option
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -190,8 +191,7 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        check_option("dtype", dtype, DTYPES)
         return DTYPES[dtype]
     return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
 

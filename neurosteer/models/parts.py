@@ -39,10 +39,8 @@ def find_blocks(decoder: Module, n_layers: int, name: str) -> tuple[Module, ...]
 
 def find_down_projection(block: Module, layer: int, name: str) -> Module:
     mlp = getattr(block, "mlp", None)
-    for key in _DOWN_PROJECTIONS:
-        found = getattr(mlp, key, None)
-        if isinstance(found, Module):
-            return found
+    if (found := part_of(mlp, _DOWN_PROJECTIONS)) is not None:
+        return found
     parts = ", ".join(key for key, _ in (mlp if mlp is not None else block).named_children())
     raise ModelError(
         f"{name}: block {layer} ({type(block).__name__}) has no MLP down projection "
@@ -51,14 +49,18 @@ def find_down_projection(block: Module, layer: int, name: str) -> Module:
 
 
 def find_final_norm(decoder: Module, name: str) -> Module:
-    for key in _FINAL_NORMS:
-        found = getattr(decoder, key, None)
-        if isinstance(found, Module):
-            return found
+    if (found := part_of(decoder, _FINAL_NORMS)) is not None:
+        return found
     raise ModelError(
         f"{name} ({type(decoder).__name__}): no final norm ({', '.join(_FINAL_NORMS)}) was found; "
         f"its parts are {', '.join(key for key, _ in decoder.named_children())}."
     )
+
+
+def part_of(module: object, names: Sequence[str]) -> Module | None:
+    """The first of the parts called so that `module` has."""
+    found = (getattr(module, name, None) for name in names)
+    return next((part for part in found if isinstance(part, Module)), None)
 
 
 def written_columns(block: Module, down: Module) -> Tensor:
@@ -72,7 +74,7 @@ def written_columns(block: Module, down: Module) -> Tensor:
     columns = (weight if is_conv1d(down) else weight.T).float()
     for name in _STREAM_SCALES:
         columns = columns * getattr(block, name, 1.0)
-    norm = next((found for name in _NORMS_AFTER_MLP if (found := getattr(block, name, None)) is not None), None)
+    norm = part_of(block, _NORMS_AFTER_MLP)
     return columns if norm is None else probe_norm(norm, columns.shape[1:]).weigh(columns)
 
 

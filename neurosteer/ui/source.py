@@ -26,9 +26,7 @@ def read_source(source: Source) -> ContrastSet | None:
     if source.kind == "bundled":
         return read_bundled(source.bundled) if source.bundled else None
     if source.kind == "file":
-        if not source.file:
-            return None
-        return read_file(source.file)
+        return read_file(source.file) if source.file else None
     if source.kind == "files":
         if not source.positive_file or not source.negative_file:
             return None

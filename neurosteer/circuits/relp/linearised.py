@@ -16,18 +16,20 @@ gradient. Like all hooks they answer the thread that entered the block only.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from neurosteer.errors import ModelError, UsageError
+from neurosteer.errors import ModelError
 from neurosteer.models.batching import padded
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, PassHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.logits import logits_at, where_last
-from neurosteer.models.parts import NormParts, norm_of, probe_norm
+from neurosteer.models.parts import NormParts, norm_of, part_of, probe_norm
+from neurosteer.validation import check_option
 
 Attention = Literal["full", "frozen"]
 ATTENTIONS: tuple[Attention, ...] = ("full", "frozen")
@@ -56,8 +58,7 @@ def linearised(lm: LanguageModel, attention: Attention = "full") -> Iterator[Non
     Values are those of the plain model. Gradients may be asked for after the block. Raises `UsageError` for another
     `attention`, `ModelError` naming a part of the model that no rule is known for.
     """
-    if attention not in ATTENTIONS:
-        raise UsageError(f"attention is {attention!r:.60}; it must be one of {', '.join(ATTENTIONS)}.")
+    check_option("attention", attention, ATTENTIONS)
     hooks = [*_norm_hooks(lm), *_mlp_hooks(lm)]
     if attention == "frozen":
         hooks += _frozen_attention_hooks(lm)
@@ -81,10 +82,7 @@ def linear_pass(
         neurons[layer] = hidden if layer else hidden.detach().requires_grad_()
         return neurons[layer]
 
-    keeping: list[Hook] = [
-        InputHook(down, lambda hidden, layer=layer: keep(layer, hidden))
-        for layer, down in enumerate(lm.down_projections)
-    ]
+    keeping: list[Hook] = [InputHook(down, partial(keep, layer)) for layer, down in enumerate(lm.down_projections)]
     keeping.append(OutputHook(lm.model.get_output_embeddings(), plain.append))
     with torch.inference_mode(False), torch.enable_grad(), linearised(lm, attention), hooked(keeping):
         ids = padded(rows, lm.pad_id)
@@ -193,9 +191,9 @@ def _mlp_hooks(lm: LanguageModel) -> list[Hook]:
     hooks: list[Hook] = []
     for layer, block in enumerate(lm.blocks):
         mlp = getattr(block, "mlp", None)
-        activation = _part(mlp, _ACTIVATION_NAMES)
-        gate, up = _part(mlp, ("gate_proj",)), _part(mlp, ("up_proj",))
-        if activation is None or (gate is None) != (up is None) or (gate is None and _part(mlp, ("c_fc",)) is None):
+        activation = part_of(mlp, _ACTIVATION_NAMES)
+        gate, up = part_of(mlp, ("gate_proj",)), part_of(mlp, ("up_proj",))
+        if activation is None or (gate is None) != (up is None) or (gate is None and part_of(mlp, ("c_fc",)) is None):
             raise ModelError(
                 f"{lm.name}: no rule is known for the MLP of block {layer} ({type(mlp).__name__}); it needs act_fn, "
                 "gate_proj and up_proj, or act and c_fc."
@@ -211,8 +209,8 @@ def _frozen_attention_hooks(lm: LanguageModel) -> list[Hook]:
     """With constant queries and keys the pattern is a constant."""
     hooks: list[Hook] = []
     for layer, block in enumerate(lm.blocks):
-        attention = _part(block, _ATTENTION_NAMES)
-        query, key, fused = (_part(attention, (name,)) for name in ("q_proj", "k_proj", "c_attn"))
+        attention = part_of(block, _ATTENTION_NAMES)
+        query, key, fused = (part_of(attention, (name,)) for name in ("q_proj", "k_proj", "c_attn"))
         if query is not None and key is not None:
             hooks += [OutputHook(module, lambda y: y.detach()) for module in (query, key)]
         elif fused is not None:
@@ -229,8 +227,3 @@ def _values_only(fused: Tensor) -> Tensor:
     """GPT-2 computes queries, keys and values at once, in this order."""
     query, key, value = fused.chunk(3, dim=-1)
     return torch.cat([query.detach(), key.detach(), value], dim=-1)
-
-
-def _part(module: object, names: Sequence[str]) -> Module | None:
-    found = (getattr(module, name, None) for name in names)
-    return next((part for part in found if isinstance(part, Module)), None)
