@@ -26,17 +26,24 @@ class ModelReference:
         check_text("model fingerprint", self.fingerprint, 100)
         if self.revision is not None:
             check_text("model revision", self.revision, 300)
-        for key, limit in (("n_layers", _MAX_LAYERS), ("d_model", _MAX_DIMENSION), ("d_mlp", _MAX_DIMENSION)):
+        for key, least, most in (
+            ("n_layers", 1, _MAX_LAYERS),
+            ("d_model", 1, _MAX_DIMENSION),
+            ("d_mlp", 0, _MAX_DIMENSION),  # 0 where a model has no MLPs of one width
+        ):
             value = getattr(self, key)
-            if not is_int(value) or not 1 <= value <= limit:
+            if not is_int(value) or not least <= value <= most:
                 raise ArtifactError(
-                    f"The model's {key} is {shown(value)}; it must be a whole number from 1 to {limit}."
+                    f"The model's {key} is {shown(value)}; it must be a whole number from {least} to {most}."
                 )
 
 
-def same_shape(one: ModelReference, other: ModelReference) -> bool:
-    return (one.n_layers, one.d_model, one.d_mlp) == (other.n_layers, other.d_model, other.d_mlp)
+def same_shape(one: ModelReference, other: ModelReference, *, neurons: bool) -> bool:
+    """Whether an artifact made on one fits the other; only one that is made of `neurons` cares how many there are."""
+    alike = (one.n_layers, one.d_model) == (other.n_layers, other.d_model)
+    return alike and (not neurons or one.d_mlp == other.d_mlp)
 
 
 def shape_text(model: ModelReference) -> str:
-    return f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
+    width = f", d_mlp {model.d_mlp}" if model.d_mlp else ""
+    return f"{model.n_layers} layers, d_model {model.d_model}{width}"
