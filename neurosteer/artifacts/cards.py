@@ -20,6 +20,7 @@ from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.metadata import HUB_ID, metadata
 from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.models.reference import shape_text
 from neurosteer.text import flat, printable, quoted
 from neurosteer.validation import is_finite
 
@@ -207,7 +208,7 @@ def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
 def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
     """Names and values as Markdown; what was not recorded is left out."""
     model, source = artifact.model, artifact.provenance
-    shape = f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
+    shape = shape_text(model)
     revision = f", revision {_code(model.revision)}" if model.revision else ""
     weights = f"fingerprint of the weights {_code(model.fingerprint)}"
     rows = [

@@ -79,7 +79,7 @@ class SteeringVector(Made):
                 f"{self.name!r} has the operation {self.operation} and {other.name!r} {other.operation}; only vectors "
                 "of one operation can be added. Put both into a recipe instead."
             )
-        if not same_shape(self.model, other.model):
+        if not same_shape(self.model, other.model, neurons=False):
             raise MismatchError(
                 f"{self.name!r} ({shape_text(self.model)}) and {other.name!r} ({shape_text(other.model)}) "
                 "belong to models of different shape; only vectors of one model can be added."

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.building.layers import LayerChoice, layers_shown, parse_layers
 from neurosteer.errors import ExamplesError, UsageError
 from neurosteer.examples.contrast_set import MIN_PER_CLASS, ContrastSet
@@ -66,8 +67,13 @@ def make_plan(
     given: Mapping[str, Any],
     progress: Progress,
 ) -> BuildPlan:
-    """Everything that can be refused is refused here, before the model runs. Raises `UsageError`."""
+    """Everything that can be refused is refused here, before the model runs.
+
+    Raises `UsageError`, and `ModelError` for a circuit on a model that has no neurons for one.
+    """
     method = find_method(method_name)
+    if method.kind == NeuronCircuit.kind:
+        _ = lm.down_projections  # which raises where the model has none
     parameters = method.parameters(given)
     parsed, reason = parse_layers(layers, lm.n_layers), "layers as given"
     saes: dict[int, SparseAutoencoder] = {}

@@ -89,10 +89,10 @@ def _comparable_overlaps(artifacts: "Sequence[Artifact]") -> "list[Overlap]":
     """Directions can be compared within models of one shape; artifacts of others are shown all the same."""
     from neurosteer.artifacts.combining import cosines
 
-    alike: dict[tuple[int, int, int], list[Artifact]] = {}
+    alike: dict[tuple[int, int], list[Artifact]] = {}
     for artifact in artifacts:
         model = artifact.model
-        alike.setdefault((model.n_layers, model.d_model, model.d_mlp), []).append(artifact)
+        alike.setdefault((model.n_layers, model.d_model), []).append(artifact)
     return [overlap for group in alike.values() for overlap in cosines(group)]
 
 

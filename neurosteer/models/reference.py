@@ -19,13 +19,16 @@ class ModelReference:
     revision: _Name | None
     n_layers: _Layers
     d_model: _Dimension
-    d_mlp: _Dimension
+    d_mlp: Annotated[int, Field(strict=True, ge=0, le=1 << 20)]  # 0 where a model has no MLPs of one width
     fingerprint: Annotated[str, Field(strict=True, min_length=1, max_length=100)]
 
 
-def same_shape(one: ModelReference, other: ModelReference) -> bool:
-    return (one.n_layers, one.d_model, one.d_mlp) == (other.n_layers, other.d_model, other.d_mlp)
+def same_shape(one: ModelReference, other: ModelReference, *, neurons: bool) -> bool:
+    """Whether an artifact made on one fits the other; only one that is made of `neurons` cares how many there are."""
+    alike = (one.n_layers, one.d_model) == (other.n_layers, other.d_model)
+    return alike and (not neurons or one.d_mlp == other.d_mlp)
 
 
 def shape_text(model: ModelReference) -> str:
-    return f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
+    width = f", d_mlp {model.d_mlp}" if model.d_mlp else ""
+    return f"{model.n_layers} layers, d_model {model.d_model}{width}"
