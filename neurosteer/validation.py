@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 from neurosteer.errors import ArtifactError, UsageError
@@ -32,6 +33,12 @@ def check_json(what: str, data: Any) -> None:
 def check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ArtifactError(f"The {what} is {shown(value)}; it must be one of {', '.join(allowed)}.")
+
+
+def check_option(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise `UsageError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UsageError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:

@@ -46,14 +46,33 @@ SLOW_MODULES = {
     "test_serving",  # many callers by the clock
     "test_visitors",
 }
+SLOW_FIXTURES = {"page"}  # one in a process of its own or in a browser
+PRODUCTS = {"test_batches", "test_layer_profile"}
+"""Modules whose products of tests and architectures are run of a few by default: of one without a sliding window, one
+with it and with norms after the blocks, and one with biases and learned positions."""
+USUAL = {"llama", "gemma3", "gpt2"}
+BY_THE_CLOCK = {"browser"}
+BY_THE_CLOCK_MODULES = {"test_gpu", "test_serving", "test_strangers", "test_visitors"}
+"""Whose tests need the machine for themselves: run one after another (`-m clock -n 0`)."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before tests are left out by their markers."""
     for item in items:
-        if SLOW & {mark.name for mark in item.iter_markers()} or item.path.stem in SLOW_MODULES:
+        marks, module = {mark.name for mark in item.iter_markers()}, item.path.stem
+        fixtures = getattr(item, "fixturenames", ())
+        if SLOW & marks or SLOW_FIXTURES & set(fixtures) or module in SLOW_MODULES or _is_further_architecture(item):
             item.add_marker(pytest.mark.slow)
+        if BY_THE_CLOCK & marks or module in BY_THE_CLOCK_MODULES:
+            item.add_marker(pytest.mark.clock)
+
+
+def _is_further_architecture(item: pytest.Item) -> bool:
+    if item.path.stem not in PRODUCTS:
+        return False
+    values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    return any(value in ARCHITECTURES and value not in USUAL for value in values if isinstance(value, str))
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)

@@ -39,7 +39,7 @@ from neurosteer.building.separation import separation_of
 from neurosteer.errors import ArtifactError, Cancelled, ExamplesError, UsageError
 from neurosteer.evaluation.matched_twins import permuted_twin
 from neurosteer.examples.contrast_set import ContrastSet
-from neurosteer.progress import silent
+from neurosteer.progress import Job
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import ClassRows, HeldOut
@@ -523,5 +523,5 @@ def test_examples_with_prompts_are_built_from_as_answers_to_them(llama: Tiny) ->
     assert torch.allclose(built.directions[1], read.residual[1].difference, atol=1e-5)
     assert not torch.allclose(built.directions[1], plain.directions[1], atol=1e-3)
     assert "each after its own prompt (3 different ones)" in render_card(built)
-    twin = permuted_twin(llama.lm, built, asked, 0, silent, None)
+    twin = permuted_twin(llama.lm, built, asked, 0, Job())
     assert twin.provenance.n_prompts == 3 and twin.provenance.framing == "answer"

@@ -224,7 +224,9 @@ def test_a_model_with_norms_that_take_more_than_the_stream_is_refused() -> None:
 
 def test_an_mlp_of_an_unknown_kind_is_refused() -> None:
     this = make_tiny("llama")
-    del this.model.model.layers[2].mlp.up_proj
+    mlp = this.model.model.layers[2].mlp
+    del mlp.act_fn
+    mlp.act_fn = torch.nn.functional.silu  # no module that a hook could see
     refused(lambda: linear_pass(this.lm, [[1, 2]]), ModelError, "block 2", "LlamaMLP")
 
 

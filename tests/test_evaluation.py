@@ -56,7 +56,7 @@ from neurosteer.hub import push
 from neurosteer.measuring.divergence import divergences, unsteered_texts
 from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.models.loading import load_model
-from neurosteer.progress import silent
+from neurosteer.progress import Job
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
 from neurosteer.ui.show import evaluation as on_page
@@ -266,7 +266,7 @@ def test_the_same_method_on_shuffled_labels_is_a_control_where_the_examples_are_
     mixed = with_permuted_labels(examples, 1)
     assert sorted([*mixed.positive, *mixed.negative]) == sorted([*examples.positive, *examples.negative])
     assert len(mixed.positive) == 12 and 0 < len(set(mixed.positive) & set(examples.positive)) < 12
-    twin = permuted_twin(llama.lm, built, examples, 1, silent, None)
+    twin = permuted_twin(llama.lm, built, examples, 1, Job())
     other = build(llama.lm, mixed, layers=[1, 2], calibrate=False)
     assert isinstance(twin, SteeringVector) and isinstance(other, SteeringVector)
     assert all(torch.equal(twin.directions[layer], other.directions[layer]) for layer in (1, 2))

@@ -10,7 +10,6 @@ import torch
 from tiny import Tiny, Writes, naive_logits, texts
 
 from neurosteer.evaluation import CallableJudge
-from neurosteer.evaluation.damage import surprises
 from neurosteer.evaluation.intervals import Estimate, share_interval
 from neurosteer.evaluation.metrics import (
     Sampled,
@@ -23,6 +22,7 @@ from neurosteer.evaluation.metrics import (
     wrong_way_rate,
 )
 from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.measuring.preference import surprises
 
 
 def percentile(values: Sequence[float], share: float) -> float:

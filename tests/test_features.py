@@ -119,10 +119,10 @@ def test_a_features_encoder_alone_gives_what_encoding_all_of_them_gives(
     wanted = naive_activations(place, stream)
     assert torch.allclose(sae.encode(stream).double(), wanted, atol=1e-4)
     for index in (0, SILENT, D_SAE - 1):
-        weights, bias, threshold = sae.feature_encoder(index)
-        assert weights.dtype == torch.float32 and weights.shape == (D_MODEL,)
-        before = stream @ weights + bias
-        found = torch.where(before > max(threshold, 0.0), before, 0.0)
+        encoder = sae.feature_encoder(index)
+        assert encoder.weights.dtype == torch.float32 and encoder.weights.shape == (D_MODEL,)
+        before = stream @ encoder.weights + encoder.bias
+        found = torch.where(before > max(encoder.threshold, 0.0), before, 0.0)
         assert torch.allclose(found.double(), wanted[:, index], atol=1e-4)
 
 

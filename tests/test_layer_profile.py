@@ -149,7 +149,9 @@ def test_effect_and_damage_equal_the_naive_ones_on_every_architecture(each: Tiny
     assert figures.separation == artifact.provenance.separation[1]
 
 
-@pytest.mark.parametrize("framing", ["raw", "prompt", "answer"])
+@pytest.mark.parametrize(
+    "framing", [pytest.param("raw", marks=pytest.mark.slow), pytest.param("prompt", marks=pytest.mark.slow), "answer"]
+)
 def test_every_layer_is_measured_under_the_framing_it_was_built_with(llama: Tiny, framing: Any) -> None:
     profile = profile_layers(llama.lm, EXAMPLES, framing=framing)
     assert [figures.layer for figures in profile.layers] == list(range(N_LAYERS))
@@ -167,7 +169,7 @@ def test_a_base_model_with_a_bos_counts_the_first_word_and_one_without_cannot() 
         assert_as_naive(this, figures, build(this.lm, parts(EXAMPLES)[0], layers=2), EXAMPLES, "raw")
 
 
-@pytest.mark.parametrize("method", ["pca", "probe", "cna"])
+@pytest.mark.parametrize("method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("pca", "probe")), "cna"])
 def test_other_methods_are_measured_too_and_circuits_against_random_neurons(llama: Tiny, method: str) -> None:
     extra: dict[str, Any] = {"top_k": 5} if method == "cna" else {}
     profile = profile_layers(llama.lm, EXAMPLES, method=method, layers="2-3", framing="answer", **extra)

@@ -39,8 +39,8 @@ import neurosteer
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.circuits import attribute, linear_pass, measure_faithfulness, next_token_probs, top_predictions
 from neurosteer.circuits.relp.choices import likely_choices
-from neurosteer.evaluation.damage import surprises
 from neurosteer.measuring.divergence import divergences, kl_percentile, unsteered_texts
+from neurosteer.measuring.preference import surprises
 from neurosteer.measuring.token_scores import token_divergences
 from neurosteer.models.loading import describe_model
 from neurosteer.models.logits import last_logits, logits_at

@@ -15,7 +15,7 @@ from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.methods import METHODS, find_method
-from neurosteer.methods.base import Tensors
+from neurosteer.methods.base import Given
 from neurosteer.models.reference import ModelReference
 from neurosteer.reading.statistics import Activations, ClassMeans, ClassMoments, ClassRows
 
@@ -63,12 +63,9 @@ COLUMNS = {layer: np.random.default_rng(10 + layer).normal(size=(D_MLP, D_MODEL)
 
 def run(method: str, layers: tuple[int, ...], read: Activations | None = None, **given: Any) -> Any:
     entry = find_method(method)
+    found = read if read is not None else activations(RESIDUAL, NEURONS)
     return entry.function(
-        read if read is not None else activations(RESIDUAL, NEURONS),
-        layers,
-        name="made",
-        tensors=Tensors(columns=lambda layer: tensor(COLUMNS[layer])),
-        parameters=entry.parameters(given),
+        Given(found, layers, "made", entry.parameters(given), columns=lambda layer: tensor(COLUMNS[layer]))
     )
 
 
@@ -240,12 +237,10 @@ def test_planted_neurons_are_found(rank: str) -> None:
         neurons[layer][0][:, neuron] += size
         columns[layer][neuron] = 5 * np.sign(size) * target / np.linalg.norm(target)
     entry = find_method("cna")
+    parameters = entry.parameters({"rank": rank, "top_k": 3, "skip_layers": ()})
+    read = activations(RESIDUAL, neurons)
     circuit = entry.function(
-        activations(RESIDUAL, neurons),
-        (0, 1, 2, 3),
-        name="made",
-        tensors=Tensors(columns=lambda layer: tensor(columns[layer])),
-        parameters=entry.parameters({"rank": rank, "top_k": 3, "skip_layers": ()}),
+        Given(read, (0, 1, 2, 3), "made", parameters, columns=lambda layer: tensor(columns[layer]))
     )
     assert isinstance(circuit, NeuronCircuit)
     assert set(pairs(circuit)) == set(planted)

@@ -24,7 +24,7 @@ from tiny import (
     word_tokenizer,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.models import loading
@@ -71,21 +71,20 @@ def small(kind: type, **named: Any) -> Any:
     return kind(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **named)
 
 
-@pytest.mark.parametrize(
-    ("config", "missing"),
-    [
-        (small(GPTNeoXConfig, intermediate_size=64), "dense_4h_to_h"),
-        (BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), "dense_4h_to_h"),
-        (small(OPTConfig, ffn_dim=64, word_embed_proj_dim=32), "fc2"),
-    ],
-    ids=["gpt-neox", "bloom", "opt"],
-)
-def test_a_model_without_the_down_projections_we_know_says_so_and_lists_its_parts(config: Any, missing: str) -> None:
+def test_neurons_that_cannot_be_told_apart_by_token_are_refused_where_they_are_asked_for() -> None:
+    lm = wrap(AutoModelForCausalLM.from_config(small(OPTConfig, ffn_dim=64, word_embed_proj_dim=32)))
+    assert lm.shape == ModelShape(2, 32, 0)
     with pytest.raises(ModelError) as error:
-        wrap(AutoModelForCausalLM.from_config(config))
-    assert "down projection" in one_line(error)
-    assert missing in one_line(error)
-    assert "block 0" in one_line(error)
+        _ = lm.down_projections
+    assert "block 0 (OPTDecoderLayer)" in one_line(error) and "Vectors work on it" in one_line(error)
+
+
+def test_mlps_of_different_widths_are_refused_as_neurons() -> None:
+    model = random_model(tiny_config("llama"))
+    wide = random_model(tiny_config("llama", intermediate_size=2 * D_MLP))
+    model.model.layers[1].mlp = wide.model.layers[1].mlp
+    with pytest.raises(ModelError, match=rf"different widths \({D_MLP}, {2 * D_MLP}\)"):
+        _ = wrap(model).down_projections
 
 
 def test_a_model_without_its_list_of_blocks_says_so() -> None:
@@ -102,25 +101,23 @@ def test_a_model_with_another_number_of_blocks_than_its_config_says_so() -> None
         wrap(model)
 
 
-def test_a_model_without_a_final_norm_says_so() -> None:
-    model = random_model(tiny_config("gpt2"))
-    del model.transformer.ln_f
-    with pytest.raises(ModelError, match="no final norm"):
-        wrap(model)
+def test_where_there_is_no_final_norm_nothing_is_done() -> None:
+    lm = wrap(AutoModelForCausalLM.from_config(small(OPTConfig, ffn_dim=64, do_layer_norm_before=False)))
+    assert type(lm.final_norm) is nn.Identity
 
 
 def test_one_odd_block_among_others_is_named_by_its_number() -> None:
     model = random_model(tiny_config("qwen2"))
     model.model.layers[2].mlp.down_proj = None
     with pytest.raises(ModelError, match="block 2"):
-        wrap(model)
+        _ = wrap(model).down_projections
 
 
-def test_a_block_without_any_mlp_says_what_it_has_instead() -> None:
+def test_a_block_without_any_mlp_has_no_neurons() -> None:
     model = random_model(tiny_config("llama"))
     del model.model.layers[1].mlp
-    with pytest.raises(ModelError, match=r"block 1 .*self_attn"):
-        wrap(model)
+    with pytest.raises(ModelError, match=r"block 1 \(LlamaDecoderLayer\)"):
+        _ = wrap(model).down_projections
 
 
 def test_a_model_that_is_its_own_decoder_says_so() -> None:
@@ -374,8 +371,8 @@ def test_a_model_that_can_think_is_told_not_to_unless_asked() -> None:
 def test_a_template_that_prints_the_date_prints_the_same_one_on_every_day(kind: str) -> None:
     lm = with_template(DATED[kind])
     assert lm.template_options == {"today": "2024-07-26"}
-    assert lm.framer._user_turn("one") == "26 Jul 2024"
-    assert with_template(DATED[kind], template_options={"today": "2020-02-03"}).framer._user_turn("x") == "03 Feb 2020"
+    assert lm._user_turn("one") == "26 Jul 2024"
+    assert with_template(DATED[kind], template_options={"today": "2020-02-03"})._user_turn("x") == "03 Feb 2020"
     assert json.loads(json.dumps(lm.template_options)) == lm.template_options
 
 

@@ -11,7 +11,7 @@ Artifact = SteeringVector | NeuronCircuit
 
 def check_model(artifact: Artifact, model: ModelReference) -> str | None:
     """Refuse a model of another shape with `MismatchError`; return a warning when only the weights differ."""
-    if not same_shape(artifact.model, model):
+    if not same_shape(artifact.model, model, neurons=isinstance(artifact, NeuronCircuit)):
         raise MismatchError(
             f"{artifact.name!r} was made on {shown(artifact.model.name)} ({shape_text(artifact.model)}) and does not "
             f"fit {shown(model.name)} ({shape_text(model)}); load the model it was made on, or build it again."

@@ -20,6 +20,7 @@ from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.metadata import HUB_ID, metadata
 from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.vector import SteeringVector
+from neurosteer.models.reference import shape_text
 from neurosteer.text import flat, printable, quoted
 from neurosteer.validation import is_finite
 
@@ -174,13 +175,13 @@ def _templates() -> Environment:
         "text": _text,
         "cell": _cell,
         "code": _code,
-        "python": _literal,
+        "python": lambda text: json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text),
         "shell": lambda text: shlex.quote(printable(text)),
         "what": _what,
         "layers": layers_text,
         "meaning": strength_meaning,
         "model": _model_link,
-        "feature": _feature_link,
+        "feature": lambda one: f"[{one.index}]({one.link})" if one.link else str(one.index),
         "fires": lambda rates: " / ".join(f"{rate:.2%}" for rate in rates),
     }
     return environment
@@ -207,7 +208,7 @@ def _effect_table(receipt: Receipt) -> dict[str, Any] | None:
 def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
     """Names and values as Markdown; what was not recorded is left out."""
     model, source = artifact.model, artifact.provenance
-    shape = f"{model.n_layers} layers, d_model {model.d_model}, d_mlp {model.d_mlp}"
+    shape = shape_text(model)
     revision = f", revision {_code(model.revision)}" if model.revision else ""
     weights = f"fingerprint of the weights {_code(model.fingerprint)}"
     rows = [
@@ -271,10 +272,6 @@ def _model_link(name: str) -> str:
     return f"[{_code(name)}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else _code(name)
 
 
-def _feature_link(feature: Feature) -> str:
-    return f"[{feature.index}]({feature.link})" if feature.link else str(feature.index)
-
-
 # --- other people's words --------------------------------------------------------------------------------------------
 
 
@@ -293,11 +290,6 @@ def _code(token: str) -> str:
     """A token as a Markdown code span, also inside a table."""
     shown = printable(token).replace("`", "ˋ").replace("|", "¦").strip()
     return f"`{shown[:_LONGEST_CELL] or '␣'}`"
-
-
-def _literal(text: str) -> str:
-    """`text` as Python source."""
-    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 # --- features --------------------------------------------------------------------------------------------------------

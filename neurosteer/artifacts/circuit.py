@@ -1,17 +1,14 @@
 """Neuron circuits: MLP neurons with scores; frozen and validated when made."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts.common import check_common, check_tensor
-from neurosteer.artifacts.provenance import Provenance, Receipt
+from neurosteer.artifacts.common import Made, check_tensor
 from neurosteer.artifacts.strength import DEFAULT_MULTIPLIER, Calibration
 from neurosteer.errors import ArtifactError
-from neurosteer.models.reference import ModelReference
 from neurosteer.validation import check_choice
 
 CircuitOperation = Literal["scale", "shift"]
@@ -19,31 +16,24 @@ CIRCUIT_OPERATIONS = ("scale", "shift")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class NeuronCircuit:
+class NeuronCircuit(Made):
     """A sparse set of MLP neurons: `layers`, `neurons` int32 `[n]`; `scores`, `differences` float32 `[n]`.
 
     `scores` are what the method ranked by; `differences` the class difference of each neuron's activation.
     """
 
-    name: str
-    model: ModelReference
-    method: str
     neuron_layers: Tensor
     neurons: Tensor
     scores: Tensor
     differences: Tensor
     operation: CircuitOperation = "scale"
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=lambda: Calibration(DEFAULT_MULTIPLIER))
-    provenance: Provenance = field(default_factory=Provenance)
-    receipts: tuple[Receipt, ...] = ()
 
     kind = "neuron-circuit"
     site = "mlp_neurons"
 
     def __post_init__(self) -> None:
-        check_common(self)
+        super().__post_init__()
         check_choice("operation of a circuit", self.operation, CIRCUIT_OPERATIONS)
         size = tuple(self.neurons.shape) if isinstance(self.neurons, Tensor) else ()
         if len(size) != 1 or size[0] == 0:

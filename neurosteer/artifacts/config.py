@@ -1,7 +1,7 @@
 """What an artifact's files say: its `config.json` as data, its tensors by name, and an artifact made of both."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.features import Feature, FeatureEncoder
-from neurosteer.artifacts.provenance import Provenance, Receipt, provenance_data
+from neurosteer.artifacts.provenance import Provenance, Receipt
 from neurosteer.artifacts.strength import Calibration
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import ArtifactError
@@ -26,6 +26,7 @@ _DIRECTION, _ENCODER = "layer.", "encoder."
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
     """What `config.json` holds: everything about an artifact but its tensors."""
+    source = artifact.provenance
     config: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": artifact.kind,
@@ -38,7 +39,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "operation": artifact.operation,
         "layers": artifact.layers,
         "calibration": asdict(artifact.calibration),
-        "provenance": provenance_data(artifact.provenance),
+        "provenance": {**asdict(source), "separation": {str(layer): one for layer, one in source.separation.items()}},
         "receipts": [dict(receipt.data) for receipt in artifact.receipts],
     }
     if isinstance(artifact, SteeringVector):
@@ -87,7 +88,7 @@ def artifact_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
         common = {
             "name": config["name"],
             "description": config.get("description", ""),
-            "model": ModelReference(**_known(ModelReference, config["model"])),
+            "model": ModelReference(**config["model"]),
             "method": config["method"],
             "parameters": dict(config.get("parameters", {})),
             "operation": config["operation"],
@@ -132,9 +133,3 @@ def _encoders(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 def _provenance(data: Mapping[str, Any]) -> Provenance:
     """JSON has no numbers for keys."""
     return Provenance(**{**data, "separation": {int(key): value for key, value in data.get("separation", {}).items()}})
-
-
-def _known(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the keys this version knows: a later one may write more."""
-    names = {entry.name for entry in fields(kind)}
-    return {key: value for key, value in data.items() if key in names}

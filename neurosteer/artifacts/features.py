@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from neurosteer.artifacts.common import check_tensor
-from neurosteer.artifacts.records import Count, Finite, record
 from neurosteer.errors import ArtifactError
+from neurosteer.models.records import Count, Finite, record
 from neurosteer.text import shown
 from neurosteer.validation import is_finite
 

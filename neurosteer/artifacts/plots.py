@@ -70,11 +70,7 @@ def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
     points = receipt_points(data)
     if not points.get("steered"):
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _canvas(10, 3.4)
     effect, kl, perplexity = figure.subplots(1, 3)
     for kind, found in points.items():
         doses = [point.strength + ASIDE[kind] for point in found]
@@ -93,24 +89,31 @@ def receipt_plot(data: Mapping[str, Any]) -> bytes | None:
         axes.spines[["top", "right"]].set_visible(False)
     effect.set_ylim(-4, 104)
     figure.legend(*effect.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def separation_plot(separation: Mapping[int, float], candidates: Sequence[Mapping[str, Any]] = ()) -> bytes:
     """How well the examples separate (ROC AUC, 0.5 is chance) at each layer, the best one marked; beside it, where
     choices of layers were compared, what each does at equal KL (nats per token), the chosen one on top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     effects = candidate_effects(candidates)
-    figure = Figure(figsize=(11 if effects else 7, 3), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _canvas(11 if effects else 7, 3)
     every = figure.subplots(1, 2 if effects else 1, squeeze=False)[0]
     _draw_separation(every[0], separation)
     if effects:
         _draw_effects(every[1], effects)
+    return _png(figure)
+
+
+def _canvas(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

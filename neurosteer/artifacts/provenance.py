@@ -1,13 +1,15 @@
 """Where an artifact comes from, and what was measured of it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from neurosteer.artifacts.records import Count, Finite, Line, record
+from neurosteer.models.records import Count, Finite, Line, record
 from neurosteer.validation import check_json
+from neurosteer.version import VERSION
 
 _FEW, _MANY = Field(max_length=200), Field(max_length=1000)
 """How many entries there may be: whoever wrote them, cards and plots are drawn from them."""
@@ -48,6 +50,11 @@ class Provenance:
         check_json("provenance's candidates", [dict(one) for one in self.candidates])
 
 
+def made_now(**known: Any) -> Provenance:
+    """The provenance of what is made by this version at this moment."""
+    return Provenance(created=datetime.now(UTC).isoformat(timespec="seconds"), version=VERSION, **known)
+
+
 @dataclass(frozen=True)
 class Receipt:
     """A measurement of effect and damage, as plain JSON data."""
@@ -56,13 +63,3 @@ class Receipt:
 
     def __post_init__(self) -> None:
         check_json("receipt", dict(self.data))
-
-
-def provenance_data(provenance: Provenance) -> dict[str, Any]:
-    """`provenance` as JSON-ready data."""
-    data = asdict(provenance)
-    data["separation"] = {str(layer): value for layer, value in provenance.separation.items()}
-    data["parents"] = list(provenance.parents)
-    data["warnings"] = list(provenance.warnings)
-    data["candidates"] = [dict(one) for one in provenance.candidates]
-    return data

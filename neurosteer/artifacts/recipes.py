@@ -1,12 +1,14 @@
 """Recipes: which artifacts at which strengths, applied together."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.artifact import Artifact, check_model
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.errors import UsageError
+from neurosteer.models.reference import ModelReference
 from neurosteer.validation import is_finite
 
 Positions = Literal["all", "prompt", "generated"]
@@ -86,6 +88,13 @@ class Recipe:
 
 
 UNSTEERED = Recipe()
+
+
+def check_recipes_fit(recipes: Iterable[Recipe], model: ModelReference) -> list[str]:
+    """As `check_model` for every artifact of `recipes`: the warnings, each once."""
+    artifacts = {id(use.artifact): use.artifact for recipe in recipes for use in recipe.uses}
+    found = (check_model(artifact, model) for artifact in artifacts.values())
+    return list(dict.fromkeys(warning for warning in found if warning))
 
 
 def _as_use(use: Use | Artifact | tuple[Artifact, float]) -> Use:

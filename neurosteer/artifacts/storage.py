@@ -64,7 +64,8 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
     Raises `ArtifactError` when `folder` holds something else or cannot be written.
     """
     target = check_target(folder)
-    plot = _evaluation_plot(artifact)
+    plots = (receipt_plot(receipt.data) for receipt in reversed(artifact.receipts))
+    plot = next((plot for plot in plots if plot is not None), None)
     card = _card_to_write(artifact, target, () if plot is None else (EVALUATION_PLOT,))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,12 +106,6 @@ def load(folder: str | Path) -> Artifact:
     config = _read_config(path / CONFIG_FILE)
     tensors = _read_tensors(path / WEIGHTS_FILE, expected_shapes(config, path / CONFIG_FILE))
     return artifact_of(config, tensors, path / CONFIG_FILE)
-
-
-def _evaluation_plot(artifact: Artifact) -> bytes | None:
-    """The picture of the artifact's last receipt that holds something to draw, as PNG."""
-    plots = (receipt_plot(receipt.data) for receipt in reversed(artifact.receipts))
-    return next((plot for plot in plots if plot is not None), None)
 
 
 def is_artifact(folder: str | Path) -> bool:

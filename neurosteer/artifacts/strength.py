@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from neurosteer.artifacts.records import Count, Finite, Flag, Line, record
+from neurosteer.models.records import Count, Finite, Flag, Line, record
 
 DEFAULT_DOSE = 0.3
 DEFAULT_MULTIPLIER = 2.0

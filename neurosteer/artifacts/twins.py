@@ -29,22 +29,20 @@ _LEAST_SPREAD = 1e-3
 
 def random_twin(artifact: Artifact, seed: int, *, spreads: Mapping[int, Tensor] | None = None) -> Artifact:
     """`artifact` rotated at random, or with other neurons, at its amounts."""
-    if isinstance(artifact, SteeringVector):
-        return _rotated([artifact], seed)[0]
-    return _scaled_shifts(artifact, other_neurons(artifact, seed), spreads)
+    return random_recipe(Recipe.of(artifact), seed, spreads=spreads).uses[0].artifact
 
 
 def random_recipe(recipe: Recipe, seed: int, *, spreads: Mapping[int, Tensor] | None = None) -> Recipe:
     """`recipe` with a random twin in each artifact's place, at the same strengths; for a recipe of one artifact it is
     `random_twin` of that."""
     turned = iter(_rotated([use.artifact for use in recipe.uses if isinstance(use.artifact, SteeringVector)], seed))
-    twins = (
-        next(turned)
-        if isinstance(use.artifact, SteeringVector)
-        else random_twin(use.artifact, _seed(seed, place) if place else seed, spreads=spreads)
-        for place, use in enumerate(recipe.uses)
-    )
-    return Recipe(tuple(replace(use, artifact=twin) for use, twin in zip(recipe.uses, twins, strict=True)))
+
+    def twin(artifact: Artifact, place: int) -> Artifact:
+        if isinstance(artifact, SteeringVector):
+            return next(turned)
+        return _scaled_shifts(artifact, other_neurons(artifact, _seed(seed, place) if place else seed), spreads)
+
+    return Recipe(tuple(replace(use, artifact=twin(use.artifact, at)) for at, use in enumerate(recipe.uses)))
 
 
 def other_neurons(circuit: NeuronCircuit, seed: int, *, leave_out: Collection[tuple[int, int]] = ()) -> Tensor:

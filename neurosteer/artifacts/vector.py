@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts.common import check_common, check_tensor, safe_name
+from neurosteer.artifacts.common import Made, check_tensor, safe_name
 from neurosteer.artifacts.features import Feature, FeatureEncoder
-from neurosteer.artifacts.provenance import Provenance, Receipt
+from neurosteer.artifacts.provenance import Provenance
 from neurosteer.artifacts.strength import DEFAULT_DOSE, Calibration, default_calibration
 from neurosteer.errors import ArtifactError, MismatchError
-from neurosteer.models.reference import ModelReference, same_shape, shape_text
+from neurosteer.models.reference import same_shape, shape_text
 from neurosteer.text import shown
 from neurosteer.validation import check_choice, is_finite, is_int
 
@@ -21,7 +21,7 @@ VECTOR_OPERATIONS = ("add", "ablate", "clamp")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SteeringVector:
+class SteeringVector(Made):
     """One direction in the residual stream per layer.
 
     `directions[L]` is float32 `[d_model]` as the method computed it. Its length weighs it when vectors are added; the
@@ -34,17 +34,10 @@ class SteeringVector:
     counts, and `encoders[L]` (there for no other operation) tells how active the feature is.
     """
 
-    name: str
-    model: ModelReference
-    method: str
     directions: Mapping[int, Tensor]
     norms: Mapping[int, float]
     operation: VectorOperation = "add"
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=lambda: Calibration(DEFAULT_DOSE))
-    provenance: Provenance = field(default_factory=Provenance)
-    receipts: tuple[Receipt, ...] = ()
     features: tuple[Feature, ...] = ()
     encoders: Mapping[int, FeatureEncoder] = field(default_factory=dict)
 
@@ -52,7 +45,7 @@ class SteeringVector:
     site = "resid_post"
 
     def __post_init__(self) -> None:
-        check_common(self)
+        super().__post_init__()
         check_choice("operation of a vector", self.operation, VECTOR_OPERATIONS)
         if not self.directions:
             raise ArtifactError(f"The vector {self.name!r} has no layers; it needs at least one.")
@@ -86,7 +79,7 @@ class SteeringVector:
                 f"{self.name!r} has the operation {self.operation} and {other.name!r} {other.operation}; only vectors "
                 "of one operation can be added. Put both into a recipe instead."
             )
-        if not same_shape(self.model, other.model):
+        if not same_shape(self.model, other.model, neurons=False):
             raise MismatchError(
                 f"{self.name!r} ({shape_text(self.model)}) and {other.name!r} ({shape_text(other.model)}) "
                 "belong to models of different shape; only vectors of one model can be added."
@@ -96,7 +89,7 @@ class SteeringVector:
             directions[layer] = directions[layer] + tensor if layer in directions else tensor.clone()
         return replace(
             self,
-            name=_joined_name(self.name, other.name),
+            name=safe_name(f"{self.name}+{other.name}"),
             method="sum",
             parameters={"terms": [self.name, other.name]},
             features=(),
@@ -171,7 +164,3 @@ def _check_is_push(vector: SteeringVector, done: str) -> None:
         raise ArtifactError(
             f"{vector.name!r} clamps a feature, so it cannot be {done}; put it into a recipe beside others instead."
         )
-
-
-def _joined_name(one: str, other: str) -> str:
-    return safe_name(f"{one}+{other}")

@@ -4,12 +4,11 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.common import safe_name
-from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.provenance import Provenance, made_now
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.building.layer_choice import Candidate, best_single_layers, compare, neutral_places, reason
 from neurosteer.building.layers import LayerChoice
@@ -21,13 +20,12 @@ from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE, TARGET_KL
 from neurosteer.measuring.calibration import calibrate as calibrated
 from neurosteer.measuring.divergence import UnsteeredTexts, unsteered_texts
 from neurosteer.measuring.preference import labelled_texts
-from neurosteer.methods.base import Tensors
+from neurosteer.methods.base import Given
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress, silent
 from neurosteer.reading.request import Tokens
 from neurosteer.reading.statistics import Activations
 from neurosteer.saes.words import describe_features, output_scores
-from neurosteer.version import VERSION
 
 _FEWEST_TO_COMPARE = 50
 _COMPARED_ON = 24  # texts per class: every choice of layers costs two forward passes over them
@@ -201,17 +199,16 @@ class _Work:
 
     def computed(self, activations: Activations, layers: tuple[int, ...], name: str) -> Artifact:
         lm, plan = self.lm, self.plan
-        return plan.method.function(
+        given = Given(
             activations,
             layers,
-            name=name,
-            tensors=Tensors(
-                columns=lm.write_columns,
-                decoders={layer: sae.decoder for layer, sae in plan.saes.items()},
-                output_scores=lambda layer, rows: output_scores(lm, layer, rows, activations.norms[layer]),
-            ),
-            parameters=plan.parameters,
+            name,
+            plan.parameters,
+            columns=lm.write_columns,
+            decoders={layer: sae.decoder for layer, sae in plan.saes.items()},
+            output_scores=lambda layer, rows: output_scores(lm, layer, rows, activations.norms[layer]),
         )
+        return plan.method.function(given)
 
     def finished(self, made: _Made) -> Artifact:
         """With its features, where it has some, in words, and with where it comes from."""
@@ -233,9 +230,7 @@ class _Work:
 
     def _provenance(self, made: _Made) -> Provenance:
         examples, plan = self.examples, self.plan
-        return Provenance(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            version=VERSION,
+        return made_now(
             examples=examples.name,
             examples_sha256=examples.sha256,
             n_positive=len(examples.positive),

@@ -138,15 +138,12 @@ def pick(compared: Sequence[Compared]) -> Compared:
     """Of the candidates whose effect lies within one standard error of the largest (of the difference to it, paired
     text by text), the one with the fewest layers. Candidates beyond the KL are passed over where there are others."""
     best = largest(compared)
-    tied = [
-        one
-        for one in compared
-        if one is best
-        or (
-            one.beyond <= best.beyond
-            and best.effect - one.effect <= best.preference.error_of_difference(one.preference)
-        )
-    ]
+
+    def is_near(one: Compared) -> bool:
+        behind = best.effect - one.effect
+        return one.beyond <= best.beyond and behind <= best.preference.error_of_difference(one.preference)
+
+    tied = [one for one in compared if one is best or is_near(one)]
     return min(tied, key=lambda one: (len(one.candidate.layers), -one.effect))
 
 
@@ -174,10 +171,10 @@ def neutral_places(
     request = Request(residual=tuple(means), framing="answer" if framing == "answer" else "raw")
     read = read_activations(lm, written[:half], written[half:], request, cancel=job.cancel)
     shares = (half / len(written), 1 - half / len(written))
-    places = {}
-    for layer, (one, other) in ((layer, (found.positive, found.negative)) for layer, found in read.residual.items()):
-        places[layer] = _place(shares[0] * one + shares[1] * other, means[layer])
-    return places
+    return {
+        layer: _place(shares[0] * found.positive + shares[1] * found.negative, means[layer])
+        for layer, found in read.residual.items()
+    }
 
 
 def _place(neutral: Tensor, classes: ClassMeans) -> float:
@@ -192,11 +189,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def reason(compared: Sequence[Compared]) -> str:
     """Why the first of `compared` was chosen, in a sentence without its stop."""
     chosen, rest = compared[0], compared[1:]
-    why = (
-        "the largest effect"
-        if chosen is largest(compared)
-        else "the fewest layers within one standard error of the largest effect"
-    )
+    most = chosen is largest(compared)
+    why = "the largest effect" if most else "the fewest layers within one standard error of the largest effect"
     others = ", ".join(
         f"{one.candidate.label} {one.effect:+.3f}" + (" beyond that KL" if one.beyond else "") for one in rest
     )

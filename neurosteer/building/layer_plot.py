@@ -1,13 +1,12 @@
 """The view by layer on disk: its figures as a table, and their plot as a page that needs no network."""
 
-import csv
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neurosteer.artifacts.circuit import NeuronCircuit
+from neurosteer.artifacts.files import csv_text, write_files
 from neurosteer.building.layer_profile import LayerFigures, LayerProfile
-from neurosteer.errors import UsageError
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -20,20 +19,11 @@ def control_name(profile: LayerProfile) -> str:
     return "random neurons" if profile.kind == NeuronCircuit.kind else "random direction"
 
 
-def write_profile(profile: LayerProfile, folder: Path) -> tuple[Path, Path]:
+def write_profile(profile: LayerProfile, folder: Path) -> tuple[Path, ...]:
     """Write the figures as `layers.csv` and the plot as `layers.html` (which needs no network); returns both paths."""
-    table, page = folder / CSV_FILE, folder / HTML_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [entry.name for entry in fields(LayerFigures)])
-            writer.writeheader()
-            writer.writerows(asdict(figures) for figures in profile.layers)
-        html = profile_figure(profile).to_html(include_plotlyjs=True, full_html=True)
-        page.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another folder.") from error
-    return table, page
+    table = csv_text([entry.name for entry in fields(LayerFigures)], [asdict(one) for one in profile.layers])
+    page = profile_figure(profile).to_html(include_plotlyjs=True, full_html=True)
+    return write_files(folder, {CSV_FILE: table, HTML_FILE: page})
 
 
 def profile_figure(profile: LayerProfile) -> "Figure":

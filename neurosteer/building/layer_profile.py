@@ -28,7 +28,6 @@ from neurosteer.measuring.preference import LabelledText, labelled_texts, log_li
 from neurosteer.methods import find_method
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress, silent
-from neurosteer.reading.request import Tokens
 
 HELD_OUT_TEXTS = 32
 """Per class, at most: every layer costs four forward passes over them."""
@@ -97,8 +96,6 @@ def profile_layers(
     *,
     method: str = "caa",
     layers: LayerChoice = "all",
-    framing: Framing | None = None,
-    tokens: Tokens | None = None,
     seed: int = 0,
     target_kl: float = TARGET_KL,
     progress: Progress = silent,
@@ -117,10 +114,10 @@ def profile_layers(
     if "contexts" in find_method(method).defaults:
         parameters = {"contexts": 0, **parameters}  # words for features are of no use here and cost a pass
     split = examples.split(HELD_OUT_SHARE, at_most=HELD_OUT_TEXTS)
-    training = examples.only(split.train_positive, split.train_negative)
+    training = examples.at(split.train_positive, split.train_negative)
     artifacts = build_each(
-        lm, training, method=method, layers="all" if len(chosen) == lm.n_layers else chosen, framing=framing,
-        tokens=tokens, **job.named, **parameters,
+        lm, training, method=method, layers="all" if len(chosen) == lm.n_layers else chosen,
+        **job.named, **parameters,
     )  # fmt: skip
     source = next(iter(artifacts.values()))
     as_read: Framing = source.provenance.framing  # type: ignore[assignment]

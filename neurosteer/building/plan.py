@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.building.layers import LayerChoice, layers_shown, parse_layers
 from neurosteer.errors import ExamplesError, UsageError
 from neurosteer.examples.contrast_set import MIN_PER_CLASS, ContrastSet
 from neurosteer.methods import find_method
-from neurosteer.methods.base import Method
+from neurosteer.methods.base import Method, Places
 from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Job, Progress
 from neurosteer.reading.loop import read_activations, readable
@@ -52,7 +53,8 @@ class BuildPlan:
 
     def request(self) -> Request:
         """What to read, by the method's own rules."""
-        asked = self.method.request(self.parameters, self.layers, self.candidates, self.everywhere, self.saes)
+        places = Places(self.layers, self.candidates, self.everywhere)
+        asked = self.method.request(self.parameters, places, self.saes)
         return replace(asked, framing=self.framing, tokens=self.tokens)
 
 
@@ -65,8 +67,13 @@ def make_plan(
     given: Mapping[str, Any],
     progress: Progress,
 ) -> BuildPlan:
-    """Everything that can be refused is refused here, before the model runs. Raises `UsageError`."""
+    """Everything that can be refused is refused here, before the model runs.
+
+    Raises `UsageError`, and `ModelError` for a circuit on a model that has no neurons for one.
+    """
     method = find_method(method_name)
+    if method.kind == NeuronCircuit.kind:
+        _ = lm.down_projections  # which raises where the model has none
     parameters = method.parameters(given)
     parsed, reason = parse_layers(layers, lm.n_layers), "layers as given"
     saes: dict[int, SparseAutoencoder] = {}
@@ -136,7 +143,7 @@ def without_short(lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, pro
         )
     progress(f"Left out {n_short} texts that are too short to be read")
     dropped = {**examples.dropped, TOO_SHORT: examples.dropped.get(TOO_SHORT, 0) + n_short}
-    return replace(examples.only(*kept), dropped=dropped)
+    return examples.at(*kept, dropped=dropped)
 
 
 def read_plan(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from neurosteer.building.plan import BuildPlan
 from neurosteer.reading.statistics import Activations, HeldOut
@@ -39,12 +38,7 @@ def choose(
 
 def _distance(held_out: HeldOut) -> float:
     """Held-out d′ along the class difference: breaks ties where several layers separate perfectly."""
-    positive, negative = (
-        _along(rows, held_out.difference) for rows in (held_out.rows.positive, held_out.rows.negative)
-    )
+    direction = held_out.difference / held_out.difference.norm().clamp(min=1e-30)
+    positive, negative = held_out.rows.positive @ direction, held_out.rows.negative @ direction
     spread = ((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt().clamp(min=1e-12)
     return float((positive.mean() - negative.mean()) / spread)
-
-
-def _along(rows: Tensor, direction: Tensor) -> Tensor:
-    return torch.mv(rows, direction / direction.norm().clamp(min=1e-30))

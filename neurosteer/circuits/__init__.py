@@ -16,8 +16,7 @@ from neurosteer.circuits.relp.choices import Choice, NextToken, next_tokens
 from neurosteer.circuits.relp.linearised import ATTENTIONS, linear_pass, linearised
 from neurosteer.circuits.relp.scores import NeuronScore
 from neurosteer.circuits.relp.selection import RULES, Selection
-from neurosteer.circuits.relp.specific import find_unspecific
-from neurosteer.circuits.relp.universal import CommonNeurons, everyday_prompts, find_universal
+from neurosteer.circuits.relp.universal import CommonNeurons, everyday_prompts, find_universal, find_unspecific
 from neurosteer.circuits.relp.weights import Neuron, edge_weights
 
 __all__ = [

@@ -1,11 +1,11 @@
 """The verbs about circuits: which neurons an answer is owed to, how they feed one another, whether they do the work."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neurosteer.cli import options as opt
 from neurosteer.cli.choices import Ablation, Aggregate
 from neurosteer.cli.circuit_options import (
     AttributionOptions,
@@ -28,35 +28,24 @@ from neurosteer.cli.circuit_output import (
     write_graph,
 )
 from neurosteer.cli.inputs import numbers
-from neurosteer.cli.options import (
-    JsonOption,
-    ModelOptions,
-    RandomOption,
-    RawOption,
-    SeedOption,
-    artifact_names,
-    out_option,
-)
 from neurosteer.cli.output import out, print_json, progress_line
 from neurosteer.cli.places import artifact_place, files_place
 from neurosteer.errors import UsageError
-from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
-    from neurosteer.circuits import Attribution
-    from neurosteer.models.language_model import LanguageModel
+    pass
 
 
 def attribute(
     *,
     question: QuestionOptions,
-    folder: Annotated[Path | None, out_option("the circuit")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The circuit's name.")] = None,
+    folder: Annotated[Path | None, opt.out_option("the circuit")] = None,
+    name: Annotated[str | None, typer.Option(help="The circuit's name.")] = None,
     selection: SelectionOptions,
-    aggregate: Annotated[Aggregate, typer.Option("--aggregate", help="How several prompts are put together.")] = "mean",
+    aggregate: Annotated[Aggregate, typer.Option(help="How several prompts are put together.")] = "mean",
     how: AttributionOptions,
-    model: ModelOptions,
-    as_json: JsonOption = False,
+    model: opt.ModelOptions,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Find the neurons that a next token is owed to, and write them as a circuit. Several prompts: one JSON each."""
     from neurosteer.artifacts.storage import save
@@ -65,7 +54,7 @@ def attribute(
     place = artifact_place(folder) if folder is not None else None
     with progress_line() as progress:
         lm = model.load(progress)
-        found = _attributed(lm, prompts, question, how, progress)
+        found = attributed(lm, prompts, question, how, progress)
         circuit = found.circuit(name, select=select, aggregate=aggregate)
     note_parts(found)
     written = save(circuit, place) if place is not None else None
@@ -84,12 +73,12 @@ def edges(
     *,
     question: QuestionOptions,
     n_targets: Annotated[int, typer.Option("--targets", help="Edges into this many of the strongest neurons.")] = 30,
-    count: Annotated[int | None, typer.Option("--count", help="The strongest edges, this many; else all.")] = None,
-    folder: Annotated[Path | None, out_option("edges.json, edges.dot and edges.html")] = None,
+    count: Annotated[int | None, typer.Option(help="The strongest edges, this many; else all.")] = None,
+    folder: Annotated[Path | None, opt.out_option("edges.json, edges.dot and edges.html")] = None,
     selection: SelectionOptions,
     how: AttributionOptions,
-    model: ModelOptions,
-    as_json: JsonOption = False,
+    model: opt.ModelOptions,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Show how the neurons behind a next token feed one another."""
     from neurosteer.circuits import find_edges, text_diagram
@@ -100,10 +89,10 @@ def edges(
         raise UsageError(f"There are {len(prompts)} prompts; edges are those of one.")
     with progress_line() as progress:
         lm = model.load(progress)
-        found = _attributed(lm, prompts, question, how, progress)
+        found = attributed(lm, prompts, question, how, progress)
         graph = find_edges(lm, found, select=select, n_targets=n_targets, progress=progress)
     note_parts(found)
-    files = write_graph(graph, place) if place is not None else []
+    files = write_graph(graph, place) if place is not None else ()
     if as_json:
         print_json(graph.data(count))
         return
@@ -117,20 +106,17 @@ def faithfulness(
     question: QuestionOptions,
     circuit: CircuitOption = None,
     percents: Annotated[
-        str, typer.Option("--percents", metavar="NUMBERS", help="Sizes, in percent of the neurons ranked.")
+        str, typer.Option(metavar="NUMBERS", help="Sizes, in percent of the neurons ranked.")
     ] = "0,0.2,0.5,1,2,5,10,20,50,70,100",
-    ablation: Annotated[
-        Ablation, typer.Option("--ablation", help="paired: each with its counterfactual prompt.")
-    ] = "zero",
+    ablation: Annotated[Ablation, typer.Option(help="paired: each with its counterfactual prompt.")] = "zero",
     counterfactual_prompt: Annotated[
-        list[str] | None,
-        typer.Option("--counterfactual-prompt", metavar="TEXT", help="mean, paired: what ablated neurons come from."),
+        list[str] | None, typer.Option(metavar="TEXT", help="mean, paired: what ablated neurons come from.")
     ] = None,
-    draws: RandomOption = None,
-    seed: SeedOption = 0,
+    draws: opt.RandomOption = None,
+    seed: opt.SeedOption = 0,
     how: AttributionOptions,
-    model: ModelOptions,
-    as_json: JsonOption = False,
+    model: opt.ModelOptions,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Show how much of the answer the strongest neurons keep by themselves, and how much is left without them."""
     from neurosteer.circuits import measure_faithfulness
@@ -139,7 +125,7 @@ def faithfulness(
     chosen = circuit_of(circuit) if circuit is not None else None
     with progress_line() as progress:
         lm = model.load(progress, chosen.model.name if chosen else None)
-        found = _attributed(lm, prompts, question, how, progress)
+        found = attributed(lm, prompts, question, how, progress)
         result = measure_faithfulness(
             lm, found, circuit=chosen, percents=sizes, ablation=ablation,
             counterfactual_prompts=counterfactual_prompt, draws=draws if draws is not None else 0 if as_json else 3,
@@ -154,13 +140,15 @@ def faithfulness(
 
 def decompose(
     *,
-    reference: Annotated[str, typer.Argument(metavar="REF", help="A steering vector.", autocompletion=artifact_names)],
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="A steering vector.", autocompletion=opt.artifact_names)
+    ],
     circuit: CircuitOption = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="One of the vector's; its last when left out.")] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="How many neurons.")] = 200,
-    folder: Annotated[Path | None, out_option("the neurons, as a circuit")] = None,
-    model: ModelOptions,
-    as_json: JsonOption = False,
+    layer: Annotated[int | None, typer.Option(help="One of the vector's; its last when left out.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many neurons.")] = 200,
+    folder: Annotated[Path | None, opt.out_option("the neurons, as a circuit")] = None,
+    model: opt.ModelOptions,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Show which neurons write along a steering vector, and how it compares with a circuit."""
     from dataclasses import asdict
@@ -202,8 +190,8 @@ def decompose(
 def repl(
     *,
     circuit: CircuitOption = None,
-    model: ModelOptions,
-    raw: RawOption = False,
+    model: opt.ModelOptions,
+    raw: opt.RawOption = False,
 ) -> None:
     """Explore circuits by hand: find one, ablate it, amplify it, sweep, see its edges. `help` lists the commands."""
     from neurosteer.cli.repl import Shell
@@ -212,9 +200,3 @@ def repl(
     with progress_line() as progress:
         lm = model.load(progress, chosen.model.name if chosen else None)
     Shell(lm, chosen, raw=raw).run()
-
-
-def _attributed(
-    lm: "LanguageModel", prompts: Sequence[str], question: QuestionOptions, how: AttributionOptions, progress: Progress
-) -> "Attribution":
-    return attributed(lm, prompts, question.target, question.counterfactual, how, raw=question.raw, progress=progress)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from neurosteer.circuits import Attribution, Selection
     from neurosteer.models.language_model import LanguageModel
 
-_ATTRIBUTION, _HOW_MANY = "What counts", "How many neurons (one of these)"
+_counting = partial(typer.Option, rich_help_panel="What counts")
+_taking = partial(typer.Option, rich_help_panel="How many neurons (one of these)")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class QuestionOptions:
     counterfactual: Annotated[
         list[str] | None,
         typer.Option(
-            "--counterfactual", "-c", metavar="TOKEN",
+            "--counterfactual",
+            "-c",
+            metavar="TOKEN",
             help="What it is held against; the best other token when left out.",
         ),
-    ] = None  # fmt: skip
+    ] = None
     raw: RawOption = False
 
     def prompts(self) -> list[str]:
@@ -50,58 +54,25 @@ class QuestionOptions:
 class AttributionOptions:
     """How neurons are given their share in an answer."""
 
-    metric: Annotated[
-        Metric,
-        typer.Option(
-            "--metric", help="The difference from the counterfactual, or the logit.", rich_help_panel=_ATTRIBUTION
-        ),
-    ] = "difference"
-    attention: Annotated[
-        Attention,
-        typer.Option("--attention", help="frozen: with a constant pattern.", rich_help_panel=_ATTRIBUTION),
-    ] = "full"
-    seed_response: Annotated[
-        str,
-        typer.Option(
-            "--seed-response", metavar="TEXT", help="How the answer begins, before the target.",
-            rich_help_panel=_ATTRIBUTION,
-        ),
-    ] = ""  # fmt: skip
+    metric: Annotated[Metric, _counting(help="The difference from the counterfactual, or the logit.")] = "difference"
+    attention: Annotated[Attention, _counting(help="frozen: with a constant pattern.")] = "full"
+    seed_response: Annotated[str, _counting(metavar="TEXT", help="How the answer begins, before the target.")] = ""
     keep_universal: Annotated[
-        bool,
-        typer.Option(
-            "--keep-universal", help="Count neurons that fire whatever the text is about, too.",
-            rich_help_panel=_ATTRIBUTION,
-        ),
-    ] = False  # fmt: skip
+        bool, _counting("--keep-universal", help="Count neurons that fire whatever the text is about, too.")
+    ] = False
     specific: Annotated[
-        bool,
-        typer.Option(
-            "--specific", help="Leave out neurons, too, that everyday answers are owed to.",
-            rich_help_panel=_ATTRIBUTION,
-        ),
-    ] = False  # fmt: skip
+        bool, _counting("--specific", help="Leave out neurons, too, that everyday answers are owed to.")
+    ] = False
 
 
 @dataclass(frozen=True)
 class SelectionOptions:
     """How many neurons are taken: one rule at most."""
 
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", help="The strongest, this many (200).", rich_help_panel=_HOW_MANY)
-    ] = None
-    share: Annotated[
-        float | None,
-        typer.Option("--share", help="The fewest that make up this share (0 to 1).", rich_help_panel=_HOW_MANY),
-    ] = None
-    percent: Annotated[
-        float | None,
-        typer.Option("--percent", help="Those of this percentage of the metric.", rich_help_panel=_HOW_MANY),
-    ] = None
-    per_layer: Annotated[
-        int | None,
-        typer.Option("--per-layer", help="The strongest of every layer, this many.", rich_help_panel=_HOW_MANY),
-    ] = None
+    top_k: Annotated[int | None, _taking(help="The strongest, this many (200).")] = None
+    share: Annotated[float | None, _taking(help="The fewest that make up this share (0 to 1).")] = None
+    percent: Annotated[float | None, _taking(help="Those of this percentage of the metric.")] = None
+    per_layer: Annotated[int | None, _taking(help="The strongest of every layer, this many.")] = None
 
     def rule(self) -> "Selection | None":
         """The rule of which an amount is given. Raises `UsageError` where several are, or one is out of its range."""
@@ -114,28 +85,21 @@ class SelectionOptions:
 
 
 CircuitOption = Annotated[
-    str | None,
-    typer.Option("--circuit", metavar="REF", help="A circuit, as for --use.", autocompletion=artifact_names),
+    str | None, typer.Option(metavar="REF", help="A circuit, as for --use.", autocompletion=artifact_names)
 ]
 
 
 def attributed(
-    lm: "LanguageModel",
-    prompts: Sequence[str],
-    targets: Sequence[str],
-    counterfactuals: Sequence[str] | None,
-    how: AttributionOptions,
-    *,
-    raw: bool,
-    progress: Progress,
+    lm: "LanguageModel", prompts: Sequence[str], question: QuestionOptions, how: AttributionOptions, progress: Progress
 ) -> "Attribution":
     """As `circuits.attribute` in the words of the options. Raises `UsageError` for --specific with --keep-universal."""
     from neurosteer.circuits import attribute
 
     if how.specific and how.keep_universal:
         raise UsageError("--specific leaves out neurons that --keep-universal keeps; give one of them.")
-    others = _one_or_each(counterfactuals) if counterfactuals else None
-    return attribute(lm, prompts, _one_or_each(targets), others, raw=raw, progress=progress, **asdict(how))
+    others = _one_or_each(question.counterfactual) if question.counterfactual else None
+    targets = _one_or_each(question.target)
+    return attribute(lm, prompts, targets, others, raw=question.raw, progress=progress, **asdict(how))
 
 
 def _one_or_each(texts: Sequence[str]) -> str | Sequence[str]:

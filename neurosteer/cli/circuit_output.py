@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.cli.output import err, new_table, out, print_table
-from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
@@ -133,21 +132,12 @@ def print_left_out(found: "Attribution") -> None:
     out.print(f"{len(found.left_out)} universal neurons are left out{named}; --keep-universal counts them.")
 
 
-def write_graph(graph: "CircuitGraph", folder: Path) -> list[Path]:
+def write_graph(graph: "CircuitGraph", folder: Path) -> tuple[Path, ...]:
     """Write the graph as JSON, for Graphviz and as a page; the files. Raises `UsageError`."""
     import json
 
+    from neurosteer.artifacts.files import write_files
     from neurosteer.circuits import dot, figure_html
 
-    texts = {
-        "edges.json": json.dumps(graph.data(), ensure_ascii=False),
-        "edges.dot": dot(graph),
-        "edges.html": figure_html(graph),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another --out.") from error
-    return [folder / name for name in texts]
+    data = json.dumps(graph.data(), ensure_ascii=False)
+    return write_files(folder, {"edges.json": data, "edges.dot": dot(graph), "edges.html": figure_html(graph)})

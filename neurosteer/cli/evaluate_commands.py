@@ -6,21 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer.cli import options as opt
 from neurosteer.cli.inputs import model_of, numbers, read_prompts, recipe_of, uses_of
-from neurosteer.cli.options import (
-    ColumnOptions,
-    JsonOption,
-    JudgeOptions,
-    MaxNewTokensOption,
-    ModelOptions,
-    PromptsOption,
-    RandomOption,
-    SamplesOption,
-    SeedOption,
-    StrengthsOption,
-    UseOption,
-    out_option,
-)
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
 from neurosteer.cli.places import files_place, folder_of
 from neurosteer.errors import UsageError
@@ -34,25 +21,24 @@ _RANDOM = 10
 
 def evaluate(
     *,
-    use: UseOption,
-    judging: JudgeOptions,
-    reading: ColumnOptions,
-    strengths: StrengthsOption = "-2,-1,0,1,2",
-    prompts: PromptsOption = None,
-    samples: SamplesOption = 1,
-    max_new_tokens: MaxNewTokensOption = 40,
+    use: opt.UseOption,
+    judging: opt.JudgeOptions,
+    reading: opt.ColumnOptions,
+    strengths: opt.StrengthsOption = "-2,-1,0,1,2",
+    prompts: opt.PromptsOption = None,
+    samples: opt.SamplesOption = 1,
+    max_new_tokens: opt.MaxNewTokensOption = 40,
     instructions: Annotated[
-        tuple[str, str] | None,
-        typer.Option("--instructions", metavar="UP DOWN", help="What asks in plain words for +1 and for −1."),
+        tuple[str, str] | None, typer.Option(metavar="UP DOWN", help="What asks in plain words for +1 and for −1.")
     ] = None,
-    random: RandomOption = _RANDOM,
-    folder: Annotated[Path | None, out_option("the receipt, texts and plots; run again, it goes on")] = None,
+    random: opt.RandomOption = _RANDOM,
+    folder: Annotated[Path | None, opt.out_option("the receipt, texts and plots; run again, it goes on")] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Keep the receipt on the artifact, in its local folder.")
     ] = False,
-    seed: SeedOption = 0,
-    model: ModelOptions,
-    as_json: JsonOption = False,
+    seed: opt.SeedOption = 0,
+    model: opt.ModelOptions,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Measure effect and damage at several strengths, beside no steering, random twins and plain words."""
     from neurosteer.evaluation import evaluate as measure
@@ -74,11 +60,11 @@ def evaluate(
     report(found, place, kept, as_json)
 
 
-def judge_request(judging: JudgeOptions, reading: ColumnOptions) -> "JudgeRequest":
+def judge_request(judging: opt.JudgeOptions, reading: opt.ColumnOptions) -> "JudgeRequest":
     """What --judge and --examples ask for; mistakes in them show before a model is loaded."""
     from neurosteer.evaluation import JudgeRequest
 
-    if judging.examples is None and reading != ColumnOptions():
+    if judging.examples is None and reading != opt.ColumnOptions():
         raise UsageError("What columns hold is said without --examples; name the file they are in.")
     labelled = reading.read(judging.examples) if judging.examples is not None else None
     return JudgeRequest(judging.judge or "", labelled, "--examples")

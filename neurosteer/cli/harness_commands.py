@@ -20,14 +20,12 @@ def harness(
     tasks: Annotated[
         list[str],
         typer.Option(
-            "--tasks",
-            metavar="TASKS",
-            help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again.",
+            metavar="TASKS", help="Names of lm-evaluation-harness, or YAML files; parted by commas, or given again."
         ),
     ],
     folder: Annotated[Path | None, out_option("harness.json and harness_samples.jsonl")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Of each task, at most this many documents.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Requests in one pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Of each task, at most this many documents.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests in one pass.")] = 8,
     model: ModelOptions,
     raw: RawOption = False,
     as_json: JsonOption = False,
@@ -42,7 +40,7 @@ def harness(
         lm = model.load(progress, model_of(uses))
         recipe, _ = recipe_of(uses, lm, progress)
     found = harness(lm, recipe, names, limit=limit, batch_size=batch_size, raw=raw)
-    written = write_harness(found, place) if place is not None else []
+    written = write_harness(found, place) if place is not None else ()
     if as_json:
         print_json(found.data())
         return
@@ -52,22 +50,14 @@ def harness(
 
 
 def _print_figures(found: "HarnessResult") -> None:
-    table = new_table(
-        ["task", "metric", "documents", "unsteered", "steered", "difference"],
-        right=("documents", "unsteered", "steered", "difference"),
-    )
+    headings = ("task", "metric", "documents", "unsteered", "steered", "difference")
+    table = new_table(headings, right=headings[2:])
     for figure in found.figures:
         metric = figure.metric if figure.filter == "none" else f"{figure.metric} ({figure.filter})"
         plain, steered = figure.unsteered, figure.steered
         difference = "–" if plain is None or steered is None else f"{steered - plain:+.4f}"
-        table.add_row(
-            figure.task,
-            metric,
-            str(figure.n),
-            _with_error(plain, figure.unsteered_error),
-            _with_error(steered, figure.steered_error),
-            difference,
-        )
+        both = (_with_error(plain, figure.unsteered_error), _with_error(steered, figure.steered_error))
+        table.add_row(figure.task, metric, str(figure.n), *both, difference)
     print_table(table)
 
 

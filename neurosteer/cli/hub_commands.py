@@ -67,12 +67,10 @@ def pull(
 
 def search(
     text: Annotated[str, typer.Argument(help="Words in the repo's name.")] = "",
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Made on this model: catalog name or Hub id.")
-    ] = None,
-    author: Annotated[str | None, typer.Option("--author", help="A user or an organisation.")] = None,
-    kind: Annotated[Kind | None, typer.Option("--kind", help="Only artifacts of this kind.")] = None,
-    limit: Annotated[int, typer.Option("--limit", help="At most this many.")] = 20,
+    base_model: Annotated[str | None, typer.Option(help="Made on this model: catalog name or Hub id.")] = None,
+    author: Annotated[str | None, typer.Option(help="A user or an organisation.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Only artifacts of this kind.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Find artifacts on the Hub, the most liked first."""

@@ -5,6 +5,7 @@ Where options always come together they are a dataclass, which a verb takes as o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from neurosteer.models.language_model import LanguageModel
     from neurosteer.steering.decoding import Sampling
 
-_MODEL, _SAMPLING, EXAMPLES = "Model", "Sampling", "How the examples are read"
+EXAMPLES = "How the examples are read"
+# Options by the panel of the help that lists them. They are called as the parameter is, unless a name is given.
+_model, _sampling, _reading = (partial(typer.Option, rich_help_panel=name) for name in ("Model", "Sampling", EXAMPLES))
 
 
 def _model_names(incomplete: str) -> Iterator[str]:
@@ -43,12 +46,9 @@ def _set_names(incomplete: str) -> Iterator[str]:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", help="Catalog name, Hub id, folder or GGUF file.", rich_help_panel=_MODEL,
-        autocompletion=_model_names,
-    ),
-]  # fmt: skip
-RawOption = Annotated[bool, typer.Option("--raw", help="No chat template.", rich_help_panel=_MODEL)]
+    _model("--model", "-m", help="Catalog name, Hub id, folder or GGUF file.", autocompletion=_model_names),
+]
+RawOption = Annotated[bool, _model("--raw", help="No chat template.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
 
 
@@ -57,14 +57,9 @@ class ModelOptions:
     """The model, and how it is loaded."""
 
     model: ModelOption = None
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", rich_help_panel=_MODEL)
-    ] = None
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N.", rich_help_panel=_MODEL)] = None
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option("--dtype", help="bfloat16 where that is fast, else float32.", rich_help_panel=_MODEL),
-    ] = None
+    revision: Annotated[str | None, _model(help="Branch, tag or commit on the Hub.")] = None
+    device: Annotated[str | None, _model(help="cpu, cuda or cuda:N.")] = None
+    dtype: Annotated[Dtype | None, _model(help="bfloat16 where that is fast, else float32.")] = None
 
     def load(self, progress: Progress, made_on: str | None = None) -> "LanguageModel":
         """The model asked for; else `made_on`, else the default. Raises what `load_model` raises."""
@@ -80,26 +75,11 @@ class ModelOptions:
 class SamplingOptions:
     """How tokens are chosen."""
 
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.", rich_help_panel=_SAMPLING)] = (
-        False
-    )
-    temperature: Annotated[
-        float,
-        typer.Option("--temperature", help="Higher is more varied, up to 10; 0 is greedy.", rich_help_panel=_SAMPLING),
-    ] = 0.8
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", help="Only the likeliest tokens that reach this probability.", rich_help_panel=_SAMPLING
-        ),
-    ] = 0.95
-    repetition_penalty: Annotated[
-        float,
-        typer.Option(
-            "--repetition-penalty", help="Above 1: less of what was there; 1: off.", rich_help_panel=_SAMPLING
-        ),
-    ] = 1.0
-    seed: Annotated[int, typer.Option("--seed", "-s", help="Same seed, same text.", rich_help_panel=_SAMPLING)] = 0
+    greedy: Annotated[bool, _sampling("--greedy", help="Always the likeliest token.")] = False
+    temperature: Annotated[float, _sampling(help="Higher is more varied, up to 10; 0 is greedy.")] = 0.8
+    top_p: Annotated[float, _sampling(help="Only the likeliest tokens that reach this probability.")] = 0.95
+    repetition_penalty: Annotated[float, _sampling(help="Above 1: less of what was there; 1: off.")] = 1.0
+    seed: Annotated[int, _sampling("--seed", "-s", help="Same seed, same text.")] = 0
 
     def sampling(self) -> "Sampling":
         """Raises `UsageError` for a number out of its range."""
@@ -113,30 +93,15 @@ class SamplingOptions:
 class ColumnOptions:
     """What a file of examples calls its columns, and what becomes of texts in both classes."""
 
-    text: Annotated[
-        str | None, typer.Option("--text", metavar="COLUMN", help="The column of texts.", rich_help_panel=EXAMPLES)
-    ] = None
-    label: Annotated[
-        str | None, typer.Option("--label", metavar="COLUMN", help="The column of labels.", rich_help_panel=EXAMPLES)
-    ] = None
-    positive: Annotated[
-        str | None,
-        typer.Option(
-            "--positive", metavar="VALUE", help="The label of texts that show the behaviour.", rich_help_panel=EXAMPLES
-        ),
-    ] = None
+    text: Annotated[str | None, _reading(metavar="COLUMN", help="The column of texts.")] = None
+    label: Annotated[str | None, _reading(metavar="COLUMN", help="The column of labels.")] = None
+    positive: Annotated[str | None, _reading(metavar="VALUE", help="The label of texts that show the behaviour.")] = (
+        None
+    )
     prompt_column: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-column",
-            metavar="COLUMN",
-            help="What the texts answer; else prompt or question.",
-            rich_help_panel=EXAMPLES,
-        ),
+        str | None, _reading(metavar="COLUMN", help="What the texts answer; else prompt or question.")
     ] = None
-    drop_conflicts: Annotated[
-        bool, typer.Option("--drop-conflicts", help="Leave out texts in both classes.", rich_help_panel=EXAMPLES)
-    ] = False  # fmt: skip
+    drop_conflicts: Annotated[bool, _reading("--drop-conflicts", help="Leave out texts in both classes.")] = False
 
     def read(self, examples: str, negative: str | None = None) -> "ContrastSet":
         """The examples of a file (or two), a bundled set or a data set on the Hub. Raises the library's errors."""
@@ -159,18 +124,17 @@ class JudgeOptions:
     judge: Annotated[
         str | None,
         typer.Option(
-            "--judge", metavar="JUDGE",
-            help="refusal, regex:PATTERN or words:ONE,TWO; else a classifier trained on --examples.",
+            metavar="JUDGE", help="refusal, regex:PATTERN or words:ONE,TWO; else a classifier trained on --examples."
         ),
-    ] = None  # fmt: skip
+    ] = None
     examples: Annotated[
         str | None,
         typer.Option(
-            "--examples", metavar="EXAMPLES",
+            metavar="EXAMPLES",
             help="Labelled texts for the judge, as for build: others than the artifact's, or held out.",
             autocompletion=_set_names,
         ),
-    ] = None  # fmt: skip
+    ] = None
 
 
 # What an artifact is built from and how.
@@ -184,25 +148,17 @@ ExamplesArgument = Annotated[
     ),
 ]
 NegativeOption = Annotated[
-    str | None,
-    typer.Option("--negative", metavar="FILE", help="With a file for each class: the negative one."),
+    str | None, typer.Option(metavar="FILE", help="With a file for each class: the negative one.")
 ]
-MethodOption = Annotated[Method, typer.Option("--method", help="How an artifact is made of activations.")]
-FramingOption = Annotated[
-    Framing | None,
-    typer.Option("--framing", help="Each by itself, as a prompt or as an answer.", rich_help_panel=EXAMPLES),
-]
-ReadTokensOption = Annotated[
-    ReadTokens | None,
-    typer.Option("--tokens", help="The mean over a text's tokens, or the last one.", rich_help_panel=EXAMPLES),
-]
+MethodOption = Annotated[Method, typer.Option(help="How an artifact is made of activations.")]
+FramingOption = Annotated[Framing | None, _reading(help="Each by itself, as a prompt or as an answer.")]
+ReadTokensOption = Annotated[ReadTokens | None, _reading(help="The mean over a text's tokens, or the last one.")]
 TargetKlOption = Annotated[
     float,
     typer.Option(
-        "--target-kl", help="What strength ±1 is to come to, in nats (95th percentile of KL).",
-        rich_help_panel="What strength 1 means",
+        help="What strength ±1 is to come to, in nats (95th percentile of KL).", rich_help_panel="What strength 1 means"
     ),
-]  # fmt: skip
+]
 
 # Artifacts.
 UseOption = Annotated[
@@ -219,9 +175,9 @@ UseOption = Annotated[
 OrthogonaliseOption = Annotated[
     bool, typer.Option("--orthogonalise", help="Remove the overlap between the vectors used.")
 ]
-PositionsOption = Annotated[Positions, typer.Option("--positions", help="Which tokens are steered.")]
+PositionsOption = Annotated[Positions, typer.Option(help="Which tokens are steered.")]
 StrengthsOption = Annotated[
-    str, typer.Option("--strengths", metavar="NUMBERS", help="Factors on the strengths given, parted by commas.")
+    str, typer.Option(metavar="NUMBERS", help="Factors on the strengths given, parted by commas.")
 ]
 
 # What is written.
@@ -232,11 +188,10 @@ PromptOption = Annotated[
 PromptsOption = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", metavar="FILE",
-        help="A text file, one prompt a line (- reads standard input); bundled ones when left out.",
+        metavar="FILE", help="A text file, one prompt a line (- reads standard input); bundled ones when left out."
     ),
-]  # fmt: skip
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, max=1000, help="Texts for each prompt.")]
+]
+SamplesOption = Annotated[int, typer.Option(min=1, max=1000, help="Texts for each prompt.")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens in a text.")]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="Same seed, same random draws.")]
 RandomOption = Annotated[int | None, typer.Option("--random", help="How many random controls to set beside it.")]

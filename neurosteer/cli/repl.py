@@ -25,7 +25,7 @@ from neurosteer.circuits import (
     top_predictions,
 )
 from neurosteer.cli.build_commands import OperationOption, RankOption, TopKOption, count_or_share
-from neurosteer.cli.circuit_options import AttributionOptions, SelectionOptions, attributed, circuit_of
+from neurosteer.cli.circuit_options import AttributionOptions, QuestionOptions, SelectionOptions, attributed, circuit_of
 from neurosteer.cli.circuit_output import print_effect, print_left_out, print_multipliers, print_neurons
 from neurosteer.cli.inputs import numbers
 from neurosteer.cli.options import artifact_names
@@ -173,9 +173,8 @@ class Shell(cmd.Cmd):
             raise UsageError("Write discover TARGET [COUNTERFACTUAL], like: discover Paris London")
         select = given["selection"].rule()
         with progress_line() as progress:
-            found = attributed(
-                self.lm, [self._text()], words[:1], words[1:], given["how"], raw=self.raw, progress=progress
-            )
+            question = QuestionOptions(target=words[:1], counterfactual=words[1:], raw=self.raw)
+            found = attributed(self.lm, [self._text()], question, given["how"], progress)
         self.circuit, self.attribution, self.select = found.circuit(select=select), found, select
         self.graphs = {}
         one = found.prompts[0]

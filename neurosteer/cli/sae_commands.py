@@ -1,6 +1,7 @@
 """The verbs about sparse autoencoders."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -13,7 +14,7 @@ from neurosteer.cli.output import new_table, out, print_json, print_table, progr
 from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
 
-_TRAINING = "Training"
+_training = partial(typer.Option, rich_help_panel="Training")
 _FIGURES = {
     "explained_variance": "Explained variance",
     "l0": "L0",
@@ -25,28 +26,16 @@ _FIGURES = {
 def train(
     *,
     texts: Annotated[list[Path], typer.Argument(help="Text files: .jsonl or .csv (text, prompt), or one text a line.")],
-    layers: Annotated[str, typer.Option("--layers", help="14, 9,14,19 or 10-12: one SAE each.")],
+    layers: Annotated[str, typer.Option(help="14, 9,14,19 or 10-12: one SAE each.")],
     folder: Annotated[Path, out_option("the SAEs; training that was cut goes on from there")],
-    features: Annotated[int, typer.Option("--features", help="How many features an SAE has.")] = 4096,
-    active: Annotated[float, typer.Option("--active", help="Active features per token, on average.")] = 48,
-    framings: Annotated[
-        str | None, typer.Option("--framings", help="Taken in turns, like raw,answer.", rich_help_panel=_TRAINING)
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", help="Tokens kept of each text.", rich_help_panel=_TRAINING)
-    ] = 256,
-    tokens: Annotated[
-        int, typer.Option("--train-tokens", help="How many tokens to train on.", rich_help_panel=_TRAINING)
-    ] = 3_000_000,
-    held_out: Annotated[
-        int, typer.Option("--held-out-tokens", help="How many are kept for the figures.", rich_help_panel=_TRAINING)
-    ] = 100_000,
-    batch_tokens: Annotated[
-        int, typer.Option("--batch-tokens", help="Tokens in one step.", rich_help_panel=_TRAINING)
-    ] = 512,
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Of Adam, at its highest.", rich_help_panel=_TRAINING)
-    ] = 1e-3,
+    features: Annotated[int, typer.Option(help="How many features an SAE has.")] = 4096,
+    active: Annotated[float, typer.Option(help="Active features per token, on average.")] = 48,
+    framings: Annotated[str | None, _training(help="Taken in turns, like raw,answer.")] = None,
+    max_tokens: Annotated[int, _training(help="Tokens kept of each text.")] = 256,
+    tokens: Annotated[int, _training("--train-tokens", help="How many tokens to train on.")] = 3_000_000,
+    held_out: Annotated[int, _training("--held-out-tokens", help="How many are kept for the figures.")] = 100_000,
+    batch_tokens: Annotated[int, _training(help="Tokens in one step.")] = 512,
+    learning_rate: Annotated[float, _training(help="Of Adam, at its highest.")] = 1e-3,
     seed: SeedOption = 0,
     model: ModelOptions,
     raw: RawOption = False,

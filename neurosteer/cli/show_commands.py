@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neurosteer.cli.circuit_output import rows_of
 from neurosteer.cli.options import JsonOption, ModelOption, artifact_names
 from neurosteer.cli.output import TABLE_WIDTH, new_table, out, print_json, print_table
 
@@ -18,13 +19,11 @@ def open_page(
     model: ModelOption = None,
     host: Annotated[
         str | None,
-        typer.Option("--host", envvar="GRADIO_SERVER_NAME", help="Address to listen on; this machine only, if none."),
+        typer.Option(envvar="GRADIO_SERVER_NAME", help="Address to listen on; this machine only, if none."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(
-            "--port", envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="The first free one from 7860, if none."
-        ),
+        typer.Option(envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="The first free one from 7860, if none."),
     ] = None,
     trust_visitors: Annotated[
         bool,
@@ -52,13 +51,8 @@ def models(as_json: JsonOption = False) -> None:
     for model in catalog():
         default = " (default)" if model.name == default_model() else ""
         kind = "chat" if model.chat else "base"
-        table.add_row(
-            model.name + default,
-            model.hub_id or f"{model.base} + adapter",
-            kind,
-            f"{model.memory_gb:g} GB",
-            model.licence,
-        )
+        hub_id = model.hub_id or f"{model.base} + adapter"
+        table.add_row(model.name + default, hub_id, kind, f"{model.memory_gb:g} GB", model.licence)
     print_table(table)
 
 
@@ -84,9 +78,7 @@ def inspect(
         return
     overlaps = _comparable_overlaps(artifacts)
     if as_json:
-        print_json(
-            {"artifacts": [artifact_data(artifact) for artifact in artifacts], "cosines": list(map(asdict, overlaps))}
-        )
+        print_json({"artifacts": list(map(artifact_data, artifacts)), "cosines": list(map(asdict, overlaps))})
         return
     for artifact in artifacts:
         out.print(_inspect_text(artifact) + "\n")
@@ -97,10 +89,10 @@ def _comparable_overlaps(artifacts: "Sequence[Artifact]") -> "list[Overlap]":
     """Directions can be compared within models of one shape; artifacts of others are shown all the same."""
     from neurosteer.artifacts.combining import cosines
 
-    alike: dict[tuple[int, int, int], list[Artifact]] = {}
+    alike: dict[tuple[int, int], list[Artifact]] = {}
     for artifact in artifacts:
         model = artifact.model
-        alike.setdefault((model.n_layers, model.d_model, model.d_mlp), []).append(artifact)
+        alike.setdefault((model.n_layers, model.d_model), []).append(artifact)
     return [overlap for group in alike.values() for overlap in cosines(group)]
 
 
@@ -124,11 +116,8 @@ def _inspect_text(artifact: "Artifact") -> str:
     if artifact.description:
         lines.insert(1, artifact.description)
     if isinstance(artifact, NeuronCircuit):
-        top = zip(
-            artifact.neuron_layers.tolist()[:10], artifact.neurons.tolist(), artifact.scores.tolist(), strict=False
-        )
         lines.append(f"neurons: {artifact.size} ({artifact.share:.2%} of all); strongest (layer, neuron, score):")
-        lines += [f"  {layer:3d} {neuron:6d} {score:+.4f}" for layer, neuron, score in top]
+        lines += [f"  {layer:3d} {neuron:6d} {score:+.4f}" for layer, neuron, score in rows_of(artifact)[:10]]
     elif artifact.features:
         lines += feature_lines(artifact.features)
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """The verbs that write texts under artifacts: at given strengths, or at several."""
 
-import csv
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,25 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer.cli import options as opt
 from neurosteer.cli.evaluate_commands import judge_request, report
 from neurosteer.cli.inputs import given_prompts, model_of, numbers, read_prompts, recipe_of, uses_of
-from neurosteer.cli.options import (
-    ColumnOptions,
-    JsonOption,
-    JudgeOptions,
-    MaxNewTokensOption,
-    ModelOptions,
-    OrthogonaliseOption,
-    PositionsOption,
-    PromptOption,
-    PromptsOption,
-    RawOption,
-    SamplesOption,
-    SamplingOptions,
-    StrengthsOption,
-    UseOption,
-    out_option,
-)
 from neurosteer.cli.output import err, out, print_json, progress_line
 from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
@@ -40,25 +23,25 @@ if TYPE_CHECKING:
     from neurosteer.steering.session import Row
 
 _FEW_LAYERS = 3
+_COLUMNS = ("prompt", "strength", "sample", "text", "tokens")
 
 
 def steer(
     *,
-    use: UseOption,
-    prompt: PromptOption = None,
+    use: opt.UseOption,
+    prompt: opt.PromptOption = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE", help="A text file, one prompt a line; - reads standard input."),
+        Path | None, typer.Option(metavar="FILE", help="A text file, one prompt a line; - reads standard input.")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
-    samples: SamplesOption = 1,
-    max_new_tokens: MaxNewTokensOption = 64,
-    positions: PositionsOption = "all",
-    orthogonalise: OrthogonaliseOption = False,
-    choosing: SamplingOptions,
-    model: ModelOptions,
-    raw: RawOption = False,
-    as_json: JsonOption = False,
+    samples: opt.SamplesOption = 1,
+    max_new_tokens: opt.MaxNewTokensOption = 64,
+    positions: opt.PositionsOption = "all",
+    orthogonalise: opt.OrthogonaliseOption = False,
+    choosing: opt.SamplingOptions,
+    model: opt.ModelOptions,
+    raw: opt.RawOption = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Write texts under one or more artifacts at their strengths."""
     from neurosteer.artifacts.recipes import UNSTEERED
@@ -85,31 +68,32 @@ def steer(
 
 def sweep(
     *,
-    use: UseOption,
-    strengths: StrengthsOption = "-2,-1,0,1,2",
-    prompts: PromptsOption = None,
-    samples: SamplesOption = 1,
-    max_new_tokens: MaxNewTokensOption = 30,
-    folder: Annotated[Path | None, out_option("generations.csv, or what `evaluate` writes")] = None,
-    judging: JudgeOptions,
-    reading: ColumnOptions,
-    positions: PositionsOption = "all",
-    orthogonalise: OrthogonaliseOption = False,
-    choosing: SamplingOptions,
-    model: ModelOptions,
-    raw: RawOption = False,
-    as_json: JsonOption = False,
+    use: opt.UseOption,
+    strengths: opt.StrengthsOption = "-2,-1,0,1,2",
+    prompts: opt.PromptsOption = None,
+    samples: opt.SamplesOption = 1,
+    max_new_tokens: opt.MaxNewTokensOption = 30,
+    folder: Annotated[Path | None, opt.out_option("generations.csv, or what `evaluate` writes")] = None,
+    judging: opt.JudgeOptions,
+    reading: opt.ColumnOptions,
+    positions: opt.PositionsOption = "all",
+    orthogonalise: opt.OrthogonaliseOption = False,
+    choosing: opt.SamplingOptions,
+    model: opt.ModelOptions,
+    raw: opt.RawOption = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Write the same prompts at several strengths (factors on the strengths given with --use).
 
     With a judge, controls are written too, and figures, as `evaluate` does.
     """
+    from neurosteer.artifacts.files import csv_text, write_files
     from neurosteer.evaluation import evaluate
     from neurosteer.examples.files import sweep_prompts
     from neurosteer.steering.session import Session
 
     place = files_place(folder)
-    has_judge = judging != JudgeOptions() or reading != ColumnOptions()
+    has_judge = judging != opt.JudgeOptions() or reading != opt.ColumnOptions()
     asked = judge_request(judging, reading) if has_judge else None
     if asked is not None and (raw or positions != "all"):
         raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
@@ -136,7 +120,7 @@ def sweep(
         return
     rows = found
     if place is not None:
-        _write_generations(rows, place)
+        write_files(place, {"generations.csv": csv_text(_COLUMNS, map(_row_data, rows))})
     if as_json or place is None:
         _print_rows(lm, rows, seconds, as_json, overlaps)
     else:
@@ -160,13 +144,7 @@ def _combined(recipe: "Recipe", orthogonalise: bool) -> "tuple[Recipe, list[Over
 
 
 def _row_data(row: "Row") -> dict[str, Any]:
-    return {
-        "prompt": row.prompt,
-        "strength": row.strength,
-        "sample": row.sample,
-        "text": row.text,
-        "tokens": row.tokens,
-    }
+    return {name: getattr(row, name) for name in _COLUMNS}
 
 
 def _print_rows(
@@ -213,14 +191,3 @@ def _print_stream(session: Any, rows: "Sequence[Row]", options: dict[str, Any]) 
         sys.stdout.write(step.pieces[0])
         sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def _write_generations(rows: "Sequence[Row]", folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "generations.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["prompt", "strength", "sample", "text", "tokens"])
-            writer.writeheader()
-            writer.writerows(_row_data(row) for row in rows)
-    except OSError as error:
-        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another --out.") from error

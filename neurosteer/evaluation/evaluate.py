@@ -13,7 +13,6 @@ from neurosteer.artifacts.provenance import Receipt
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.errors import ExamplesError, ModelError, UsageError
 from neurosteer.evaluation.controls import Group, Kind, control_strengths, default_instructions, groups, moved
-from neurosteer.evaluation.damage import surprises
 from neurosteer.evaluation.judges import Judge
 from neurosteer.evaluation.matched_twins import MATCHED_ON, TwinMaker, Twins
 from neurosteer.evaluation.metrics import KL_PERCENTILE, Sampled, difference, difference_from_twins, figures_of
@@ -22,8 +21,9 @@ from neurosteer.evaluation.texts import TextPlan, write_texts
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import sweep_prompts
 from neurosteer.measuring.divergence import UnsteeredTexts, divergences, unsteered_texts
+from neurosteer.measuring.preference import surprises
 from neurosteer.models.language_model import LanguageModel
-from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.progress import Job, Progress, check_cancelled, silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row
 from neurosteer.text import one_line, shown
@@ -148,7 +148,7 @@ def evaluate(
     kl = dict(zip(steered, _nats(lm, kl_texts, [group.recipes[0] for group in steered], cancel), strict=True))
     maker = TwinMaker(
         lm, recipe, control_strengths(asked.strengths), kl_texts,
-        {group.strength: nats for group, nats in kl.items()}, asked.seed, progress, cancel,
+        {group.strength: nats for group, nats in kl.items()}, asked.seed, Job(progress, cancel),
     )  # fmt: skip
     twins, why = _twins(maker, asked, examples)
     instructions = asked.instructions or default_instructions(recipe)

@@ -17,12 +17,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from neurosteer.artifacts.artifact import Artifact, check_model
-from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.files import write_files
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe, check_recipes_fit
 from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import check_cancelled
 from neurosteer.steering.plans import applied, compile_plan
+from neurosteer.validation import is_int
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +114,14 @@ def harness(
     )
 
 
-def write_harness(result: HarnessResult, folder: Path) -> list[Path]:
+def write_harness(result: HarnessResult, folder: Path) -> tuple[Path, ...]:
     """Write the figures (`harness.json`) and every answer (`harness_samples.jsonl`); returns the paths.
 
     Raises `UsageError` if the folder cannot be written.
     """
-    paths = [folder / RESULTS_FILE, folder / SAMPLES_FILE]
-    texts = [json.dumps(result.data(), indent=2), "\n".join(json.dumps(dict(row)) for row in result.samples)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in zip(paths, texts, strict=True):
-            path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another --out.") from error
-    return paths
+    samples = "\n".join(json.dumps(dict(row)) for row in result.samples)
+    texts = {RESULTS_FILE: json.dumps(result.data(), indent=2), SAMPLES_FILE: samples}
+    return write_files(folder, {name: f"{text}\n" for name, text in texts.items()})
 
 
 # --- asking the harness ----------------------------------------------------------------------------------------------
@@ -133,9 +129,9 @@ def write_harness(result: HarnessResult, folder: Path) -> list[Path]:
 
 def _check(lm: LanguageModel, recipe: Recipe, counts: Mapping[str, int | None]) -> None:
     for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and (not is_int(count) or count < 1):
             raise UsageError(f"{name} is {count!r:.40}; it must be a whole number from 1.")
-    for warning in {check_model(use.artifact, lm.reference) for use in recipe.uses} - {None}:
+    for warning in check_recipes_fit([recipe], lm.reference):
         logger.warning(warning)
 
 
@@ -216,7 +212,7 @@ def _steered_model(lm: LanguageModel, batch_size: int, cancel: threading.Event |
             pretrained=lm.model,
             tokenizer=deepcopy(lm.tokenizer),
             batch_size=batch_size,
-            chat_template_args=lm.framer.template_variables,
+            chat_template_args=lm.template_variables,
         )
 
 

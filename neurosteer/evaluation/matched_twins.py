@@ -1,10 +1,8 @@
 """Twins of a recipe, brought to its KL at the strengths they are compared at: random ones, and label-permuted ones."""
 
 import random
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +20,7 @@ from neurosteer.measuring.equal_kl import AtKL, at_kl
 from neurosteer.measuring.spreads import neuron_spreads
 from neurosteer.methods import METHODS
 from neurosteer.models.language_model import LanguageModel
-from neurosteer.progress import Progress
+from neurosteer.progress import Job
 
 MATCHED_ON = 8
 """On the continuations of how many prompts each twin is brought to the artifact's KL."""
@@ -45,8 +43,7 @@ class TwinMaker:
     texts: UnsteeredTexts
     nats: Mapping[float, np.ndarray]
     seed: int
-    progress: Progress
-    cancel: threading.Event | None
+    job: Job
 
     def random(self, count: int) -> Twins:
         layers = sorted({layer for use in self.recipe.uses for layer in _shifted(use.artifact)})
@@ -58,40 +55,30 @@ class TwinMaker:
     def permuted(self, count: int, examples: ContrastSet) -> Twins:
         """Raises `UsageError` (or another of the library's) where the recipe cannot be built anew from `examples`."""
         (use,) = self.recipe.uses
-        made = [
-            Recipe((replace(use, artifact=self._rebuilt(use.artifact, examples, self._draw(n))),)) for n in range(count)
-        ]
+        made = []
+        for number in range(count):
+            self.job.progress("Building a twin from shuffled labels")
+            twin = permuted_twin(self.lm, use.artifact, examples, self._draw(number), self.job)
+            made.append(Recipe((replace(use, artifact=twin),)))
         return self._matched("permuted", made)
 
     def _draw(self, number: int) -> int:
         return self.seed * 1_000_003 + number + 1
 
-    def _rebuilt(self, artifact: Artifact, examples: ContrastSet, seed: int) -> Artifact:
-        self.progress("Building a twin from shuffled labels")
-        return permuted_twin(self.lm, artifact, examples, seed, self.progress, self.cancel)
-
     def _matched(self, kind: TwinKind, twins: Sequence[Recipe]) -> Twins:
         """All at the recipe's KL. The first of them is brought there alone: from its strength the others begin."""
-        texts = self.texts[:MATCHED_ON]
-        targets = [float(np.clip(_p95(self.nats[strength][:MATCHED_ON]), *_TARGETS)) for strength in self.strengths]
-        options: dict[str, Any] = {"progress": self.progress, "cancel": self.cancel}
+        texts, nats = self.texts[:MATCHED_ON], [self.nats[strength][:MATCHED_ON] for strength in self.strengths]
+        targets = [float(np.clip(kl_percentile(one.ravel().tolist(), PERCENTILE), *_TARGETS)) for one in nats]
         scaled = [[twin.scaled(strength) for strength in self.strengths] for twin in twins]
-        first = at_kl(self.lm, scaled[0], targets, texts, **options)
+        first = at_kl(self.lm, scaled[0], targets, texts, **self.job.named)
         rest = [one for some in scaled[1:] for one in some]
         start = [one.factor for one in first] * (len(twins) - 1)
-        every = [*first, *at_kl(self.lm, rest, targets * (len(twins) - 1), texts, start=start, **options)]
+        every = [*first, *at_kl(self.lm, rest, targets * (len(twins) - 1), texts, start=start, **self.job.named)]
         n_strengths = len(self.strengths)
         return {(kind, at): tuple(every[place::n_strengths]) for place, at in enumerate(self.strengths)}
 
 
-def permuted_twin(
-    lm: LanguageModel,
-    artifact: Artifact,
-    examples: ContrastSet,
-    seed: int,
-    progress: Progress,
-    cancel: threading.Event | None,
-) -> Artifact:
+def permuted_twin(lm: LanguageModel, artifact: Artifact, examples: ContrastSet, seed: int, job: Job) -> Artifact:
     """What `artifact` would be had the labels of its texts been drawn by chance: built by the same method, at the same
     layers, from the same texts. Raises `UsageError` where it was not built from `examples`, or by no method."""
     source = artifact.provenance
@@ -114,8 +101,7 @@ def permuted_twin(
         framing=source.framing or None,  # type: ignore[arg-type]
         tokens=source.tokens or None,  # type: ignore[arg-type]
         calibrate=False,
-        progress=progress,
-        cancel=cancel,
+        **job.named,
         **given,
     )
     return replace(built, operation=artifact.operation, calibration=artifact.calibration)  # type: ignore[arg-type]
@@ -142,7 +128,3 @@ def with_permuted_labels(examples: ContrastSet, seed: int) -> ContrastSet:
 def _shifted(artifact: Artifact) -> list[int]:
     """Layers of which neurons' spreads are wanted."""
     return artifact.layers if isinstance(artifact, NeuronCircuit) and artifact.operation == "shift" else []
-
-
-def _p95(nats: np.ndarray) -> float:
-    return kl_percentile(nats.ravel().tolist(), PERCENTILE)

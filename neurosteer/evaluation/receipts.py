@@ -108,9 +108,7 @@ def receipt_of(
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "model": {
-            "name": reference.name,
-            "revision": reference.revision,
-            "fingerprint": reference.fingerprint,
+            **{key: getattr(reference, key) for key in ("name", "revision", "fingerprint")},
             "dtype": str(lm.dtype).removeprefix("torch."),
             "template_options": dict(lm.template_options),
         },
@@ -140,10 +138,7 @@ def receipt_text(receipt: Receipt) -> str:
 def _use_data(use: Use) -> dict[str, Any]:
     artifact, opposite = use.artifact, Recipe((use,)).scaled(-1.0).uses[0]
     return {
-        "name": artifact.name,
-        "kind": artifact.kind,
-        "method": artifact.method,
-        "operation": artifact.operation,
+        **{key: getattr(artifact, key) for key in ("name", "kind", "method", "operation")},
         "strength": use.strength,
         "multiplier": use.multiplier,
         "amount_up": use.amount,

@@ -1,16 +1,14 @@
 """Evaluations as files: the receipt, the texts as a table, and the dose against effect and damage as a picture."""
 
 import base64
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from neurosteer.artifacts.files import csv_text, write_files
 from neurosteer.artifacts.plots import receipt_plot
-from neurosteer.errors import UsageError
 from neurosteer.evaluation.evaluate import EvaluatedText, Evaluation
 from neurosteer.evaluation.receipts import receipt_text
 
@@ -27,30 +25,19 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
     Raises `UsageError` where the folder cannot be written.
     """
     picture = receipt_plot(evaluation.receipt.data) or b""
-    contents: dict[str, bytes] = {
-        RECEIPT_FILE: receipt_text(evaluation.receipt).encode(errors="replace"),
-        GENERATIONS_FILE: generations_csv(evaluation.rows).encode(errors="replace"),
-        PAGE_FILE: evaluation_page(evaluation, picture).encode(errors="replace"),
+    contents = {
+        RECEIPT_FILE: receipt_text(evaluation.receipt),
+        GENERATIONS_FILE: generations_csv(evaluation.rows),
+        PAGE_FILE: evaluation_page(evaluation, picture),
         PLOT_FILE: picture,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            temporary = folder / f".{name}.new"
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
-    except OSError as error:
-        raise UsageError(f"{str(folder)!r} could not be written ({error.strerror}); choose another folder.") from error
-    return tuple(folder / name for name in contents)
+    return write_files(folder, contents)
 
 
 def generations_csv(rows: Sequence[EvaluatedText]) -> str:
     """The texts with their scores, a row each."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)  # its own line ends, or a lone carriage return in a text would not be quoted
-    writer.writerow([*_COLUMNS, "tokens"])
-    writer.writerows([*(getattr(row, name) for name in _COLUMNS), row.tokens] for row in rows)
-    return buffer.getvalue()
+    columns = (*_COLUMNS, "tokens")
+    return csv_text(columns, ({name: getattr(row, name) for name in columns} for row in rows))
 
 
 def evaluation_page(evaluation: Evaluation, picture: bytes) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
 
 TEXTS_FOLDER = "texts"
+_KEPT = ("prompt", "strength", "sample", "text", "ids", "finish")  # the first three for people who read the file
 PART_ROWS = 128
 """Texts that decode together. Always the same ones, whether work was cut or not: in bfloat16, what decodes beside a
 text can show in its rare last bits."""
@@ -44,15 +45,15 @@ class TextPlan:
         """Groups outermost, then prompts, then samples."""
         return [
             Row(
-                group.ask(prompt), group.recipes[group.turn(place, sample)], self._number(group, sample), group.strength
+                group.ask(prompt),
+                group.recipes[group.turn(place, sample)],
+                sample + self.samples * group.again,
+                group.strength,
             )
             for group in self.groups
             for place, prompt in enumerate(self.prompts)
             for sample in range(self.samples)
         ]
-
-    def _number(self, group: Group, sample: int) -> int:
-        return sample + self.samples if group.again else sample
 
     def sha256(self, lm: LanguageModel) -> str:
         """A hash of all that the texts depend on: the model, the prompts as it reads them (with its chat template and
@@ -105,18 +106,6 @@ def write_texts(
     return done
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What is kept of a text; its prompt, strength and sample for people who read the file."""
-
-    prompt: Any
-    strength: float
-    sample: int
-    text: str
-    ids: list[int]
-    finish: str
-
-
 class _Store:
     """The parts of one evaluation in a folder. Raises `UsageError` where it cannot be read or written."""
 
@@ -137,13 +126,13 @@ class _Store:
             data = json.loads(content)
             if data["settings"] != self.settings or len(data["texts"]) != len(rows):
                 return []
-            return [_filled(row, _Written(**one)) for row, one in zip(rows, data["texts"], strict=True)]
+            return [_filled(row, **one) for row, one in zip(rows, data["texts"], strict=True)]
         except (ValueError, TypeError, KeyError, RecursionError):
             return []
 
     def write(self, first: int, rows: Sequence[Row]) -> None:
-        texts = [_Written(row.prompt, row.strength, row.sample, row.text, list(row.ids), row.finish) for row in rows]
-        content = json.dumps({"settings": self.settings, "texts": [asdict(one) for one in texts]}, ensure_ascii=False)
+        texts = [{key: getattr(row, key) for key in _KEPT} for row in rows]
+        content = json.dumps({"settings": self.settings, "texts": texts}, ensure_ascii=False)
         file = self._file(first)
         temporary = file.with_name(f".{file.name}.new")
         try:
@@ -163,11 +152,10 @@ class _Store:
         return UsageError(f"{str(self.folder)[:300]!r} cannot be used ({reason}); choose another folder.")
 
 
-def _filled(row: Row, written: _Written) -> Row:
-    ids = tuple(written.ids)
-    if not isinstance(written.text, str) or not all(type(token) is int for token in ids):
+def _filled(row: Row, *, text: str, ids: list[int], finish: str, **_: Any) -> Row:
+    if not isinstance(text, str) or not all(type(token) is int for token in ids):
         raise TypeError("not a text as it is written here")
-    return replace(row, text=written.text, ids=ids, tokens=len(ids), finish=written.finish)
+    return replace(row, text=text, ids=tuple(ids), tokens=len(ids), finish=finish)
 
 
 def _recipe_data(recipe: Recipe) -> list[Any]:

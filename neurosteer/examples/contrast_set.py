@@ -6,9 +6,10 @@ import random
 import re
 import sys
 import unicodedata
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 from neurosteer.examples.chats import Asked, check_asked
 from neurosteer.examples.refusing import listed, refuse, short
@@ -134,19 +135,18 @@ class ContrastSet:
         """The texts left to train on, and those held out as in `split`. Raises `ExamplesError` also where one of the
         two parts would have fewer than 2 texts of a class."""
         split = self.split(fraction, seed=seed, at_most=at_most)
-        kept = self.only(split.train_positive, split.train_negative)
-        held = self.only(split.held_out_positive, split.held_out_negative)
-        return kept, held
+        kept = self.at(split.train_positive, split.train_negative)
+        return kept, self.at(split.held_out_positive, split.held_out_negative)
 
-    def only(self, positive: Sequence[int], negative: Sequence[int]) -> "ContrastSet":
-        """The texts at these places of each class, in this order, with what they answer. Raises `ExamplesError` for
-        fewer than 2 of a class."""
+    def at(self, positive: Iterable[int], negative: Iterable[int], **changes: Any) -> "ContrastSet":
+        """The texts at these positions with what they answer, otherwise as it is but for `changes`. Raises as making
+        one does."""
         picked = {
             name: tuple(getattr(self, name)[place] for place in places)
-            for side, places in zip(SIDES, (positive, negative), strict=True)
+            for side, places in zip(SIDES, (tuple(positive), tuple(negative)), strict=True)
             for name in (side, *([f"{side}_prompts"] if self.positive_prompts else []))
         }
-        return replace(self, **picked)
+        return replace(self, **picked, **changes)
 
 
 def key(text: str) -> str:

@@ -25,13 +25,13 @@ def bundled_sets() -> tuple[str, ...]:
 
 def neutral_prompts() -> tuple[str, ...]:
     """Bundled prompts that ask for no behaviour in particular. Raises `ExamplesError` if the file is missing."""
-    return _bundled_lines("neutral_prompts.txt")
+    return bundled_lines("neutral_prompts.txt")
 
 
 def calibration_prompts() -> tuple[str, ...]:
     """The bundled prompts that strengths are calibrated on, none of them a neutral prompt; half are instructions, half
     openings. Raises `ExamplesError` if the file is missing."""
-    return _bundled_lines("calibration_prompts.txt")
+    return bundled_lines("calibration_prompts.txt")
 
 
 def sweep_prompts() -> tuple[str, ...]:
@@ -40,7 +40,8 @@ def sweep_prompts() -> tuple[str, ...]:
     return prompts[:8] + prompts[20:28]
 
 
-def _bundled_lines(name: str) -> tuple[str, ...]:
+def bundled_lines(name: str) -> tuple[str, ...]:
+    """The lines of a bundled text file that are not blank. Raises `ExamplesError` if the file is missing."""
     path = bundled_file(name)
     text, _ = decode(read_file(path), path.name)
     return tuple(line.strip() for line in text.split("\n") if line.strip())

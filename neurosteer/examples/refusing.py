@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import NoReturn
 
 from neurosteer.errors import ExamplesError
+from neurosteer.text import cut, printable
 
 MAX_BYTES = 20 * 1024 * 1024
 MAX_ROWS = 200_000
@@ -13,15 +14,14 @@ TOO_MANY_ROWS = f"more than {MAX_ROWS:,} rows: keep fewer, and leave blank ones 
 
 def refuse(where: str, problem: str) -> NoReturn:
     """Raise, with anything that would break the line or a terminal (line ends, half characters) blanked out."""
-    raise ExamplesError("".join(c if c.isprintable() else " " for c in f"{where}: {problem}"))
+    raise ExamplesError(printable(f"{where}: {problem}"))
 
 
 def short(value: object) -> str:
     """A value for a message. Containers by their type only: writing out a deeply nested one can overflow the stack."""
     if not isinstance(value, str | int | float):
         return f"a {type(value).__name__}"
-    text = " ".join(str(value).split())
-    return repr(text if len(text) <= 40 else text[:39] + "…")
+    return repr(cut(" ".join(str(value).split()), 40))
 
 
 def listed(names: Collection[str]) -> str:

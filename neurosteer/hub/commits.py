@@ -15,19 +15,9 @@ from neurosteer.artifacts.cards import PLOTS, is_generated, render_card, render_
 from neurosteer.artifacts.metadata import CARD_FILE, LIBRARY
 from neurosteer.artifacts.storage import CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, load
 from neurosteer.errors import ArtifactError, HubError
+from neurosteer.hub import repos
 from neurosteer.hub.client import Hub
 from neurosteer.hub.pulling import download, fetch
-from neurosteer.hub.repos import (
-    MAX_INDEX_BYTES,
-    Reference,
-    RemoteFile,
-    files_at,
-    is_index,
-    pack_index,
-    pack_names,
-    repo_info,
-    top_entries,
-)
 from neurosteer.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -66,7 +56,7 @@ def upload(work: Publication, progress: Progress) -> tuple[Upload, str]:
     """What went up, and its commit. When somebody else commits at the same time, it is prepared anew on top of that."""
     for race in range(1, _RACES + 1):
         progress(f"Preparing the files for {work.repo}")
-        head = repo_info(work.hub, work.repo, None, f"push to {work.repo}").sha
+        head = repos.repo_info(work.hub, work.repo, None, f"push to {work.repo}").sha
         upload = _prepare(work, head)
         progress(f"Uploading to {work.repo}")
         try:
@@ -121,7 +111,7 @@ def _prepare(work: Publication, head: str | None) -> Upload:
     if others is not None:
         everything = sorted([*(item.artifact for item in work.items), *others], key=lambda one: one.name)
         files[CARD_FILE] = render_pack_card(everything, repo=work.repo, licence=work.licence).encode()
-        files[CONFIG_FILE] = pack_index([one.name for one in everything])
+        files[CONFIG_FILE] = repos.pack_index([one.name for one in everything])
     return _with_cards(work, head, files, own_cards)
 
 
@@ -130,7 +120,7 @@ def _layout(work: Publication, head: str | None) -> list[Artifact] | None:
     if head is None:
         return None if work.single else []
     to = f"push to {work.repo}"
-    files, folders = top_entries(work.hub, work.repo, head, to)
+    files, folders = repos.top_entries(work.hub, work.repo, head, to)
     config, single = files.get(CONFIG_FILE), WEIGHTS_FILE in files
     if config is not None and not single and not _is_packs(work, head, config):
         raise HubError(
@@ -138,20 +128,21 @@ def _layout(work: Publication, head: str | None) -> list[Artifact] | None:
         )
     if config is not None and single and not work.single:
         raise HubError(f"{work.repo} holds one artifact at its top, so it cannot become a pack; push to another repo.")
-    names = [] if config is not None and single else pack_names(work.hub, work.repo, head, folders, to)
+    names = [] if config is not None and single else repos.pack_names(work.hub, work.repo, head, folders, to)
     if work.single and not names:
         return None
     ours = {item.artifact.name for item in work.items}
-    others = [_other(work.hub, Reference(work.repo, name, head)) for name in names if name not in ours]
+    others = [_other(work.hub, repos.Reference(work.repo, name, head)) for name in names if name not in ours]
     return [one for one in others if one is not None]
 
 
-def _is_packs(work: Publication, head: str, config: RemoteFile) -> bool:
+def _is_packs(work: Publication, head: str, config: repos.RemoteFile) -> bool:
     """Whether the file at a repo's top is what `pack_index` writes."""
-    return config.size <= MAX_INDEX_BYTES and is_index(download(work.hub, work.repo, head, config).read_bytes())
+    small = config.size <= repos.MAX_INDEX_BYTES
+    return small and repos.is_index(download(work.hub, work.repo, head, config).read_bytes())
 
 
-def _other(hub: Hub, reference: Reference) -> Artifact | None:
+def _other(hub: Hub, reference: repos.Reference) -> Artifact | None:
     """An artifact of the same pack, for the pack's card; None where it cannot be read."""
     try:
         return load(fetch(hub, reference, silent))
@@ -165,7 +156,7 @@ def _with_cards(work: Publication, head: str | None, files: dict[str, bytes], ow
     cards = [path for path in files if path.rpartition("/")[2] == CARD_FILE]
     plots = {path.removesuffix(CARD_FILE) + name: path for path in cards for name in PLOTS}
     to = f"push to {work.repo}"
-    there = files_at(work.hub, work.repo, head, [*cards, *plots], to) if head else {}
+    there = repos.files_at(work.hub, work.repo, head, [*cards, *plots], to) if head else {}
     kept: dict[str, str] = {}
     for path in cards:
         if path in own_cards:

@@ -16,20 +16,8 @@ from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.metadata import CARD_FILE
 from neurosteer.artifacts.storage import CONFIG_FILE, FILE_LIMITS, WEIGHTS_FILE, is_artifact, load
 from neurosteer.errors import ArtifactError, HubError, HubUnreachable, UsageError
+from neurosteer.hub import repos
 from neurosteer.hub.client import Hub, Token, check_time, connect, is_offline
-from neurosteer.hub.repos import (
-    MAIN,
-    MAX_INDEX_BYTES,
-    Reference,
-    RemoteFile,
-    files_at,
-    is_commit,
-    no_artifact,
-    pack_names,
-    parse_reference,
-    repo_info,
-    top_entries,
-)
 from neurosteer.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -93,18 +81,18 @@ def _read(reference: str, folder: Path) -> Artifact:
         return load(folder)
     except ArtifactError as error:
         reason = str(error).replace(f"{folder.resolve()}{os.sep}", "")
-        raise ArtifactError(f"{parse_reference(reference)} cannot be used: {reason}") from error
+        raise ArtifactError(f"{repos.parse_reference(reference)} cannot be used: {reason}") from error
 
 
 def pull_folder(
     reference: str, *, token: Token = None, offline: bool | None = None, progress: Progress = silent
 ) -> Path:
     """The folder in the cache that holds the artifact's files, not to be written to. As `pull`, without reading it."""
-    wanted = parse_reference(reference)
+    wanted = repos.parse_reference(reference)
     # One process may pull for several people, each with a token: what one of them may read is not the others', and only
     # the Hub knows whose it is.
     kept = _kept_folder(wanted) if token is None else None
-    if kept is not None and is_commit(wanted.revision):
+    if kept is not None and repos.is_commit(wanted.revision):
         return kept
     if is_offline() if offline is None else offline:
         if kept is not None:
@@ -124,15 +112,15 @@ def pull_folder(
 
 def list_artifacts(repo_reference: str, *, token: Token = None) -> list[str]:
     """The names of the artifacts in a pack; none for a repo that holds one artifact. Raises as `pull` does."""
-    wanted, hub = parse_reference(repo_reference), connect(token)
+    wanted, hub = repos.parse_reference(repo_reference), connect(token)
     to = f"list {wanted.repo}"
     commit = _commit(hub, wanted, to)
-    files, folders = top_entries(hub, wanted.repo, commit, to)
+    files, folders = repos.top_entries(hub, wanted.repo, commit, to)
     if CONFIG_FILE in files and WEIGHTS_FILE in files:
         return []
-    names = pack_names(hub, wanted.repo, commit, folders, to)
+    names = repos.pack_names(hub, wanted.repo, commit, folders, to)
     if not names:
-        raise no_artifact(wanted.repo, files)
+        raise repos.no_artifact(wanted.repo, files)
     return names
 
 
@@ -141,10 +129,10 @@ def read_card(reference: str, *, token: Token = None) -> str:
 
     Empty where there is none. Raises as `pull` does, and `HubError` for a card above 1 MB.
     """
-    wanted, hub = parse_reference(reference), connect(token)
+    wanted, hub = repos.parse_reference(reference), connect(token)
     to = f"read the card of {wanted}"
     commit, path = _commit(hub, wanted, to), wanted.path(CARD_FILE)
-    card = files_at(hub, wanted.repo, commit, [path], to).get(path)
+    card = repos.files_at(hub, wanted.repo, commit, [path], to).get(path)
     if card is None:
         return ""
     if card.size > MAX_CARD_BYTES:
@@ -152,9 +140,9 @@ def read_card(reference: str, *, token: Token = None) -> str:
     return download(hub, wanted.repo, commit, card).read_text(encoding="utf-8", errors="replace")
 
 
-def _commit(hub: Hub, wanted: Reference, to: str) -> str:
+def _commit(hub: Hub, wanted: repos.Reference, to: str) -> str:
     """The commit that is meant, and that its files may be read."""
-    info = repo_info(hub, wanted.repo, wanted.revision, to)
+    info = repos.repo_info(hub, wanted.repo, wanted.revision, to)
     if info.gated:  # everybody sees that it is there; files in the cache may be another one's who got access
         hub.ask(to, lambda api: api.auth_check(wanted.repo), repo=wanted.repo)
     if info.sha is None:
@@ -165,13 +153,13 @@ def _commit(hub: Hub, wanted: Reference, to: str) -> str:
 # --- fetching --------------------------------------------------------------------------------------------------------
 
 
-def fetch(hub: Hub, wanted: Reference, progress: Progress) -> Path:
+def fetch(hub: Hub, wanted: repos.Reference, progress: Progress) -> Path:
     """The folder of the cache with the files of `wanted`, downloaded where they are not there. Raises as `pull`."""
     to = f"pull {wanted}"
     progress(f"Looking at {wanted}")
     commit = _commit(hub, wanted, to)
     paths = {file: wanted.path(file) for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
-    files = files_at(hub, wanted.repo, commit, [*paths.values(), *([CONFIG_FILE] if wanted.name else [])], to)
+    files = repos.files_at(hub, wanted.repo, commit, [*paths.values(), *([CONFIG_FILE] if wanted.name else [])], to)
     index = files.pop(CONFIG_FILE, None) if wanted.name else None
     if paths[CONFIG_FILE] not in files or paths[WEIGHTS_FILE] not in files:
         raise _nothing_there(hub, wanted, commit, to)
@@ -180,14 +168,14 @@ def fetch(hub: Hub, wanted: Reference, progress: Progress) -> Path:
     for done, file in enumerate(files.values()):
         progress(f"Fetching {wanted}", done / len(files))
         fetched[file.path] = download(hub, wanted.repo, commit, file)
-    if index is not None and index.size <= MAX_INDEX_BYTES:
+    if index is not None and index.size <= repos.MAX_INDEX_BYTES:
         _count(hub, wanted, commit, index)
     progress(f"Fetched {wanted}", 1.0)
     remember(wanted.repo, wanted.revision, commit)
     return fetched[paths[CONFIG_FILE]].parent
 
 
-def _count(hub: Hub, wanted: Reference, commit: str, index: RemoteFile) -> None:
+def _count(hub: Hub, wanted: repos.Reference, commit: str, index: repos.RemoteFile) -> None:
     """Fetch a pack's index, by which the Hub counts downloads; nothing else needs it."""
     try:
         download(hub, wanted.repo, commit, index)
@@ -195,21 +183,21 @@ def _count(hub: Hub, wanted: Reference, commit: str, index: RemoteFile) -> None:
         logger.info("The download of %s was not counted: %s", wanted, error)
 
 
-def _nothing_there(hub: Hub, wanted: Reference, commit: str, to: str) -> HubError:
+def _nothing_there(hub: Hub, wanted: repos.Reference, commit: str, to: str) -> HubError:
     """What there is instead."""
-    files, folders = top_entries(hub, wanted.repo, commit, to)
-    names = pack_names(hub, wanted.repo, commit, folders, to)
+    files, folders = repos.top_entries(hub, wanted.repo, commit, to)
+    names = repos.pack_names(hub, wanted.repo, commit, folders, to)
     if not names and CONFIG_FILE in files and WEIGHTS_FILE in files:
         return HubError(f"{wanted.repo} holds one artifact, at its top; leave the name {wanted.name!r} out.")
     if not names:
-        return no_artifact(wanted.repo, files)
+        return repos.no_artifact(wanted.repo, files)
     known = f"{wanted.repo} is a pack of {len(names)}: {', '.join(names)}"
     if wanted.name is None:
         return HubError(f"{known}; name one, like {wanted.repo}/{names[0]}.")
     return HubError(f"{known}; there is no {wanted.name!r} in it.")
 
 
-def _check_sizes(wanted: Reference, files: Mapping[str, RemoteFile]) -> None:
+def _check_sizes(wanted: repos.Reference, files: Mapping[str, repos.RemoteFile]) -> None:
     for path, file in files.items():
         limit = FILE_LIMITS[path.rpartition("/")[2]]
         if file.size > limit:
@@ -219,7 +207,7 @@ def _check_sizes(wanted: Reference, files: Mapping[str, RemoteFile]) -> None:
             )
 
 
-def download(hub: Hub, repo: str, commit: str, file: RemoteFile, *, repo_type: str = "model") -> Path:
+def download(hub: Hub, repo: str, commit: str, file: repos.RemoteFile, *, repo_type: str = "model") -> Path:
     """The file in the cache, its content compared with what the Hub says it is; what came wrong is fetched again."""
     for _ in range(2):
         path = Path(
@@ -268,7 +256,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
-def _kept_folder(wanted: Reference) -> Path | None:
+def _kept_folder(wanted: repos.Reference) -> Path | None:
     """Where the artifact lies in the cache, whole, if it was pulled before."""
     try:
         config = try_to_load_from_cache(wanted.repo, wanted.path(CONFIG_FILE), cache_folder(), wanted.revision)
@@ -283,7 +271,7 @@ def remember(repo: str, revision: str | None, commit: str, *, repo_type: str = "
     if revision == commit:
         return
     folder = cache_folder() / repo_folder_name(repo_id=repo, repo_type=repo_type)
-    note = folder / "refs" / (revision or MAIN)
+    note = folder / "refs" / (revision or repos.MAIN)
     temporary = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.metadata import LIBRARY, shape_tag
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.errors import UsageError
 from neurosteer.hub.client import Token, connect
 from neurosteer.models.reference import ModelReference
 from neurosteer.text import one_line
+from neurosteer.validation import check_count, check_option
 
 KINDS = (SteeringVector.kind, NeuronCircuit.kind)
 MOST_FOUND = 100
@@ -67,10 +67,9 @@ def search(
     Raises:
         HubError, HubUnreachable: as the Hub answers. UsageError: a kind or a limit that is not allowed.
     """
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"kind is {kind[:60]!r}; it must be one of {', '.join(KINDS)}.")
-    if not 1 <= limit <= MOST_FOUND:
-        raise UsageError(f"limit is {limit}; it must be from 1 to {MOST_FOUND}.")
+    if kind is not None:
+        check_option("kind", kind, KINDS)
+    check_count("limit", limit, 1, MOST_FOUND)
     hub = connect(token)
     tags = [LIBRARY, *([kind] if kind else []), *([_BASE_MODEL + base_model] if base_model else [])]
     wanted = {"search": text.strip()[:200] or None, "author": author or None, "sort": "likes", "limit": limit}

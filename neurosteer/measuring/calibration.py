@@ -225,15 +225,10 @@ def kl_interval(nats: np.ndarray, percentile: float) -> tuple[float, float] | No
     return (low, high) if high < math.sqrt(_TOO_LARGE) else None
 
 
-def _unit_of(artifact: Artifact) -> float:
-    """A clamp's own scale: the activation it holds its feature at now, which by default is the feature's highest."""
-    return abs(artifact.calibration.amount) or 1.0
-
-
 def _side(artifact: Artifact, sign: float, target: float, tolerance: float) -> _Side:
     operation, known = artifact.operation, artifact.calibration
     if operation == "clamp":
-        unit = _unit_of(artifact)
+        unit = abs(known.amount) or 1.0  # what it holds its feature at now: by default the feature's highest activation
         first, least, most = unit, _CLAMP_LEAST * unit, _CLAMP_MOST * unit
     else:
         first, least, most = _FIRST[operation], _LEAST[operation], _MOST[operation][0 if sign > 0 else 1]

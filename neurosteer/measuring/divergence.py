@@ -96,12 +96,11 @@ def _continued(
         check_cancelled(cancel, _WHAT)
         batch.step()
     ends = set(stop_ids(lm))
-    return [_up_to_its_end(one.prompt, one.text.ids, ends) for one in writings]
-
-
-def _up_to_its_end(prompt: list[int], written: list[int], ends: set[int]) -> ForcedText:
-    end = next((place + 1 for place, token in enumerate(written) if token in ends), len(written))
-    return ForcedText(prompt + written[:end], len(prompt), len(prompt) + end)
+    texts = []
+    for one in writings:
+        end = next((place + 1 for place, token in enumerate(one.text.ids) if token in ends), len(one.text.ids))
+        texts.append(ForcedText(one.ids[: len(one.prompt) + end], len(one.prompt), len(one.prompt) + end))
+    return texts
 
 
 def divergences(

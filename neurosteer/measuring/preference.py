@@ -135,6 +135,28 @@ def log_likelihoods(
     return found.reshape(len(recipes), len(texts))
 
 
+def surprises(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    *,
+    cancel: threading.Event | None = None,
+) -> Tensor:
+    """How surprising each continuation's tokens `ids[i]` are to the unsteered model after `prompts[i]`: the sum of
+    their negative log-likelihoods in nats, float64 `[n]`, 0 where there is no token. Raises `Cancelled` when `cancel`
+    is set."""
+    starts = {prompt: lm.prompt_ids(prompt) for prompt in dict.fromkeys(prompts)}
+    texts = [
+        ForcedText([*starts[prompt], *own], len(starts[prompt]), len(starts[prompt]) + len(own))
+        for prompt, own in zip(prompts, ids, strict=True)
+    ]
+    there = [place for place, text in enumerate(texts) if text.count]
+    found = torch.zeros(len(texts), dtype=torch.float64)
+    read = [texts[place] for place in there]
+    found[there] = -log_likelihoods(lm, read, [UNSTEERED], what="Measuring perplexity", cancel=cancel)[0]
+    return found
+
+
 def _tokens_after_text(lm: LanguageModel) -> int:
     """How many tokens the chat template writes behind a user's text: what two different prompts end in alike."""
     one, other = (lm.prompt_ids(text)[::-1] for text in ("A", "?"))

@@ -3,9 +3,9 @@
 For showing texts in colour. Both read a text that is there already; nothing is generated.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,7 +42,18 @@ def projections(
     ids, n_prompt = _ids(lm, prompt, text, raw)
     if len(ids) == n_prompt:
         return []
-    with torch.inference_mode(), _reading(lm, artifact) as found:
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, hidden: Tensor) -> None:
+        found[layer] = hidden[0].float()
+
+    hooks: list[Hook] = [
+        InputHook(lm.down_projections[layer], partial(keep, layer))
+        if isinstance(artifact, NeuronCircuit)
+        else OutputHook(lm.blocks[layer], partial(keep, layer))
+        for layer in artifact.layers
+    ]
+    with torch.inference_mode(), hooked(hooks):
         lm.decoder(input_ids=torch.tensor([ids], device=lm.device), use_cache=False)
     scores = torch.stack([_along(artifact, layer, hidden[n_prompt:]) for layer, hidden in found.items()])
     total = scores.sum(0) if isinstance(artifact, NeuronCircuit) else scores.mean(0)
@@ -64,24 +75,6 @@ def token_divergences(
         unsteered = read_unsteered(lm, [ForcedText(ids[:end], first, end)], end - first)
         found += divergences(lm, unsteered, [recipe]).flatten().tolist()
     return _scored(lm, text, found)
-
-
-@contextmanager
-def _reading(lm: LanguageModel, artifact: Artifact) -> Iterator[dict[int, Tensor]]:
-    """Collects what the artifact's layers hold of the first row, float32 `[seq, width]`, by layer."""
-    found: dict[int, Tensor] = {}
-
-    def keep(layer: int, hidden: Tensor) -> None:
-        found[layer] = hidden[0].float()
-
-    hooks: list[Hook] = [
-        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: keep(layer, hidden))
-        if isinstance(artifact, NeuronCircuit)
-        else OutputHook(lm.blocks[layer], lambda hidden, layer=layer: keep(layer, hidden))
-        for layer in artifact.layers
-    ]
-    with hooked(hooks):
-        yield found
 
 
 def _along(artifact: Artifact, layer: int, hidden: Tensor) -> Tensor:

@@ -3,11 +3,12 @@ what is read for it and at which layers it may work."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import Framing
 from neurosteer.reading.request import Request, Tokens
@@ -24,31 +25,37 @@ Layers = tuple[int, ...]
 """Block numbers, ascending."""
 
 
+class Places(NamedTuple):
+    """The layers that were `chosen`, or among which to choose: `candidates`, and where `everywhere` is not empty also
+    spreads over it."""
+
+    chosen: Layers | None
+    candidates: Layers
+    everywhere: Layers
+
+
 @dataclass(frozen=True)
-class Tensors:
-    """What of a model and its SAEs a method may use beside activations.
+class Given:
+    """What a method makes an artifact named `name` of: activations at `layers`, in ascending order, its parameters, and
+    what of a model and its SAEs it may use beside them.
 
     `decoders[L]` are the directions of the SAE that reads layer L, float32 `[n_features, d_model]`. `output_scores`
     takes a layer and directions `[n, d_model]` and tells how much each moves the model's output, float32 `[n]`.
     """
 
+    activations: Activations
+    layers: Layers
+    name: str
+    parameters: Mapping[str, Any]
     columns: Columns
     decoders: Mapping[int, Tensor] = field(default_factory=dict)
     output_scores: Callable[[int, Tensor], Tensor] | None = None
 
-
-class MethodFunction(Protocol):
-    """Computes an artifact named `name` at `layers`, in ascending order."""
-
-    def __call__(
-        self,
-        activations: Activations,
-        layers: Layers,
-        *,
-        name: str,
-        tensors: Tensors,
-        parameters: Mapping[str, Any],
-    ) -> Artifact: ...
+    def vector(self, method: str, directions: Mapping[int, Tensor], **more: Any) -> SteeringVector:
+        """The vector of these directions, made by `method` under the parameters given."""
+        named: dict[str, Any] = {"name": self.name, "method": method, "parameters": dict(self.parameters), **more}
+        norms = {layer: self.activations.norms[layer] for layer in self.layers}
+        return SteeringVector(model=self.activations.model, directions=directions, norms=norms, **named)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Method:
     """
 
     name: str
-    function: MethodFunction
+    function: Callable[[Given], Artifact]
     explanation: str
     source: str
     kind: str
@@ -104,18 +111,10 @@ class Method:
         """Those of `layers` at which the method may work. Raises `UsageError` where there are none."""
         return layers
 
-    def request(
-        self,
-        parameters: Mapping[str, Any],
-        chosen: Layers | None,
-        candidates: Layers,
-        everywhere: Layers,
-        saes: Mapping[int, SparseAutoencoder],
-    ) -> Request:
-        """What to read at the layers that were `chosen`, or for a choice among `candidates` (where `everywhere` is not
-        empty, also of spreads over it)."""
-        residual = chosen or everywhere or tuple(range(candidates[-1] + 1))
-        return Request(residual=residual, rows=(chosen or candidates) if self.needs_rows else ())
+    def request(self, parameters: Mapping[str, Any], places: Places, saes: Mapping[int, SparseAutoencoder]) -> Request:
+        """What to read for working there."""
+        residual = places.chosen or places.everywhere or tuple(range(places.candidates[-1] + 1))
+        return Request(residual=residual, rows=(places.chosen or places.candidates) if self.needs_rows else ())
 
     def up_to(self, layer: int) -> tuple[Layers, str]:
         """Where to work when `layer` separates best, and how to say so before "separates held-out examples best"."""

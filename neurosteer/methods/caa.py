@@ -1,30 +1,12 @@
 """`caa`: the difference of class means per layer (Contrastive Activation Addition, arXiv 2312.06681)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.methods.base import Method, Tensors
-from neurosteer.reading.statistics import Activations
+from neurosteer.methods.base import Given, Method
 
 
-def mean_difference(
-    activations: Activations,
-    layers: tuple[int, ...],
-    *,
-    name: str,
-    tensors: Tensors,
-    parameters: Mapping[str, Any],
-) -> SteeringVector:
+def mean_difference(given: Given) -> SteeringVector:
     """Directions `[d_model]`: mean over positive texts minus mean over negative texts."""
-    return SteeringVector(
-        name=name,
-        model=activations.model,
-        method="caa",
-        parameters=dict(parameters),
-        directions={layer: activations.residual[layer].difference for layer in layers},
-        norms={layer: activations.norms[layer] for layer in layers},
-    )
+    return given.vector("caa", {layer: given.activations.residual[layer].difference for layer in given.layers})
 
 
 METHOD = Method(

@@ -9,39 +9,30 @@ from torch import Tensor
 from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS, NeuronCircuit
 from neurosteer.artifacts.strength import default_calibration
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import APART, Columns, Layers, Method, Tensors
+from neurosteer.methods.base import APART, Given, Layers, Method, Places
 from neurosteer.models.language_model import Framing
 from neurosteer.reading.request import Request, Tokens
-from neurosteer.reading.statistics import Activations
-from neurosteer.validation import is_finite
+from neurosteer.validation import check_option, is_finite
 
 RANKS = ("difference", "dprime", "write")
 SKIPPED_LAYERS = (0, 1)
 
 
-def contrastive_neurons(
-    activations: Activations,
-    layers: tuple[int, ...],
-    *,
-    name: str,
-    tensors: Tensors,
-    parameters: Mapping[str, Any],
-) -> NeuronCircuit:
+def contrastive_neurons(given: Given) -> NeuronCircuit:
     """The `top_k` neurons (a count, or a share below 1 of all the model's neurons) of `layers` by `rank`.
 
     `difference`: by |mean over positives − mean over negatives|, as in the paper. `dprime`: that, divided by the
     neuron's pooled standard deviation. `write`: difference × (down-projection column · unit class difference of the
     residual stream at the last of `layers`), positive values only.
     """
-    searched = _searched(layers, parameters)
-    scores = torch.cat(
-        [_scores(activations, layer, layers[-1], tensors.columns, parameters["rank"]) for layer in searched]
-    )
+    activations, parameters = given.activations, given.parameters
+    searched = _searched(given.layers, parameters)
+    scores = torch.cat([_scores(given, layer) for layer in searched])
     differences = torch.cat([activations.neurons[layer].difference for layer in searched])
-    chosen = _strongest(scores, _count(parameters["top_k"], activations), positive_only=parameters["rank"] == "write")
+    chosen = _strongest(scores, _count(given), positive_only=parameters["rank"] == "write")
     width, skipped = activations.model.d_mlp, sorted(set(parameters["skip_layers"]))
     return NeuronCircuit(
-        name=name,
+        name=given.name,
         model=activations.model,
         method="cna",
         parameters={**parameters, "skip_layers": skipped, "searched_layers": list(searched)},
@@ -61,14 +52,14 @@ def _searched(layers: Layers, parameters: Mapping[str, Any]) -> Layers:
     return found
 
 
-def _scores(activations: Activations, layer: int, reference: int, columns: Columns, rank: str) -> Tensor:
-    moments = activations.neurons[layer]
+def _scores(given: Given, layer: int) -> Tensor:
+    moments, rank = given.activations.neurons[layer], given.parameters["rank"]
     if rank == "difference":
         return moments.difference
     if rank == "dprime":
         spread = ((moments.positive_variance + moments.negative_variance) / 2).sqrt()
         return moments.difference / spread.clamp(min=float(spread.mean()) * 1e-3 + 1e-30)
-    target, written = activations.residual[reference].difference, columns(layer)
+    target, written = given.activations.residual[given.layers[-1]].difference, given.columns(layer)
     along = written @ (target / target.norm()).to(written.device)  # there: the columns are hundreds of megabytes
     return moments.difference * along.cpu()
 
@@ -83,18 +74,15 @@ def _strongest(scores: Tensor, count: int, *, positive_only: bool) -> Tensor:
     return positions
 
 
-def _count(top_k: int | float, activations: Activations) -> int:
-    total = activations.model.n_layers * activations.model.d_mlp
+def _count(given: Given) -> int:
+    top_k, model = given.parameters["top_k"], given.activations.model
+    total = model.n_layers * model.d_mlp
     return max(1, int(top_k * total)) if top_k < 1 else int(top_k)
 
 
 def _check(parameters: Mapping[str, Any]) -> None:
-    if parameters["rank"] not in RANKS:
-        raise UsageError(f"rank is {parameters['rank']!r}; it must be one of {', '.join(RANKS)}.")
-    if parameters["operation"] not in CIRCUIT_OPERATIONS:
-        raise UsageError(
-            f"operation is {parameters['operation']!r}; a circuit's must be one of {', '.join(CIRCUIT_OPERATIONS)}."
-        )
+    check_option("rank", parameters["rank"], RANKS)
+    check_option("operation", parameters["operation"], CIRCUIT_OPERATIONS)
     top_k = parameters["top_k"]
     if not is_finite(top_k) or not 0 < top_k < 1e9:
         raise UsageError(f"top_k is {top_k!r}; give a count of neurons, or a share below 1 of all neurons.")
@@ -123,12 +111,12 @@ class _Neurons(Method):
     def usable(self, layers: Layers, parameters: Mapping[str, Any]) -> Layers:
         return _searched(layers, parameters)
 
-    def request(
-        self, parameters: Mapping[str, Any], chosen: Layers | None, candidates: Layers, everywhere: Layers, saes: object
-    ) -> Request:
-        if chosen is None:
-            return Request(residual=candidates, neurons=tuple(range(candidates[-1] + 1)))
-        return Request(residual=chosen[-1:], neurons=chosen)  # ranking by write needs the last class difference
+    def request(self, parameters: Mapping[str, Any], places: Places, saes: object) -> Request:
+        if places.chosen is None:
+            return Request(residual=places.candidates, neurons=tuple(range(places.candidates[-1] + 1)))
+        return Request(
+            residual=places.chosen[-1:], neurons=places.chosen
+        )  # ranking by write needs the last class difference
 
     def up_to(self, layer: int) -> tuple[Layers, str]:
         return tuple(range(layer + 1)), f"neurons up to layer {layer}, which separates held-out examples"

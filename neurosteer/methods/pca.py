@@ -1,42 +1,25 @@
 """`pca`: the first principal component of class differences (Representation Engineering, arXiv 2310.01405)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.methods.base import Method, Tensors
-from neurosteer.reading.statistics import Activations, ClassRows
+from neurosteer.methods.base import Given, Method
+from neurosteer.reading.statistics import ClassRows
 
 
-def principal_component(
-    activations: Activations,
-    layers: tuple[int, ...],
-    *,
-    name: str,
-    tensors: Tensors,
-    parameters: Mapping[str, Any],
-) -> SteeringVector:
+def principal_component(given: Given) -> SteeringVector:
     """Unit directions `[d_model]`, pointing from the negative to the positive class mean.
 
     Paired texts: the component of the differences positive_i − negative_i. Otherwise: of all rows centred on the
     midpoint of the two class means.
     """
-    directions = {}
-    for layer in layers:
+    directions, activations = {}, given.activations
+    for layer in given.layers:
         component = first_component(_differences(activations.rows[layer], activations.paired))
         sign = torch.sign(component @ activations.residual[layer].difference)
         directions[layer] = component * (sign if sign != 0 else 1.0)
-    return SteeringVector(
-        name=name,
-        model=activations.model,
-        method="pca",
-        parameters={**parameters, "paired": activations.paired},
-        directions=directions,
-        norms={layer: activations.norms[layer] for layer in layers},
-    )
+    return given.vector("pca", directions, parameters={**given.parameters, "paired": activations.paired})
 
 
 def first_component(rows: Tensor) -> Tensor:

@@ -1,40 +1,19 @@
 """`probe`: the direction of a logistic regression that tells the classes apart (linear probing)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from neurosteer.artifacts.vector import SteeringVector
-from neurosteer.methods.base import Method, Tensors
-from neurosteer.reading.statistics import Activations, ClassRows
+from neurosteer.methods.base import Given, Method
+from neurosteer.reading.statistics import ClassRows
 from neurosteer.validation import check_number
 
 
-def probe_direction(
-    activations: Activations,
-    layers: tuple[int, ...],
-    *,
-    name: str,
-    tensors: Tensors,
-    parameters: Mapping[str, Any],
-) -> SteeringVector:
+def probe_direction(given: Given) -> SteeringVector:
     """Directions `[d_model]`: the regression's weights, in units of the residual stream."""
-    penalty = float(parameters["penalty"])
-    return SteeringVector(
-        name=name,
-        model=activations.model,
-        method="probe",
-        parameters=dict(parameters),
-        directions={layer: _regression(activations.rows[layer], penalty) for layer in layers},
-        norms={layer: activations.norms[layer] for layer in layers},
-    )
-
-
-def _check(parameters: Mapping[str, Any]) -> None:
-    check_number("penalty", parameters["penalty"], 1e-12, 1e12)
+    penalty, rows = float(given.parameters["penalty"]), given.activations.rows
+    return given.vector("probe", {layer: _regression(rows[layer], penalty) for layer in given.layers})
 
 
 def _regression(rows: ClassRows, penalty: float) -> Tensor:
@@ -58,5 +37,5 @@ METHOD = Method(
     kind=SteeringVector.kind,
     needs_rows=True,
     defaults={"penalty": 0.01},
-    check=_check,
+    check=lambda parameters: check_number("penalty", parameters["penalty"], 1e-12, 1e12),
 )

@@ -11,11 +11,11 @@ from torch import Tensor
 from neurosteer.artifacts.features import Feature
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import UsageError
-from neurosteer.methods.base import Layers, Method, Tensors, single_layers, together
+from neurosteer.methods.base import Given, Layers, Method, Places, single_layers, together
 from neurosteer.reading.request import Request
-from neurosteer.reading.statistics import Activations, FeatureStatistics
+from neurosteer.reading.statistics import FeatureStatistics
 from neurosteer.saes.autoencoder import SparseAutoencoder
-from neurosteer.validation import check_count
+from neurosteer.validation import check_count, check_option
 
 RANKS = ("rate", "dprime", "probe")
 WEIGHTS = ("difference", "target")
@@ -25,14 +25,7 @@ _PENALTIES = tuple(4.0**power / 100 for power in range(-3, 5))  # sklearn's C
 _FOLDS = 5
 
 
-def feature_direction(
-    activations: Activations,
-    layers: tuple[int, ...],
-    *,
-    name: str,
-    tensors: Tensors,
-    parameters: Mapping[str, Any],
-) -> SteeringVector:
+def feature_direction(given: Given) -> SteeringVector:
     """Directions `[d_model]`: Σ weight × decoder row over the `top_k` features of each layer's SAE.
 
     Features are ranked by `rank`: `rate`, the share of tokens at which they fire on positives minus the same on
@@ -43,36 +36,27 @@ def feature_direction(
     """
     directions: dict[int, Tensor] = {}
     features: list[Feature] = []
-    for layer in layers:
-        found = _features_of(activations, layer, tensors, parameters)
-        decoder = tensors.decoders[layer].cpu()
+    for layer in given.layers:
+        found = _features_of(given, layer)
+        decoder = given.decoders[layer].cpu()
         weights = torch.tensor([feature.weight for feature in found])
         direction = weights @ decoder[[feature.index for feature in found]]
-        directions[layer] = direction / direction.norm() if parameters["unit_norm"] else direction
+        directions[layer] = direction / direction.norm() if given.parameters["unit_norm"] else direction
         features += found
-    return SteeringVector(
-        name=name,
-        model=activations.model,
-        method="sae",
-        parameters=dict(parameters),
-        directions=directions,
-        norms={layer: activations.norms[layer] for layer in layers},
-        features=tuple(features),
-    )
+    return given.vector("sae", directions, features=tuple(features))
 
 
-def _features_of(
-    activations: Activations, layer: int, tensors: Tensors, parameters: Mapping[str, Any]
-) -> list[Feature]:
-    statistics = activations.features[layer]
+def _features_of(given: Given, layer: int) -> list[Feature]:
+    activations, parameters = given.activations, given.parameters
+    statistics, decoder = activations.features[layer], given.decoders[layer].cpu()
     scores = _scores(statistics, parameters["rank"], activations.n_positive, activations.paired)
     chosen = _strongest(scores, parameters)
     output: list[float | None] = [None] * len(chosen)
     least = parameters["min_output_score"]
     if least is not None:
-        assert tensors.output_scores is not None
+        assert given.output_scores is not None
         signs = scores[chosen].sign().float()[:, None]
-        moved = tensors.output_scores(layer, tensors.decoders[layer].cpu()[chosen] * signs)
+        moved = given.output_scores(layer, decoder[chosen] * signs)
         kept = (moved >= least).nonzero().flatten()[: parameters["top_k"]]
         if not len(kept):
             raise UsageError(
@@ -151,11 +135,8 @@ def _strongest(scores: Tensor, parameters: Mapping[str, Any]) -> Tensor:
     values, places = ranked.topk(min(count, len(ranked)))
     places = places[values > 0]
     if not len(places):
-        sides = (
-            "the positive texts than on the negative"
-            if parameters["sides"] == "positive"
-            else "one class than the other"
-        )
+        one_sided = parameters["sides"] == "positive"
+        sides = "the positive texts than on the negative" if one_sided else "one class than the other"
         raise UsageError(f"No feature fires more on {sides}; are the two sets of examples different?")
     return places
 
@@ -173,17 +154,14 @@ def _pair(values: Tensor, index: int) -> tuple[float, float]:
 
 def _check(parameters: Mapping[str, Any]) -> None:
     for key, allowed in (("rank", RANKS), ("weight", WEIGHTS), ("sides", SIDES)):
-        if parameters[key] not in allowed:
-            raise UsageError(f"{key} is {parameters[key]!r}; with sae it must be one of {', '.join(allowed)}.")
-    top_k = parameters["top_k"]
-    check_count("top_k", top_k, 1, 10_000)
+        check_option(key, parameters[key], allowed)
+    check_count("top_k", parameters["top_k"], 1, 10_000)
     least = parameters["min_output_score"]
     if least is not None and (not isinstance(least, (int, float)) or not math.isfinite(least)):
         raise UsageError(f"min_output_score is {least!r}; give a number, or leave it out.")
     if not isinstance(parameters["unit_norm"], bool):
         raise UsageError(f"unit_norm is {parameters['unit_norm']!r}; it must be true or false.")
-    contexts = parameters["contexts"]
-    check_count("contexts", contexts, 0, 3)
+    check_count("contexts", parameters["contexts"], 0, 3)
 
 
 class _Features(Method):
@@ -192,16 +170,9 @@ class _Features(Method):
     needs_features = True
     spreads = False
 
-    def request(
-        self,
-        parameters: Mapping[str, Any],
-        chosen: Layers | None,
-        candidates: Layers,
-        everywhere: Layers,
-        saes: Mapping[int, SparseAutoencoder],
-    ) -> Request:
+    def request(self, parameters: Mapping[str, Any], places: Places, saes: Mapping[int, SparseAutoencoder]) -> Request:
         return Request(
-            residual=chosen or candidates,
+            residual=places.chosen or places.candidates,
             encoders=saes,
             feature_rows=parameters["rank"] == "probe",
             prepend_bos=all(sae.prepend_bos for sae in saes.values()),

@@ -15,8 +15,9 @@ class TokenText(Protocol):
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Token ids as one batch filled up on the right, `[batch, seq]`: a causal model never looks there."""
-    longest = max(map(len, rows))
+    """Token ids as one batch filled up on the right, `[batch, seq]` of at least one column: a causal model never looks
+    there."""
+    longest = max(1, *map(len, rows))
     return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
 
 

@@ -1,20 +1,76 @@
 """Keys and values kept from one pass to the next: of which models they can be moved about, and a beginning shared."""
 
 import copy
+import logging
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from neurosteer.errors import ModelError
 from neurosteer.models.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+_CHECKED = 7  # tokens, of which the last three are read one by one
+_NEAR = 0.1  # of the logits' standard deviation
+
+_known: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
 def can_change(lm: LanguageModel) -> bool:
     """Whether rows can be repeated, join and leave in a batch of this model: whether all that it remembers are keys and
     values by column. (Layers with a recurrent state keep something else.)"""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return all(type(layer) in plain for layer in DynamicCache(config=lm.model.config).layers)
+    return can_go_on(lm) and all(type(layer) in plain for layer in DynamicCache(config=lm.model.config).layers)
+
+
+def can_go_on(lm: LanguageModel) -> bool:
+    """Whether the model goes on from what it remembers to what it would have written otherwise: seen once for each
+    model, from two rows of seven tokens. Some have a cache of their own (MiniMax), and some do not heed padding in it
+    (Mamba in transformers 5.24).
+
+    Raises `ModelError` for a model to which padding is text (RWKV): its rows cannot be written together.
+    """
+    if lm not in _known:
+        _known[lm] = _goes_on(lm)
+        if not _known[lm]:
+            logger.warning(
+                "%s cannot go on from a cache to what it writes without one: every token reads the whole text again, "
+                "which takes longer.", lm.name,
+            )  # fmt: skip
+    return _known[lm]
+
+
+@torch.inference_mode()
+def _goes_on(lm: LanguageModel) -> bool:
+    ids = torch.arange(2 * _CHECKED).reshape(2, _CHECKED)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask, places = (rows.to(lm.device) for rows in (ids, mask, places))
+
+    def read(first: int, last: int, cache: Cache | None) -> Tensor:
+        found = lm.model(
+            input_ids=ids[:, first:last], attention_mask=mask[:, :last], position_ids=places[:, first:last],
+            cache=cache, use_cache=cache is not None,
+        )  # fmt: skip
+        return found.logits[:, -1].float()
+
+    at_once = read(0, _CHECKED, None)
+    alone = lm.model(input_ids=ids[:1, 2:], use_cache=False).logits[:, -1].float()
+    if (alone - at_once[:1]).abs().max() > _NEAR * at_once.std():
+        raise ModelError(f"{lm.name} ({type(lm.model).__name__}) reads padding as text, so it cannot be steered.")
+    try:
+        cache = DynamicCache(config=lm.model.config)
+        read(0, _CHECKED - 3, cache)
+        step_by_step = [read(place, place + 1, cache) for place in range(_CHECKED - 3, _CHECKED)][-1]
+    except Exception:  # a model's own code fails in its own way
+        return False
+    return bool((step_by_step - at_once).abs().max() <= _NEAR * at_once.std())
 
 
 @torch.inference_mode()

@@ -46,17 +46,9 @@ class CatalogModel:
 @cache
 def catalog() -> tuple[CatalogModel, ...]:
     """All models of the catalog, the default first."""
-    entries = _data()["models"]
-    return tuple(
-        CatalogModel(
-            **{
-                **entry,
-                "sae_releases": tuple(entry.get("sae_releases", ())),
-                "package": PackagedWeights(**entry["package"]) if "package" in entry else None,
-            }
-        )
-        for entry in entries
-    )
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(tuple[CatalogModel, ...]).validate_python(_data()["models"])
 
 
 def default_model() -> str:

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from typing import Any, Literal
 
 from neurosteer.errors import ModelError, UsageError
+from neurosteer.validation import check_option
 
 Framing = Literal["raw", "prompt", "answer"]
 FRAMINGS: tuple[Framing, ...] = ("raw", "prompt", "answer")
@@ -87,35 +88,48 @@ def _dated(source: str, options: Mapping[str, Any]) -> str | None:
     return f"{{%- macro strftime_now(form) -%}}{{{{ form{known} }}}}{{%- endmacro -%}}{source}"
 
 
-@dataclass(frozen=True)
 class Framer:
-    """Turns prompts and texts into token ids for the model called `name`; `chat` says whether it has a template."""
+    """What of a language model turns prompts and texts into token ids: its tokenizer, and its chat template where it
+    is used with one (`chat`)."""
 
     tokenizer: Any
     name: str
     chat: bool
-    options: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any]
 
     @property
     def template_variables(self) -> dict[str, Any]:
         """What the chat template is given beside the conversation."""
-        return _variables(self.options)
+        return _variables(self.template_options)
 
     def prompt_ids(self, prompt: Prompt, *, raw: bool = False, seed_response: str = "") -> list[int]:
-        """As `LanguageModel.prompt_ids`."""
+        """Token ids of a prompt (or a conversation) up to where the model is to write.
+
+        A chat model gets its chat template unless `raw`. `seed_response` is how the answer begins. Raises `UsageError`
+        for a conversation without a template.
+        """
         if raw or not self.chat:
             if not isinstance(prompt, str):
                 raise UsageError(f"{self.name} is used without a chat template: give the prompt as one text.")
-            return self.ids(prompt + seed_response)
+            return self._ids(prompt + seed_response)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        return self.ids(self._rendered(messages) + seed_response, special=False)
+        return self.token_ids(self._rendered(messages) + seed_response)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text by itself, without special tokens."""
+        return self._ids(text, special=False)
 
     def frame(
         self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[Prompt] | None = None
     ) -> list[FramedText]:
-        """As `LanguageModel.frame`."""
-        if framing not in FRAMINGS:
-            raise UsageError(f"framing is {framing!r}; it must be one of {', '.join(FRAMINGS)}.")
+        """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens.
+
+        `prompts` are what the texts answer, requests or conversations: under `answer` through the chat template, under
+        `raw` as lines before the text; a text's own tokens begin behind. Without them, under `answer` every text
+        answers an empty turn. Raises `UsageError` for a framing that is none, that needs a chat template the model
+        lacks, or for prompts under `prompt`.
+        """
+        check_option("framing", framing, FRAMINGS)
         if framing != "raw" and not self.chat:
             raise UsageError(f"framing {framing!r} needs a chat model; {self.name} is a base model, use 'raw'.")
         if framing == "prompt" and prompts is not None:
@@ -150,12 +164,12 @@ class Framer:
         for prompt in prompts:
             key = prompt if isinstance(prompt, str) else json.dumps(prompt)
             if key not in known:
-                ids = self.prompt_ids(prompt) if framing == "answer" else self.ids(_in_lines(prompt))
+                ids = self.prompt_ids(prompt) if framing == "answer" else self._ids(_in_lines(prompt))
                 known[key] = ids[-most:], len(ids) > most
             found.append(known[key])
         return found
 
-    def ids(self, text: str, *, special: bool = True) -> list[int]:
+    def _ids(self, text: str, *, special: bool = True) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def _user_turn(self, text: str) -> str:
@@ -163,12 +177,12 @@ class Framer:
 
     def _user_turn_start(self) -> int:
         """Where the chat template's fixed beginning ends, in tokens: up to there two different prompts are alike."""
-        one, other = (self.ids(self._user_turn(text), special=False) for text in ("A", "?"))
+        one, other = (self.token_ids(self._user_turn(text)) for text in ("A", "?"))
         return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
 
     @cached_property
     def _template(self) -> str | None:
-        return _dated(_template_source(self.tokenizer), self.options)
+        return _dated(_template_source(self.tokenizer), self.template_options)
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         try:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from neurosteer.errors import ModelError
 from neurosteer.models.framing import FRAMINGS, FramedText, Framer, Framing, Message, Prompt
-from neurosteer.models.parts import written_columns
+from neurosteer.models.parts import input_width, is_mixture, written_columns
 from neurosteer.models.reference import ModelReference
 
 __all__ = ["FRAMINGS", "FramedText", "Framing", "LanguageModel", "Message", "ModelShape", "Prompt", "fingerprint_of"]
@@ -22,7 +23,8 @@ _FINGERPRINT_SAMPLES = 64
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What an artifact needs to agree on with a model."""
+    """What an artifact needs to agree on with a model. `d_mlp` is 0 where not all blocks have an MLP of one width, such
+    as where they are mixtures of experts: then only circuits, which are of neurons, cannot be had."""
 
     n_layers: int
     d_model: int
@@ -30,12 +32,12 @@ class ModelShape:
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageModel:
+class LanguageModel(Framer):
     """A decoder-only model of transformers with the parts that reading and writing need.
 
-    `blocks[L]` returns the residual stream after layer L, `[batch, seq, d_model]`; the input of
-    `down_projections[L]` holds one number per neuron, `[batch, seq, d_mlp]`. `decoder` is the model
-    without its LM head. `template_options` are what the chat template is given (see `framing.template_options`).
+    `blocks[L]` returns the residual stream after layer L, `[batch, seq, d_model]`; `projections[L]` is what the neurons
+    of its MLP leave through, None where it has no such MLP. `decoder` is the model without its LM head.
+    `template_options` are what the chat template is given (see `framing.template_options`).
     """
 
     model: Any  # a PreTrainedModel; its type stubs do not know `generate`
@@ -45,7 +47,7 @@ class LanguageModel:
     chat: bool
     decoder: Module
     blocks: tuple[Module, ...]
-    down_projections: tuple[Module, ...]
+    projections: tuple[Module | None, ...]
     final_norm: Module
     shape: ModelShape
     template_options: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +57,28 @@ class LanguageModel:
     @property
     def n_layers(self) -> int:
         return self.shape.n_layers
+
+    @cached_property
+    def down_projections(self) -> tuple[Module, ...]:
+        """One for each block: its input holds one number per neuron, `[batch, seq, d_mlp]`.
+
+        Raises `ModelError` where the model has no neurons that circuits could be of.
+        """
+        found = tuple(part for part in self.projections if part is not None)
+        if self.shape.d_mlp:
+            return found
+        lacking = next((layer for layer, part in enumerate(self.projections) if part is None), None)
+        if lacking is None:
+            why = f"its MLPs are of different widths ({', '.join(map(str, sorted(set(map(input_width, found)))))})"
+        else:
+            block = self.blocks[lacking]
+            what = (
+                "a mixture of experts"
+                if is_mixture(block)
+                else "without an MLP whose neurons can be told apart by token"
+            )
+            why = f"block {lacking} ({type(block).__name__}) is {what}"
+        raise ModelError(f"{self.name} has no neurons that circuits could be of: {why}. Vectors work on it.")
 
     @property
     def device(self) -> torch.device:
@@ -101,35 +125,11 @@ class LanguageModel:
         """
         return written_columns(self.blocks[layer], self.down_projections[layer])
 
-    # --- formatting (see `framing`) ------------------------------------------------------------------------------
 
-    @property
-    def framer(self) -> Framer:
-        return Framer(self.tokenizer, self.name, self.chat, self.template_options)
-
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, seed_response: str = "") -> list[int]:
-        """Token ids of a prompt (or a conversation) up to where the model is to write.
-
-        A chat model gets its chat template unless `raw`. `seed_response` is how the answer begins. Raises `UsageError`
-        for a conversation without a template.
-        """
-        return self.framer.prompt_ids(prompt, raw=raw, seed_response=seed_response)
-
-    def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text by itself, without special tokens."""
-        return self.framer.ids(text, special=False)
-
-    def frame(
-        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[Prompt] | None = None
-    ) -> list[FramedText]:
-        """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens.
-
-        `prompts` are what the texts answer, requests or conversations: under `answer` through the chat template, under
-        `raw` as lines before the text; a text's own tokens begin behind. Without them, under `answer` every text
-        answers an empty turn. Raises `UsageError` for a framing that is none, that needs a chat template the model
-        lacks, or for prompts under `prompt`.
-        """
-        return self.framer.frame(texts, framing, max_tokens=max_tokens, prompts=prompts)
+def mlp_width(projections: Sequence[Module | None]) -> int:
+    """How many neurons every block's MLP has; 0 where that is not one number."""
+    widths = {0 if part is None else input_width(part) for part in projections}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 def fingerprint_of(model: Module) -> str:

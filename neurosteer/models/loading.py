@@ -8,19 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.models.adapters import merge_adapter
 from neurosteer.models.catalog import default_model
 from neurosteer.models.framing import template_options as complete_options
-from neurosteer.models.language_model import LanguageModel, ModelShape, fingerprint_of
-from neurosteer.models.parts import find_blocks, find_decoder, find_down_projection, find_final_norm, input_width
+from neurosteer.models.language_model import LanguageModel, ModelShape, fingerprint_of, mlp_width
+from neurosteer.models.parts import check_stream, find_blocks, find_decoder, find_down_projection, find_final_norm
 from neurosteer.models.sources import Source, locate
 from neurosteer.progress import Progress, silent
+from neurosteer.validation import check_option
 
 logger = logging.getLogger(__name__)
+_SEEING = AutoModelForImageTextToText
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,12 +97,14 @@ def describe_model(
     if tokenizer.is_fast is False:
         raise ModelError(f"The tokenizer of {name} is a slow one ({type(tokenizer).__name__}); a fast one is needed.")
     decoder = find_decoder(model, name)
-    blocks = find_blocks(decoder, model.config.get_text_config().num_hidden_layers, name)
-    projections = tuple(find_down_projection(block, index, name) for index, block in enumerate(blocks))
+    config = model.config.get_text_config()
+    blocks = find_blocks(decoder, config.num_hidden_layers, name)
+    projections = tuple(find_down_projection(block, config) for block in blocks)
+    if not check_stream(decoder, blocks, projections[0], config.hidden_size, name):
+        projections = (None,) * len(blocks)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
         raise UsageError(f"The tokenizer of {name} has no chat template; use it as a base model (--raw).")
-    shape = ModelShape(len(blocks), model.config.get_text_config().hidden_size, input_width(projections[0]))
     return LanguageModel(
         model=model.eval().requires_grad_(False),  # type: ignore[arg-type]
         tokenizer=tokenizer,
@@ -102,9 +113,9 @@ def describe_model(
         chat=has_template if chat is None else chat,
         decoder=decoder,
         blocks=blocks,
-        down_projections=projections,
-        final_norm=find_final_norm(decoder, name),
-        shape=shape,
+        projections=projections,
+        final_norm=find_final_norm(decoder),
+        shape=ModelShape(len(blocks), config.hidden_size, mlp_width(projections)),
         template_options=complete_options(tokenizer, template_options),
     )
 
@@ -129,13 +140,35 @@ def _read(source: Source, dtype: torch.dtype | str, device_map: DeviceMap) -> tu
         config = AutoConfig.from_pretrained(source.folder, **named)
         if not source.gguf_file:
             named["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _class_for(config).from_pretrained(
             source.folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **named, **packed
         )
     except Exception as error:  # transformers raises many kinds for damaged or unsupported folders
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(f"{source.name} in {source.folder} could not be loaded: {first_line[:300]}") from error
+        raise ModelError(f"{source.name} in {source.folder} could not be loaded: {_why(source, error)}") from error
     return model, tokenizer
+
+
+def _class_for(config: Any) -> Any:
+    """A model that sees may be no causal one to transformers; what writes its text is steered all the same."""
+    sees = type(config) not in AutoModelForCausalLM._model_mapping and type(config) in _SEEING._model_mapping
+    return _SEEING if sees else AutoModelForCausalLM
+
+
+def _why(source: Source, error: Exception) -> str:
+    """One line, with a remedy where transformers' own has none."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return (
+            "it brings Python code of its own, which NeuroSteer does not run; use a model that transformers knows by "
+            "itself."
+        )
+    folder = Path(source.folder)
+    if not any(folder.glob("*.safetensors")) and (found := next(folder.glob("pytorch_model*.bin"), None)) is not None:
+        return (
+            f"its weights are a pickle ({found.name}), which can run code when it is read; use a revision with "
+            "model.safetensors (the Hub's bot offers one at refs/pr/N), or convert it where you trust it."
+        )
+    return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
 def _read_and_round(
@@ -190,8 +223,7 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        check_option("dtype", dtype, DTYPES)
         return DTYPES[dtype]
     return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
 

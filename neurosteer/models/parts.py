@@ -1,79 +1,181 @@
-"""Finding the parts of a model (decoder, blocks, their MLP down projections, norms) and what a norm does."""
+"""Finding the parts of a model (decoder, blocks, their MLP down projections, norms) and what a norm does.
 
-from collections.abc import Sequence
+Parts are found by what they are (a list of as many modules as the model has layers, a linear map onto the residual
+stream), by their names only where that leaves a choice.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Identity, Linear, Module, ModuleList
 from transformers import PreTrainedModel
 
 from neurosteer.errors import ModelError
+from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 
-_DOWN_PROJECTIONS = ("down_proj", "c_proj")
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm")
+_MIXERS = ("attn", "attention", "mixer", "mamba", "conv", "temporal", "recurrent", "ssm")  # of tokens with others
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffn_norm")
 _STREAM_SCALES = ("residual_multiplier", "layer_scalar")  # Granite's, on what is added; Gemma 4's, on the whole stream
+_COLUMNS_AT_ONCE = 2048
 
 
 # --- finding the parts -----------------------------------------------------------------------------------------------
 
 
 def find_decoder(model: PreTrainedModel, name: str) -> Module:
+    """What holds the list of blocks: the model without its LM head."""
+    n_layers = model.config.get_text_config().num_hidden_layers
     get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder is not None else model.base_model
-    if decoder is None or decoder is model:
+    named = (get_decoder() if get_decoder is not None else None, model.base_model)
+    beneath = [module for module in named if isinstance(module, Module) and module is not model]
+    found = next((module for module in (*beneath, *model.modules()) if _blocks_of(module, n_layers)), None)
+    if found is None and beneath:
+        return beneath[0]  # `find_blocks` says what it has instead
+    if found is None or found is model:
         raise ModelError(f"{name} ({type(model).__name__}): no decoder beneath the LM head was found.")
-    return decoder
+    return found
+
+
+def _blocks_of(decoder: Module, n_layers: int) -> tuple[Module, ...]:
+    lists = (child for child in decoder.children() if isinstance(child, ModuleList) and len(child) == n_layers)
+    return tuple(next(lists, ()))
 
 
 def find_blocks(decoder: Module, n_layers: int, name: str) -> tuple[Module, ...]:
-    for child in decoder.children():
-        if isinstance(child, ModuleList) and len(child) == n_layers:
-            return tuple(child)
-    raise ModelError(
-        f"{name} ({type(decoder).__name__}): no list of {n_layers} decoder blocks was found; "
-        f"its parts are {', '.join(key for key, _ in decoder.named_children()) or 'none'}."
+    found = _blocks_of(decoder, n_layers)
+    if not found:
+        raise ModelError(
+            f"{name} ({type(decoder).__name__}): no list of {n_layers} decoder blocks was found; "
+            f"its parts are {', '.join(key for key, _ in decoder.named_children()) or 'none'}."
+        )
+    return found
+
+
+def find_down_projection(block: Module, config: Any) -> Module | None:
+    """The one linear map by which the MLP of `block` writes to the residual stream; None where it has no such map:
+    where it is a mixture of experts, or where the block has no MLP.
+
+    It maps onto `d_model` and lies outside of what mixes tokens. Where there are several such maps, it is the one that
+    has as many inputs as the model's config says that its MLP has neurons.
+    """
+    if is_mixture(block):
+        return None
+    found = list(_maps_onto(block, config.hidden_size))
+    if len(found) > 1:
+        width = next((value for name in _WIDTHS if (value := getattr(config, name, None)) is not None), None)
+        found = [part for part in found if input_width(part) == width]
+    return found[0] if len(found) == 1 else None
+
+
+def is_mixture(block: Module) -> bool:
+    """Whether the block's MLP is a mixture of experts: of several modules, or of weights with an axis for experts."""
+    return any("expert" in key for key, _ in block.named_modules()) or any(
+        weight.dim() == 3 and len(weight) > 1 and not _mixes(key) for key, weight in block.named_parameters()
     )
 
 
-def find_down_projection(block: Module, layer: int, name: str) -> Module:
-    mlp = getattr(block, "mlp", None)
-    for key in _DOWN_PROJECTIONS:
-        found = getattr(mlp, key, None)
-        if isinstance(found, Module):
-            return found
-    parts = ", ".join(key for key, _ in (mlp if mlp is not None else block).named_children())
-    raise ModelError(
-        f"{name}: block {layer} ({type(block).__name__}) has no MLP down projection "
-        f"({' or '.join('mlp.' + key for key in _DOWN_PROJECTIONS)}); its parts are {parts}."
+def _maps_onto(block: Module, width: int) -> Iterator[Module]:
+    return (
+        part
+        for key, part in block.named_modules()
+        if not _mixes(key) and not list(part.children()) and output_width(part) == width
     )
 
 
-def find_final_norm(decoder: Module, name: str) -> Module:
-    for key in _FINAL_NORMS:
-        found = getattr(decoder, key, None)
-        if isinstance(found, Module):
-            return found
-    raise ModelError(
-        f"{name} ({type(decoder).__name__}): no final norm ({', '.join(_FINAL_NORMS)}) was found; "
-        f"its parts are {', '.join(key for key, _ in decoder.named_children())}."
-    )
+def _mixes(key: str) -> bool:
+    """Whether a part of a block, by its name, is where tokens see others."""
+    return any(word in name for name in key.lower().split(".")[:-1] or [""] for word in _MIXERS)
+
+
+def find_final_norm(decoder: Module) -> Module:
+    """The norm after the last block; none does nothing."""
+    children = list(decoder.children())
+    blocks = next((place for place, child in enumerate(children) if isinstance(child, ModuleList)), 0)
+    norms = [child for child in children if "norm" in type(child).__name__.lower()]
+    return next((child for child in children[blocks:] if child in norms), norms[-1] if norms else Identity())
+
+
+class _Seen(Exception):
+    """Leaves a pass after the first block."""
+
+
+def check_stream(decoder: Module, blocks: Sequence[Module], down: Module | None, d_model: int, name: str) -> bool:
+    """Send two tokens through the first block, whose down projection is `down`. Whether that got its neurons as
+    `[batch, seq, d_mlp]`: some models (OPT) lay all rows' tokens end to end.
+
+    Raises `ModelError` where blocks do not hand on one residual stream `[batch, seq, d_model]`.
+    """
+    shapes: list[tuple[int, ...]] = []
+    neurons: list[int] = []
+
+    def look(hidden: Tensor) -> None:
+        shapes.append(tuple(hidden.shape))
+        raise _Seen
+
+    weight = next(decoder.parameters(), None)
+    if weight is None or weight.is_meta:
+        return True
+    hooks: list[Hook] = [OutputHook(blocks[0], look)]
+    if down is not None:
+        hooks.append(InputHook(down, lambda hidden: neurons.append(hidden.dim())))
+    try:
+        with torch.no_grad(), hooked(hooks):
+            decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device), use_cache=False)
+    except _Seen:
+        pass
+    except Exception as error:  # a model's own code fails in its own way
+        raise ModelError(f"{name} ({type(decoder).__name__}) does not run: {str(error)[:200]}") from error
+    if not shapes or shapes[0] != (1, 2, d_model):
+        seen = " × ".join(map(str, shapes[0])) if shapes else "nothing"
+        raise ModelError(
+            f"{name} ({type(decoder).__name__}): its blocks hand on {seen} for two tokens instead of one residual "
+            f"stream of {d_model}; models with several streams cannot be steered."
+        )
+    return neurons == [3]
+
+
+def part_of(module: object, names: Sequence[str]) -> Module | None:
+    """The first of the parts called so that `module` has."""
+    found = (getattr(module, name, None) for name in names)
+    return next((part for part in found if isinstance(part, Module)), None)
 
 
 def written_columns(block: Module, down: Module) -> Tensor:
     """What each neuron of `block`, whose MLP down projection is `down`, adds to the residual stream per unit of
     activation, float32 `[d_mlp, d_model]`.
 
-    Where the MLP's output is normalised before it is added (Gemma, OLMo 2, GLM-4), the norm's gain is folded in; its
-    scale, which depends on the token, is not.
+    The projection itself is asked, whatever it keeps its weight as. Where the MLP's output is normalised before it is
+    added (Gemma, OLMo 2, GLM-4), the norm's gain is folded in; its scale, which depends on the token, is not.
     """
-    weight = down.weight.detach()  # type: ignore[union-attr,operator]
-    columns = (weight if is_conv1d(down) else weight.T).float()
+    columns = _columns(down)
     for name in _STREAM_SCALES:
         columns = columns * getattr(block, name, 1.0)
-    norm = next((found for name in _NORMS_AFTER_MLP if (found := getattr(block, name, None)) is not None), None)
+    norm = part_of(block, _NORMS_AFTER_MLP)
     return columns if norm is None else probe_norm(norm, columns.shape[1:]).weigh(columns)
+
+
+@torch.no_grad()
+def _columns(down: Module) -> Tensor:
+    """What a linear map makes of one unit of each input alone, float32 `[in, out]`."""
+    weight = getattr(down, "weight", None)
+    if type(down) is Linear and weight is not None and not weight.is_meta:
+        return weight.T.float()
+    if is_conv1d(down):
+        return down.weight.float()  # type: ignore[operator,union-attr]
+    known = next((one for one in down.parameters() if not one.is_meta), torch.empty(0))
+    dtype = known.dtype if known.is_floating_point() else torch.float32
+    width = input_width(down)
+    nothing = down(torch.zeros(1, width, device=known.device, dtype=dtype)).float()
+    pieces = []
+    for first in range(0, width, _COLUMNS_AT_ONCE):
+        units = torch.zeros(min(_COLUMNS_AT_ONCE, width - first), width, device=known.device, dtype=dtype)
+        units[torch.arange(len(units)), torch.arange(first, first + len(units))] = 1.0
+        pieces.append(down(units).float() - nothing)
+    return torch.cat(pieces)
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -131,5 +233,11 @@ def is_conv1d(module: Module) -> bool:
 
 
 def input_width(projection: Module) -> int:
-    weight = projection.weight
-    return int(weight.shape[0] if is_conv1d(projection) else weight.shape[1])  # type: ignore[index,union-attr]
+    """What a linear map says of itself: the weight's own shape tells nothing where it is packed."""
+    return int(projection.nx if is_conv1d(projection) else projection.in_features)  # type: ignore[arg-type]
+
+
+def output_width(part: Module) -> int | None:
+    """How many numbers a linear map gives; None for what is no linear map."""
+    found = getattr(part, "nf", None) or getattr(part, "out_features", None)
+    return found if isinstance(found, int) else None

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from neurosteer.errors import ExamplesError
-from neurosteer.models.batching import length_batches
+from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.caching import read_beginning, repeated
 from neurosteer.models.framing import FramedText, Prompt
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
@@ -108,25 +109,23 @@ def read_tokens(
     framed: Sequence[FramedText],
     layers: Sequence[int],
     *,
-    batch_tokens: int | None = None,
-    progress: Progress = silent,
     cancel: threading.Event | None = None,
 ) -> dict[int, Tensor]:
     """The residual stream of every token after each of `layers`, `[n_tokens, d_model]` in the model's dtype.
 
     Which tokens count is as in `read_activations`: a text's own, never padding or the sequence's first; of a text
-    without such tokens none. They come
-    grouped by text, in the order in which batches of similar length are read. Raises `Cancelled`.
+    without such tokens none. They come grouped by text, in the order in which batches of similar length are read.
+    Raises `Cancelled`.
     """
     collected = _TokenRows(lm, layers)
-    _read(lm, framed, collected, layers, (), batch_tokens, progress, cancel)
+    _read(lm, framed, collected, layers, (), None, silent, cancel)
     return {layer: torch.cat(rows) for layer, rows in collected.rows.items()}
 
 
 def _read(
     lm: LanguageModel,
     framed: Sequence[FramedText],
-    sink: "Sink",
+    sink: Sink,
     residual: Sequence[int],
     neurons: Sequence[int],
     batch_tokens: int | None,
@@ -174,18 +173,11 @@ class _Finished(Exception):
 
 
 def _read_batch(
-    lm: LanguageModel,
-    sink: "Sink",
-    framed: Sequence[FramedText],
-    indices: list[int],
-    prefix: Cache | None,
+    lm: LanguageModel, sink: Sink, framed: Sequence[FramedText], indices: list[int], prefix: Cache | None
 ) -> None:
     batch = [framed[index] for index in indices]
-    longest = max(1, max(len(item.ids) for item in batch))
-    ids = torch.full((len(batch), longest), lm.pad_id)
-    for row, item in enumerate(batch):
-        ids[row, : len(item.ids)] = torch.tensor(item.ids, dtype=torch.long)
-    sink.begin(indices, batch, longest, skip_first=prefix is None)
+    ids = padded([item.ids for item in batch], lm.pad_id)
+    sink.begin(indices, batch, ids.shape[1], skip_first=prefix is None)
     named: dict[str, Any] = {"use_cache": False}
     if prefix is not None:
         named = {"cache": repeated(prefix, len(batch)), "use_cache": True}
@@ -194,14 +186,9 @@ def _read_batch(
     sink.end()
 
 
-def _reading_hooks(lm: LanguageModel, sink: "Sink", residual: Sequence[int], neurons: Sequence[int]) -> list[Hook]:
-    hooks: list[Hook] = [
-        InputHook(lm.down_projections[layer], lambda hidden, layer=layer: sink.add_neurons(layer, hidden))
-        for layer in neurons
-    ]
-    hooks += [
-        OutputHook(lm.blocks[layer], lambda hidden, layer=layer: sink.add_residual(layer, hidden)) for layer in residual
-    ]
+def _reading_hooks(lm: LanguageModel, sink: Sink, residual: Sequence[int], neurons: Sequence[int]) -> list[Hook]:
+    hooks: list[Hook] = [InputHook(lm.down_projections[layer], partial(sink.add_neurons, layer)) for layer in neurons]
+    hooks += [OutputHook(lm.blocks[layer], partial(sink.add_residual, layer)) for layer in residual]
 
     def stop(_hidden: Tensor) -> None:
         raise _Finished

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from neurosteer.errors import UsageError
 from neurosteer.models.framing import Framing
+from neurosteer.validation import check_option
 
 Tokens = Literal["mean", "last"]
 TOKENS: tuple[Tokens, ...] = ("mean", "last")
@@ -52,8 +53,7 @@ class Request:
     prepend_bos: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise UsageError(f"tokens is {self.tokens!r}; it must be one of {', '.join(TOKENS)}.")
+        check_option("tokens", self.tokens, TOKENS)
         if not self.residual and not self.neurons:
             raise UsageError("Nothing to read: name at least one layer.")
         if not {*self.rows, *self.encoders} <= set(self.residual):

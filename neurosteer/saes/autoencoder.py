@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurosteer.artifacts.features import FeatureEncoder
 from neurosteer.errors import UsageError
 from neurosteer.validation import is_int
 
@@ -80,10 +81,10 @@ class SparseAutoencoder:
         if not is_int(index) or not 0 <= index < self.n_features:
             raise UsageError(f"There is no feature {index!r:.40} in {self.name}; it has 0 to {self.n_features - 1}.")
 
-    def feature_encoder(self, index: int) -> tuple[Tensor, float, float]:
-        """Weights (float32 `[d_model]`), bias and threshold of one feature, as in `EncoderColumns`.
+    def feature_encoder(self, index: int) -> FeatureEncoder:
+        """What tells how active one feature is.
 
-        They stand for the SAE's own input, which is without its mean over `d_model` where the SAE is `centred`.
+        Its weights stand for the SAE's own input, which is without its mean over `d_model` where the SAE is `centred`.
         Raises `UsageError` where there is no such feature, or a feature cannot be computed without the others.
         """
         self.check_index(index)
@@ -93,7 +94,8 @@ class SparseAutoencoder:
                 "own encoder column; add it instead (operation 'add', or SAE#INDEX without a value)."
             )
         weights = self.columns.weights[:, index].to("cpu", torch.float32, copy=True).contiguous()
-        return weights, float(self.columns.biases[index]), float(self.columns.thresholds[index])
+        biases, thresholds = self.columns.biases, self.columns.thresholds
+        return FeatureEncoder(weights, float(biases[index]), float(thresholds[index]), self.centred)
 
     def chunk_rows(self) -> int:
         """How many tokens may be encoded at once for memory to stay bounded."""

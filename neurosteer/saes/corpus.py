@@ -10,6 +10,7 @@ from pathlib import Path
 
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import FRAMINGS, FramedText, Framing, LanguageModel
+from neurosteer.validation import check_count
 
 _TEXTS_AT_ONCE = 200
 _MAX_TEXT = 1 << 24  # characters in a table's cell; the csv module's own limit is 131,072
@@ -43,8 +44,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "framings", tuple(self.framings))
         for key in ("features", "tokens", "batch_tokens", "chunk_tokens", "max_tokens", "held_out_tokens"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise UsageError(f"{key} is {getattr(self, key)!r}; it must be a whole number above 0.")
+            check_count(key, getattr(self, key), 1, 1 << 40)
         if not 0 < self.active <= self.features:
             raise UsageError(f"active is {self.active!r}; it must lie between 0 and the {self.features} features.")
         if not 0 < self.learning_rate < 1:

@@ -1,12 +1,10 @@
 """One feature of a sparse autoencoder as something to steer with: added, or held at a value."""
 
-from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Literal, get_args
 
 from neurosteer.artifacts.common import safe_name
-from neurosteer.artifacts.features import FeatureEncoder
-from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.provenance import made_now
 from neurosteer.artifacts.strength import Calibration, default_calibration
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import MismatchError, UsageError
@@ -17,8 +15,7 @@ from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
 from neurosteer.saes.autoencoder import SparseAutoencoder
 from neurosteer.text import shown
-from neurosteer.validation import is_finite
-from neurosteer.version import VERSION
+from neurosteer.validation import check_option, is_finite
 
 FeatureOperation = Literal["add", "clamp"]
 METHOD = "sae-feature"
@@ -48,7 +45,7 @@ def feature_vector(
         MismatchError: the SAE is one for a model of another shape.
     """
     _check(lm, sae, index, operation, value)
-    encoder = _encoder(sae, index) if operation == "clamp" else None
+    encoder = sae.feature_encoder(index) if operation == "clamp" else None
     framing: Framing = "answer" if lm.chat else "raw"
     calibration = default_calibration(operation) if value is None else Calibration(float(value))
     seeking = operation == "clamp" and value is None
@@ -65,9 +62,7 @@ def feature_vector(
         operation=operation,
         description=_description(sae, index, operation, seeking=seeking),
         calibration=calibration,
-        provenance=Provenance(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            version=VERSION,
+        provenance=made_now(
             framing=framing,
             tokens="mean",
             layer_choice="the layer that the SAE reads",
@@ -77,8 +72,7 @@ def feature_vector(
 
 
 def _check(lm: LanguageModel, sae: SparseAutoencoder, index: int, operation: str, value: float | None) -> None:
-    if operation not in get_args(FeatureOperation):
-        raise UsageError(f"operation is {operation!r:.60}; a feature's must be one of add, clamp.")
+    check_option("operation", operation, get_args(FeatureOperation))
     sae.check_index(index)
     if value is not None and operation != "clamp":
         raise UsageError(f"value is {value!r:.60}, but a feature that is added has none; use operation='clamp'.")
@@ -89,11 +83,6 @@ def _check(lm: LanguageModel, sae: SparseAutoencoder, index: int, operation: str
             f"{sae.name} reads block {sae.layer} of a model of width {sae.d_model}; {lm.name} has width "
             f"{lm.shape.d_model} and blocks 0 to {lm.n_layers - 1}. Load an SAE that was made for it."
         )
-
-
-def _encoder(sae: SparseAutoencoder, index: int) -> FeatureEncoder:
-    weights, bias, threshold = sae.feature_encoder(index)
-    return FeatureEncoder(weights, bias, threshold, sae.centred)
 
 
 def _read(

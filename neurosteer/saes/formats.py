@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.saes.autoencoder import EncoderColumns
+from neurosteer.text import error_line
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
@@ -155,7 +156,7 @@ def open_with_sae_lens(folder: Path) -> Any:
         with without_loading_advice():
             return SAE.load_from_disk(folder, device="cpu", dtype="float32")
     except Exception as error:  # sae-lens raises whatever its reading hits
-        raise ModelError(f"The SAE in {folder} could not be loaded ({one_line(error)}).") from error
+        raise ModelError(f"The SAE in {folder} could not be loaded ({error_line(error)}).") from error
 
 
 @contextmanager
@@ -172,7 +173,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"{path.parent} holds no {path.name}; it is no SAE in sae-lens's format.") from None
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({one_line(error)}); fetch the SAE again.") from error
+        raise ModelError(f"{path} cannot be read ({error_line(error)}); fetch the SAE again.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}; an SAE's is an object.")
     if not isinstance(config.get("metadata", {}), dict):
@@ -186,8 +187,4 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ModelError(f"{path.parent} holds no {path.name}; fetch the SAE again.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged ({one_line(error)}); fetch the SAE again.") from error
-
-
-def one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
+        raise ModelError(f"{path} is damaged ({error_line(error)}); fetch the SAE again.") from error

@@ -19,7 +19,6 @@ from neurosteer.saes.formats import (
     SaeRows,
     is_plain,
     layer_of_hook,
-    one_line,
     open_with_sae_lens,
     plain_rows,
     read_config,
@@ -28,6 +27,7 @@ from neurosteer.saes.formats import (
     without_loading_advice,
 )
 from neurosteer.saes.offers import EMBEDDED, embedded_folder, embedded_saes, released_for, same_weights
+from neurosteer.text import error_line
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _load_released(lm: LanguageModel, release: str, identifier: str, progress: P
     except Exception as error:  # the Hub's client and sae-lens's loaders raise many kinds
         unknown = f" There is no such folder or release. {_nearest(release.split('/')[0], directory, 0.7)}"
         raise ModelError(
-            f"The SAE {release}/{identifier} could not be fetched ({one_line(error)})."
+            f"The SAE {release}/{identifier} could not be fetched ({error_line(error)})."
             + (unknown if release not in directory else "")
         ) from error
     return _described(lm, f"{release}/{identifier}", sae.cfg.metadata.to_dict(), sae_lens_rows(sae, lm.device))
@@ -158,14 +158,9 @@ def _check_model_name(lm: LanguageModel, name: str, made_for: str) -> None:
     ours, theirs = (_plain_name(text) for text in (lm.name, made_for))
     known = find_model(lm.name)
     names = {ours, *((_plain_name(known.name), _plain_name(known.recorded_name)) if known else ())}
-    if not theirs or theirs in names or any(_is_variant(theirs, mine) for mine in names):
-        return
+    if not theirs or theirs in names or any(theirs.startswith(mine) or mine.startswith(theirs) for mine in names):
+        return  # one name may only say more than the other, like an instruction-tuned model's
     raise MismatchError(f"The SAE {name!r} was made for {made_for}, not for {lm.name}. {_fitting(lm)}")
-
-
-def _is_variant(one: str, other: str) -> bool:
-    """Whether one name only says more than the other, like an instruction-tuned model's."""
-    return one.startswith(other) or other.startswith(one)
 
 
 def _plain_name(name: str) -> str:
@@ -173,5 +168,5 @@ def _plain_name(name: str) -> str:
 
 
 def _fitting(lm: LanguageModel) -> str:
-    fitting = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *released_for(lm)]
+    fitting = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *released_for(lm.name)]
     return f"For {lm.name} there are {', '.join(fitting)}." if fitting else f"The catalog names none for {lm.name}."

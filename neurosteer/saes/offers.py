@@ -20,9 +20,10 @@ def embedded_saes(lm: LanguageModel) -> dict[int, Path]:
     return _embedded_folders(lambda about: about.get("model_name") == lm.name or same_weights(lm, about))
 
 
-def released_for(lm: LanguageModel) -> tuple[str, ...]:
+def released_for(model: str) -> tuple[str, ...]:
     """The releases that the catalog names for this model."""
-    return _releases(lm.name)
+    known = find_model(model)
+    return known.sae_releases if known is not None else ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def offered_saes(model: str | Path) -> Offer:
     name = recorded_name(model)
     folders = _embedded_folders(lambda about: about.get("model_name") == name)
     shipped = tuple(_shipped(layer, folder) for layer, folder in folders.items())
-    return Offer(name, shipped, _releases(name))
+    return Offer(name, shipped, released_for(name))
 
 
 def _shipped(layer: int, folder: Path) -> ShippedSae:
@@ -69,18 +70,10 @@ def _embedded_folders(wanted: Callable[[Mapping[str, Any]], bool]) -> dict[int, 
     return dict(sorted(found.items()))
 
 
-def _releases(model_name: str) -> tuple[str, ...]:
-    known = find_model(model_name)
-    return known.sae_releases if known is not None else ()
-
-
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
 def embedded_folder(lm: LanguageModel, text: str) -> Path:
     available = embedded_saes(lm)
     if not available:
-        releases = ", ".join(released_for(lm)) or "none is in the catalog"
+        releases = ", ".join(released_for(lm.name)) or "none is in the catalog"
         raise UsageError(f"No SAE is shipped for {lm.name}; name one of a release ({releases}), or a folder.")
     wanted = text.partition("/")[2]
     if not wanted:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from neurosteer.artifacts.recipes import Positions, Recipe
 from neurosteer.errors import UsageError
-from neurosteer.models.caching import can_change
+from neurosteer.models.caching import can_change, can_go_on
 from neurosteer.models.hooks import Hook, InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.steering.decoding import NOT_FINITE, RowText, Sampler, next_tokens
@@ -74,10 +74,11 @@ class Batch:
         self.lm = lm
         self.writings = list(writings)
         self.ids, self.mask = ids.to(lm.device), mask.to(lm.device)
-        self.cache = DynamicCache(config=lm.model.config) if use_cache else None
+        self.cache = DynamicCache(config=lm.model.config) if use_cache and can_go_on(lm) else None
         self._plans = compile_rows(lm, [one.recipe for one in writings], [one.positions for one in writings])
         self.plan = join_plans(self._plans)
-        self._can_change = not use_cache or can_change(lm)
+        self._columns_read = 0  # which not every kind of cache knows
+        self._can_change = self.cache is None or can_change(lm)
 
     @property
     def ended(self) -> bool:
@@ -87,7 +88,7 @@ class Batch:
     @property
     def unread(self) -> int:
         """How many columns the next step reads: all at first, later those of one token."""
-        return self.ids.shape[1] - (self.cache.get_seq_length() if self.cache is not None else 0)
+        return self.ids.shape[1] - (self._columns_read if self.cache is not None else 0)
 
     @torch.inference_mode()
     def read(self, columns: int) -> None:
@@ -137,12 +138,14 @@ class Batch:
                 use_cache=self.cache is not None,
                 logits_to_keep=1,
             )
+        self._columns_read = end
         return output.logits[:, -1]
 
     @torch.inference_mode()
     def join(self, other: "Batch") -> None:
         """Take in the rows of `other`, which is used up. Both have done a step, and `can_change` says that they may."""
         width = max(self.ids.shape[1], other.ids.shape[1])
+        self._columns_read = width - 1
         self.ids = torch.cat([_widened(batch.ids, width, self.lm.pad_id) for batch in (self, other)])
         self.mask = torch.cat([_widened(batch.mask, width, 0) for batch in (self, other)])
         for mine, theirs in zip(self._layers, other._layers, strict=True):
@@ -170,6 +173,7 @@ class Batch:
         rows = torch.tensor(kept, dtype=torch.long)
         here = rows.to(self.ids.device)
         self.ids, self.mask = self.ids[here, cut:], self.mask[here, cut:]
+        self._columns_read -= cut
         for layer in self._layers:
             _cut_layer(layer, rows, cut)
         self._plans = [self._plans[row] for row in kept]

@@ -46,16 +46,12 @@ class Sampler:
     def __init__(self, sampling: Sampling, stream: str) -> None:
         self.sampling = sampling
         self._random = random.Random(f"{sampling.seed}/{stream}")
-        self._number = self._random.random()
-
-    @property
-    def number(self) -> float:
+        self.number = self._random.random()
         """In [0, 1): what decides the next token, the same however often that token is tried."""
-        return self._number
 
     def advance(self) -> None:
         """Go on to the number of the token after."""
-        self._number = self._random.random()
+        self.number = self._random.random()
 
 
 def next_tokens(scores: Tensor, samplers: Sequence[Sampler], seen: Sequence[Sequence[int]]) -> Tensor:

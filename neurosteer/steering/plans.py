@@ -235,32 +235,32 @@ def _additions(uses: Sequence[Use], width: int) -> dict[int, Tensor]:
 
 
 def _projections(uses: Sequence[Use], width: int) -> dict[int, Projection]:
-    by_layer: dict[int, list[tuple[Tensor, float]]] = defaultdict(list)
+    return {layer: _basis(layer, found, width) for layer, found in _by_layer(uses).items()}
+
+
+def _by_layer(uses: Sequence[Use]) -> dict[int, list[Use]]:
+    found: dict[int, list[Use]] = defaultdict(list)
     for use in uses:
-        assert isinstance(use.artifact, SteeringVector)
-        for layer, direction in use.artifact.directions.items():
-            by_layer[layer].append((direction, use.amount))
-    return {layer: _basis(found, width) for layer, found in by_layer.items()}
+        for layer in use.artifact.layers:
+            found[layer].append(use)
+    return found
 
 
-def _basis(directions: Sequence[tuple[Tensor, float]], width: int) -> Projection:
+def _basis(layer: int, uses: Sequence[Use], width: int) -> Projection:
     """Gram-Schmidt, so that two overlapping directions are not taken out twice."""
-    basis, shares = torch.zeros(1, len(directions), width), torch.zeros(1, 1, len(directions))
-    for place, (direction, share) in enumerate(directions):
-        whole = unit(direction)
+    basis, shares = torch.zeros(1, len(uses), width), torch.zeros(1, 1, len(uses))
+    for place, use in enumerate(uses):
+        assert isinstance(use.artifact, SteeringVector)
+        whole = unit(use.artifact.directions[layer])
         rest = whole - basis[0].T @ (basis[0] @ whole)
         if rest.norm() > 1e-4:  # else it lies within the directions before it
             basis[0, place] = rest / rest.norm()
-            shares[0, 0, place] = share
+            shares[0, 0, place] = use.amount
     return Projection(basis, shares)
 
 
 def _clamps(uses: Sequence[Use], width: int) -> dict[int, Clamp]:
-    by_layer: dict[int, list[Use]] = defaultdict(list)
-    for use in uses:
-        for layer in use.artifact.layers:
-            by_layer[layer].append(use)
-    return {layer: _clamp(layer, found, width) for layer, found in by_layer.items()}
+    return {layer: _clamp(layer, found, width) for layer, found in _by_layer(uses).items()}
 
 
 def _clamp(layer: int, uses: Sequence[Use], width: int) -> Clamp:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neurosteer.artifacts.artifact import Artifact, check_model
-from neurosteer.artifacts.recipes import POSITIONS, UNSTEERED, Positions, Recipe
+from neurosteer.artifacts.artifact import Artifact
+from neurosteer.artifacts.recipes import POSITIONS, UNSTEERED, Positions, Recipe, check_recipes_fit
 from neurosteer.errors import UsageError
 from neurosteer.models.framing import Prompt
 from neurosteer.models.language_model import LanguageModel
@@ -15,7 +15,7 @@ from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
 from neurosteer.steering.plans import check_recipes
-from neurosteer.validation import check_count
+from neurosteer.validation import check_count, check_option
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
-        if self.positions not in POSITIONS:
-            raise UsageError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
+        check_option("positions", self.positions, POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,11 @@ Decode = Callable[[int, Sequence[RowInFlight]], Generator[Step, None, None]]
 """Writes texts until they have ended or it is told to stop, a step at a time; the first is row number `first`."""
 
 
-class Session:
-    """Generates with one model. Holds no state of a call; safe to use from several threads at once."""
+class Writer:
+    """What every session makes of its stream."""
 
-    def __init__(self, lm: LanguageModel) -> None:
-        self.lm = lm
-        self._warned: set[str] = set()
+    def stream(self, *arguments: Any, **options: Any) -> Generator[Step, None, list[Row]]:
+        raise NotImplementedError
 
     def generate(self, rows: Sequence[Row] | Prompt, recipe: Recipe = UNSTEERED, **options: Any) -> list[Row]:
         """All rows with their texts filled in. Options as for `stream`.
@@ -103,6 +101,30 @@ class Session:
         `rows` may also be one prompt, which is written once under `recipe`.
         """
         return drained(self.stream(rows, recipe, **options))
+
+    def sweep(
+        self,
+        uses: Recipe | Artifact,
+        strengths: Sequence[float],
+        prompts: Sequence[Prompt],
+        *,
+        samples: int = 1,
+        **options: Any,
+    ) -> list[Row]:
+        """Every prompt × sample at every strength (a factor on all strengths of the recipe), batched.
+
+        The same prompt and sample share their random numbers across strengths. Options as for `stream`.
+        """
+        recipe = uses if isinstance(uses, Recipe) else Recipe.of(uses)
+        return self.generate(sweep_rows(recipe, strengths, prompts, samples=samples), **options)
+
+
+class Session(Writer):
+    """Generates with one model. Holds no state of a call; safe to use from several threads at once."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self._warned: set[str] = set()
 
     def stream(
         self,
@@ -148,33 +170,14 @@ class Session:
     def begin(self, rows: Sequence[Row] | Prompt, recipe: Recipe, options: Options) -> list[Begun]:
         """The rows, checked, with their prompts as tokens. Raises as `stream` does."""
         todo = _as_rows(rows, recipe)
-        self._check_artifacts(todo)
-        check_recipes(self.lm, [row.recipe for row in todo])
-        prompts = [self._prompt_ids(row.prompt, options) for row in todo]
-        return [self._begun(row, ids, options) for row, ids in zip(todo, prompts, strict=True)]
-
-    def sweep(
-        self,
-        uses: Recipe | Artifact,
-        strengths: Sequence[float],
-        prompts: Sequence[Prompt],
-        *,
-        samples: int = 1,
-        **options: Any,
-    ) -> list[Row]:
-        """Every prompt × sample at every strength (a factor on all strengths of the recipe), batched.
-
-        The same prompt and sample share their random numbers across strengths. Options as for `stream`.
-        """
-        recipe = uses if isinstance(uses, Recipe) else Recipe.of(uses)
-        return self.generate(sweep_rows(recipe, strengths, prompts, samples=samples), **options)
-
-    def _check_artifacts(self, rows: Sequence[Row]) -> None:
-        for artifact in {id(use.artifact): use.artifact for row in rows for use in row.recipe.uses}.values():
-            warning = check_model(artifact, self.lm.reference)
-            if warning and warning not in self._warned:
+        recipes = [row.recipe for row in todo]
+        for warning in check_recipes_fit(recipes, self.lm.reference):
+            if warning not in self._warned:
                 self._warned.add(warning)
                 logger.warning(warning)
+        check_recipes(self.lm, recipes)
+        prompts = [self._prompt_ids(row.prompt, options) for row in todo]
+        return [self._begun(row, ids, options) for row, ids in zip(todo, prompts, strict=True)]
 
     def _prompt_ids(self, prompt: Prompt, options: Options) -> list[int]:
         ids = self.lm.prompt_ids(prompt, raw=options.raw) if prompt else []

@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
-from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe
 from neurosteer.models.caching import can_change
 from neurosteer.models.framing import Prompt
@@ -19,7 +17,7 @@ from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import Sampling
-from neurosteer.steering.session import Options, Row, Session, Step, drained, in_parts, is_set, sweep_rows
+from neurosteer.steering.session import Options, Row, Session, Step, Writer, in_parts, is_set
 from neurosteer.validation import check_count
 
 logger = logging.getLogger(__name__)
@@ -34,7 +32,7 @@ _PROMPT_COLUMNS = {"cpu": 256}  # that are read before those under way go on: a 
 _OTHER_PROMPT_COLUMNS = 2048
 
 
-class SharedSession:
+class SharedSession(Writer):
     """A session that many threads use at once: their rows decode together and join and leave between two steps.
 
     Texts are those that `Session` writes alone, but for the rounding of the logits, which depends on the rows beside
@@ -66,23 +64,6 @@ class SharedSession:
     def is_decoding(self) -> bool:
         """Whether anything is being written, or was until a moment ago."""
         return self._worker is not None
-
-    def generate(self, rows: Sequence[Row] | Prompt, recipe: Recipe = UNSTEERED, **options: Any) -> list[Row]:
-        """As `Session.generate`. Options as for `stream`."""
-        return drained(self.stream(rows, recipe, **options))
-
-    def sweep(
-        self,
-        uses: Recipe | Artifact,
-        strengths: Sequence[float],
-        prompts: Sequence[Prompt],
-        *,
-        samples: int = 1,
-        **options: Any,
-    ) -> list[Row]:
-        """As `Session.sweep`. Options as for `stream`."""
-        recipe = uses if isinstance(uses, Recipe) else Recipe.of(uses)
-        return self.generate(sweep_rows(recipe, strengths, prompts, samples=samples), **options)
 
     def stream(
         self,

@@ -206,13 +206,7 @@ class _Told(NamedTuple):
 
 
 def _write(session: Session, rows: Sequence[Row], options: Options) -> Generator[Step, None, list[dict[str, Any]]]:
-    filled = yield from session.stream(
-        rows,
-        max_new_tokens=options.max_new_tokens,
-        sampling=options.sampling,
-        raw=options.raw,
-        batch_rows=BATCH_ROWS,
-    )
+    filled = yield from session.stream(rows, **vars(options), batch_rows=BATCH_ROWS)
     return [{"text": row.text, "tokens": row.tokens, "finish": row.finish} for row in filled]
 
 

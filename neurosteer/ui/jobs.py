@@ -10,17 +10,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.context import LocalContext
 from gradio.utils import get_upload_folder
 
 from neurosteer.errors import NeuroSteerError
+from neurosteer.ui.show import html as render
+
+if TYPE_CHECKING:
+    from neurosteer.ui.loading import Models
 
 logger = logging.getLogger(__name__)
 
 BUSY = "Too many visitors are waiting at the moment; what you entered is kept, so please try again in a minute."
+
+
+def new_folder() -> Path:
+    """A new folder among gradio's uploads: of files elsewhere gradio makes copies."""
+    Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))
 
 
 class Jobs:
@@ -79,8 +89,7 @@ class Jobs:
         """A folder of the visitor's own, gone when they leave."""
         with self._lock:
             if visitor not in self._folders:
-                Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
-                self._folders[visitor] = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))
+                self._folders[visitor] = new_folder()
             return self._folders[visitor]
 
     def leave(self, visitor: str | None) -> None:
@@ -97,6 +106,14 @@ class Jobs:
                 file.unlink()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class Handlers:
+    """What happens on a part of the page, with its models and the work that visitors have under way."""
+
+    def __init__(self, models: "Models", jobs: Jobs) -> None:
+        self.models = models
+        self.jobs = jobs
 
 
 def problem(error: Exception) -> str:
@@ -118,3 +135,20 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(escape(problem(error)), print_exception=False) from error
 
     return run
+
+
+def told(where: str, **beside: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A handler of updates by name: what goes wrong becomes one line in the component `where`; `beside` are the updates
+    that come with it."""
+
+    def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        def run(*values: Any) -> Any:
+            try:
+                return handler(*values)
+            except Exception as error:
+                return {where: render.error_line(problem(error)), **beside}
+
+        return run
+
+    return decorate

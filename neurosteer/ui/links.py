@@ -59,25 +59,26 @@ def parse_link(query: Mapping[str, Sequence[str]]) -> Link | None:
     Raises `UsageError` naming what cannot be used.
     """
     uses = tuple(map(_use, query.get("use", ())))
-    prompt = _first(query, "prompt") or ""
+    given = {key: values[0] for key, values in query.items() if values}
+    prompt = given.get("prompt", "")
     if not uses and not prompt:
         return None
     if len(uses) > MOST_USES:
         raise UsageError(f"The link steers with {len(uses)} artifacts at once; at most {MOST_USES} can be used.")
     if len(prompt) > MAX_PROMPT:
         raise UsageError(f"The link's prompt has {len(prompt):,} characters; at most {MAX_PROMPT:,} can be used.")
-    length, seed = _number(query, "length", 1, MAX_NEW_TOKENS), _number(query, "seed", 0, 2**53)
+    length, seed = _number(given, "length", 1, MAX_NEW_TOKENS), _number(given, "seed", 0, 2**53)
     return Link(
         uses,
         prompt,
-        model=(_first(query, "model") or "")[:200] or None,
-        mode="chat" if _first(query, "mode") == "chat" else "prompt",
+        model=given.get("model", "")[:200] or None,
+        mode="chat" if given.get("mode") == "chat" else "prompt",
         max_new_tokens=None if length is None else int(length),
-        temperature=_number(query, "temperature", 0.05, 2.0),
-        top_p=_number(query, "top_p", 0.05, 1.0),
+        temperature=_number(given, "temperature", 0.05, 2.0),
+        top_p=_number(given, "top_p", 0.05, 1.0),
         seed=None if seed is None else int(seed),
-        greedy=_first(query, "greedy") == "1",
-        apart=_first(query, "apart") == "1",
+        greedy=given.get("greedy") == "1",
+        apart=given.get("apart") == "1",
     )
 
 
@@ -92,13 +93,8 @@ def _use(text: str) -> tuple[str, float]:
     return name, number
 
 
-def _first(query: Mapping[str, Sequence[str]], key: str) -> str | None:
-    values = query.get(key)
-    return values[0] if values else None
-
-
-def _number(query: Mapping[str, Sequence[str]], key: str, least: float, most: float) -> float | None:
-    text = _first(query, key)
+def _number(given: Mapping[str, str], key: str, least: float, most: float) -> float | None:
+    text = given.get(key)
     if text is None:
         return None
     try:

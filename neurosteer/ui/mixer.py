@@ -101,6 +101,10 @@ class Mix:
         """The same strengths with another shelf and choice."""
         return replace(self, shelf=shelf, chosen=tuple(chosen[:MOST]))
 
+    def adding(self, shelf: Shelf, label: str) -> "Mix":
+        """With `label` chosen too, the last of them, in place of the last one where there are as many as can be."""
+        return self.choosing(shelf, [*[one for one in self.chosen if one != label][: MOST - 1], label])
+
     def updates(self) -> Updates:
         """For `Mixer.outputs`."""
         overlaps = overlaps_of({label: self.shelf[label] for label in self.chosen})

@@ -15,7 +15,7 @@ from neurosteer.ui.api.circuits import CircuitEndpoints, serve_circuits
 from neurosteer.ui.api.endpoints import Endpoints, serve
 from neurosteer.ui.api.evaluate import EvaluateEndpoint, serve_evaluate
 from neurosteer.ui.guard import Guard
-from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.jobs import Handlers, Jobs
 from neurosteer.ui.loading import ModelHolder, Models
 from neurosteer.ui.show import html as render
 from neurosteer.ui.show.theme import gradio_theme
@@ -37,12 +37,8 @@ _STATUS_EVERY_S = 1.0
 _CACHE_S = (600, 3600)
 
 
-class PageHandlers:
+class PageHandlers(Handlers):
     """What happens around the tabs."""
-
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
 
     def status(self, model: str | None = None) -> list[Any]:
         """The model's line; the timer that asks for it (until loading is over); the button to try again."""

@@ -1,6 +1,5 @@
 """Recipes for a first click: a released artifact at a strength, in words that need no explanation."""
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 
@@ -17,8 +16,3 @@ PRESETS = (
     Preset("Casual", "formality", -1.0),
     Preset("Grateful", "gratitude", 1.0),
 )
-
-
-def presets_for(released: Collection[str]) -> tuple[Preset, ...]:
-    """Those whose artifact is there."""
-    return tuple(preset for preset in PRESETS if preset.artifact in released)

@@ -74,7 +74,7 @@ def check_sae(named: str, lm: "LanguageModel") -> None:
 
     if not strangers():
         return
-    releases = released_for(lm)
+    releases = released_for(lm.name)
     if not any(f"{named}/".startswith(f"{name}/") for name in (EMBEDDED, *releases)):
         offered = [*(f"{EMBEDDED}/{layer}" for layer in embedded_saes(lm)), *(f"{name}/…" for name in releases)]
         raise UsageError(
@@ -82,11 +82,9 @@ def check_sae(named: str, lm: "LanguageModel") -> None:
             f"{', '.join(offered) or 'none'}. Run NeuroSteer on a machine of your own to use any other."
         )
     release, _, identifier = named.partition("/")
-    if (
-        release in releases
-        and identifier
-        and (size := 8 * sae_width(release, identifier) * lm.shape.d_model) > (MOST_SAE_BYTES)
-    ):
+    known = release in releases and identifier
+    size = 8 * sae_width(release, identifier) * lm.shape.d_model if known else 0
+    if size > MOST_SAE_BYTES:
         raise UsageError(
             f"The SAE {named[:100]!r} takes {size / 1e9:.1f} GB and this page loads up to {MOST_SAE_BYTES / 1e9:.1f} "
             "GB: choose one of fewer features, or run NeuroSteer on a machine of your own."

@@ -15,11 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradio.utils import get_upload_folder
-
 from neurosteer.errors import NeuroSteerError, UsageError
-from neurosteer.examples.files import assets_folder
+from neurosteer.examples.files import vectors_folder
 from neurosteer.models.catalog import find_model
+from neurosteer.ui.jobs import new_folder
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
@@ -37,10 +36,8 @@ _zips_lock = threading.Lock()
 def released() -> dict[str, "Artifact"]:
     """The artifacts that come with NeuroSteer, by name; those that cannot be read are left out."""
     from neurosteer.artifacts.storage import is_artifact, load
-    from neurosteer.hub.references import VECTORS_FOLDER
 
-    found = {}
-    folder = assets_folder().parent / VECTORS_FOLDER
+    found, folder = {}, vectors_folder()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_artifact(path):
             try:
@@ -123,8 +120,7 @@ def zip_file(artifact: "Artifact") -> str:
 
     with _zips_lock:
         if artifact not in _zips:
-            Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=get_upload_folder(), prefix="neurosteer-"))  # else gradio copies it
+            folder = new_folder()
             weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
             _zips[artifact] = folder / f"{artifact.name}.zip"
         path = _zips[artifact]

@@ -1,5 +1,6 @@
 """Examples as a visitor gives them: uploaded, pasted, picked, or named on the Hub where visitors are trusted."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +43,7 @@ def read_source(source: Source) -> ContrastSet | None:
     if source.kind == "bundled":
         return read_bundled(source.bundled) if source.bundled else None
     if source.kind == "file":
-        if not source.file:
-            return None
-        data, filename = _content(source.file)
-        return parse_examples(data, filename=filename, **source.options)
+        return read_file(source.file, source.options) if source.file else None
     if source.kind == "dataset":
         return _read_dataset(source)
     if source.kind == "files":
@@ -81,10 +79,10 @@ def read_bundled(name: str) -> ContrastSet:
     return read_examples(name)
 
 
-def read_file(path: str) -> ContrastSet:
-    """The labelled texts of an upload. Raises `ExamplesError`."""
+def read_file(path: str, options: Mapping[str, Any] | None = None) -> ContrastSet:
+    """The labelled texts of an upload, read with `options` of `parse_examples`. Raises `ExamplesError`."""
     data, filename = _content(path)
-    return parse_examples(data, filename=filename)
+    return parse_examples(data, filename=filename, **(options or {}))
 
 
 def _content(path: str) -> tuple[bytes, str]:

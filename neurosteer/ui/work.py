@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,22 +83,17 @@ def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
     many are left to themselves already."""
     if not _places.acquire(blocking=False):
         raise UsageError(f"{what} has to wait: others wait for the same, and it is slow today; try again in a minute.")
-    results: list[Result] = []
-    errors: list[Exception] = []
+    found: Future[Result] = Future()
 
     def run() -> None:
         try:
-            results.append(function())
+            found.set_result(function())
         except Exception as error:
-            errors.append(error)
+            found.set_exception(error)
         finally:
             _places.release()
 
-    thread = threading.Thread(target=run, name="neurosteer-hub", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
+    threading.Thread(target=run, name="neurosteer-hub", daemon=True).start()
+    if not wait([found], seconds).done:
         raise UsageError(f"{what} took over {seconds:g} s and was given up; try again later.")
-    return results[0]
+    return found.result()

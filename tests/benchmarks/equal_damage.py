@@ -78,7 +78,7 @@ class Bench:
         """Mean negative log-likelihood (nats) of the continuations' tokens under the unsteered model."""
         total, count = 0.0, 0
         prompts = {prompt: self.lm.prompt_ids(prompt) for prompt in self.prompts}
-        pairs = [(prompts[str(row.prompt)], self.lm.framer.ids(row.text, special=False)) for row in rows if row.text]
+        pairs = [(prompts[str(row.prompt)], self.lm.token_ids(row.text)) for row in rows if row.text]
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         for first in range(0, len(pairs), 16):
             batch = pairs[first : first + 16]

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -175,10 +176,7 @@ def _neurons(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[list[Tens
     def keep(layer: int, hidden: Tensor) -> None:
         found[layer].append(hidden[0].float())
 
-    hooks = [
-        InputHook(down, lambda hidden, layer=layer: keep(layer, hidden))
-        for layer, down in enumerate(lm.down_projections)
-    ]
+    hooks = [InputHook(down, partial(keep, layer)) for layer, down in enumerate(lm.down_projections)]
     with torch.inference_mode(), hooked(hooks):
         for row in rows:
             lm.decoder(input_ids=torch.tensor([list(row)], device=lm.device), use_cache=False)

@@ -27,7 +27,7 @@ from neurosteer.circuits.relp.attribution import Attribution
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.progress import Progress, silent
-from neurosteer.validation import check_count
+from neurosteer.validation import check_count, check_option
 
 PERCENTS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 70.0, 100.0)
 DRAWS = 3
@@ -224,8 +224,7 @@ def _drawn(circuit: Tensor, allowed: Tensor, generator: torch.Generator) -> Tens
 def _check(percents: Sequence[float], ablation: str, counterfactual_prompts: object, draws: object) -> None:
     if not percents or list(percents) != sorted(set(percents)) or not 0 <= percents[0] <= percents[-1] <= 100:
         raise UsageError(f"percents is {list(percents)!r:.100}; give rising percentages from 0 to 100.")
-    if ablation not in ABLATIONS:
-        raise UsageError(f"ablation is {ablation!r:.60}; it must be one of {', '.join(ABLATIONS)}.")
+    check_option("ablation", ablation, ABLATIONS)
     if ablation == "paired" and not counterfactual_prompts:
         raise UsageError("Paired ablation needs counterfactual prompts, one for each prompt.")
     if ablation == "zero" and counterfactual_prompts is not None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurosteer.artifacts.artifact import check_model
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.artifacts.recipes import UNSTEERED, Recipe, check_recipes_fit
 from neurosteer.circuits.parts import at_multiplier
-from neurosteer.circuits.relp.choices import NextToken, next_tokens
+from neurosteer.circuits.relp.choices import NextToken, checked_ids, next_tokens
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.logits import last_logits
@@ -77,7 +76,7 @@ def top_predictions(
     an artifact of another model.
     """
     check_count("k", k, 1, _MOST_PREDICTIONS)
-    ids = _prompt_ids(lm, prompt, raw, seed_response)
+    ids = checked_ids(lm, prompt, raw, seed_response)
     return _top(lm, _probabilities(lm, ids, [recipe])[0], k)
 
 
@@ -115,40 +114,25 @@ def sweep_multipliers(
 
 def _asked(
     lm: LanguageModel, prompt: Prompt, tokens: str | Sequence[str], raw: bool, seed_response: str
-) -> tuple[tuple[int, ...], list[NextToken]]:
+) -> tuple[Sequence[int], list[NextToken]]:
     """The prompt's ids, and the tokens that may follow it."""
     wanted = [tokens] if isinstance(tokens, str) else list(tokens)
     if not wanted:
-        return _prompt_ids(lm, prompt, raw, seed_response), []
+        return checked_ids(lm, prompt, raw, seed_response), []
     choices = next_tokens(lm, [prompt] * len(wanted), wanted, raw=raw, seed_response=seed_response)
     return choices[0].ids, [choice.target for choice in choices]
 
 
-def _prompt_ids(lm: LanguageModel, prompt: Prompt, raw: bool, seed_response: str) -> tuple[int, ...]:
-    ids = lm.prompt_ids(prompt, raw=raw, seed_response=seed_response) if prompt else []
-    if not ids:
-        raise UsageError("The prompt is empty; write at least one character.")
-    if lm.max_positions is not None and len(ids) > lm.max_positions:
-        raise UsageError(f"A prompt of {len(ids)} tokens exceeds the {lm.max_positions} of {lm.name}; shorten it.")
-    return tuple(ids)
-
-
 def _probabilities(lm: LanguageModel, ids: Sequence[int], recipes: Sequence[Recipe]) -> Tensor:
     """Of every next token under each recipe, float32 `[len(recipes), vocabulary]`, on the CPU."""
-    _check_artifacts(lm, recipes)
+    for warning in check_recipes_fit(recipes, lm.reference):
+        logger.warning(warning)
     found = []
     for first in range(0, len(recipes), _ROWS):
         part = recipes[first : first + _ROWS]
         with torch.inference_mode(), applied(lm, compile_plan(lm, part)):
             found.append(last_logits(lm, [ids] * len(part)).softmax(-1).cpu())
     return torch.cat(found)
-
-
-def _check_artifacts(lm: LanguageModel, recipes: Sequence[Recipe]) -> None:
-    for artifact in {id(use.artifact): use.artifact for recipe in recipes for use in recipe.uses}.values():
-        warning = check_model(artifact, lm.reference)
-        if warning:
-            logger.warning(warning)
 
 
 def _top(lm: LanguageModel, probabilities: Tensor, k: int) -> list[Prediction]:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
@@ -12,20 +11,18 @@ from torch import Tensor
 from neurosteer.artifacts.artifact import check_model
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.common import safe_name
-from neurosteer.artifacts.provenance import Provenance
+from neurosteer.artifacts.provenance import made_now
 from neurosteer.artifacts.strength import default_calibration
 from neurosteer.circuits.relp.choices import NextToken, next_tokens
 from neurosteer.circuits.relp.linearised import Attention
 from neurosteer.circuits.relp.scores import METRICS, PER_POSITION, Metric, NeuronScore, PromptAttribution, score_prompts
 from neurosteer.circuits.relp.selection import Selection
-from neurosteer.circuits.relp.specific import find_unspecific
-from neurosteer.circuits.relp.universal import CommonNeurons, find_universal
+from neurosteer.circuits.relp.universal import CommonNeurons, find_universal, find_unspecific
 from neurosteer.errors import MismatchError, UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.reference import ModelReference
 from neurosteer.progress import Progress, silent
-from neurosteer.validation import check_count
-from neurosteer.version import VERSION
+from neurosteer.validation import check_count, check_option
 
 Aggregate = Literal["mean", "union"]
 AGGREGATES: tuple[Aggregate, ...] = ("mean", "union")
@@ -87,10 +84,12 @@ class Attribution:
         of them selected with its strongest score. A circuit's `differences` are the neurons' activations, averaged.
         Raises `UsageError` where nothing is selected.
         """
-        if aggregate not in AGGREGATES:
-            raise UsageError(f"aggregate is {aggregate!r:.60}; it must be one of {', '.join(AGGREGATES)}.")
+        check_option("aggregate", aggregate, AGGREGATES)
         select = select or Selection()
-        scores = self._selected(select) if aggregate == "union" else self._mean_selected(select)
+        if aggregate == "union":
+            scores = self._selected(select)
+        else:
+            scores = _kept(self.neuron_scores(), select, sum(one.metric for one in self.prompts) / len(self.prompts))
         chosen = scores.flatten().abs().argsort(descending=True, stable=True)[: int(scores.count_nonzero())]
         if not len(chosen):
             raise UsageError(f"No neuron reaches {select.rule} {select.amount:g}; choose a smaller amount.")
@@ -107,9 +106,7 @@ class Attribution:
             operation="scale",
             description=description,
             calibration=default_calibration("scale"),
-            provenance=Provenance(
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                version=VERSION,
+            provenance=made_now(
                 framing="raw" if self.parameters.get("raw") else "prompt",
                 tokens="last",
             ),
@@ -145,10 +142,6 @@ class Attribution:
             mask[layer, neuron] = True
         return mask
 
-    def _mean_selected(self, select: Selection) -> Tensor:
-        metric = sum(one.metric for one in self.prompts) / len(self.prompts)
-        return _kept(self.neuron_scores(), select, metric)
-
     def _selected(self, select: Selection) -> Tensor:
         """The strongest over prompts of what each prompt's selection keeps, `[n_layers, d_mlp]`."""
         excluded = self._excluded()
@@ -159,6 +152,7 @@ class Attribution:
         return union
 
     def _circuit_parameters(self, select: Selection, aggregate: Aggregate) -> dict[str, Any]:
+        found = self.universal or CommonNeurons(())
         return {
             **self.parameters,
             "prompts": [one.choice.prompt for one in self.prompts],
@@ -168,10 +162,8 @@ class Attribution:
             "select": [select.rule, select.amount],
             "aggregate": aggregate,
             "keep_universal": self.keep_universal,
-            "universal": [list(pair) for pair in self.universal.neurons] if self.universal is not None else [],
-            "super_weights": [list(pair) for pair in self.universal.super_weights]
-            if self.universal is not None
-            else [],
+            "universal": list(map(list, found.neurons)),
+            "super_weights": list(map(list, found.super_weights)),
         }
 
 
@@ -263,8 +255,7 @@ def _token_data(token: NextToken | None) -> dict[str, Any] | None:
 
 
 def _check(metric: str, counterfactuals: object, per_position: object) -> None:
-    if metric not in METRICS:
-        raise UsageError(f"metric is {metric!r:.60}; it must be one of {', '.join(METRICS)}.")
+    check_option("metric", metric, METRICS)
     if metric == "logit" and counterfactuals is not None:
         raise UsageError("The metric 'logit' is the target's alone; leave the counterfactual out.")
     check_count("per_position", per_position, 1, 1_000_000)

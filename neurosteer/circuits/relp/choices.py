@@ -57,8 +57,8 @@ def next_tokens(
     """
     asked = as_prompts(prompts)
     wanted = _one_each("targets", targets, len(asked))
-    against = _one_each("counterfactuals", counterfactuals, len(asked)) if counterfactuals is not None else [None]
-    against = against if counterfactuals is not None else against * len(asked)
+    named = counterfactuals is not None
+    against = _one_each("counterfactuals", counterfactuals, len(asked)) if named else [None] * len(asked)
     return tuple(
         _choice(lm, prompt, target, other, raw, seed_response)
         for prompt, target, other in zip(asked, wanted, against, strict=True)
@@ -70,11 +70,8 @@ def likely_choices(lm: LanguageModel, prompts: Sequence[str]) -> tuple[Choice, .
 
     Raises `UsageError` for no prompts or an empty one.
     """
-    ids = [lm.prompt_ids(prompt, raw=True) if prompt else [] for prompt in as_prompts(prompts)]
-    if not all(ids):
-        raise UsageError("A prompt is empty; write at least one character.")
     choices: dict[int, Choice] = {}
-    drafts = [Choice(prompt, tuple(row), NextToken(0, "")) for prompt, row in zip(prompts, ids, strict=True)]
+    drafts = [Choice(one, tuple(checked_ids(lm, one, raw=True)), NextToken(0, "")) for one in as_prompts(prompts)]
     for indices in length_batches(drafts, batch_tokens_for(lm)):
         with torch.inference_mode():
             best = last_logits(lm, [drafts[index].ids for index in indices]).topk(2).indices.tolist()
@@ -93,6 +90,17 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
+def checked_ids(lm: LanguageModel, prompt: Prompt, raw: bool, seed_response: str = "") -> list[int]:
+    """The prompt's token ids. Raises `UsageError` where there is none, or more than the model was made for."""
+    ids = lm.prompt_ids(prompt, raw=raw, seed_response=seed_response) if prompt else []
+    if not ids:
+        raise UsageError("A prompt is empty; write at least one character.")
+    limit = lm.max_positions
+    if limit is not None and len(ids) > limit:
+        raise UsageError(f"A prompt of {len(ids)} tokens exceeds the {limit} tokens of {lm.name}; shorten it.")
+    return ids
+
+
 def _one_each(what: str, texts: str | Sequence[str], count: int) -> list[str]:
     if isinstance(texts, str):
         return [texts] * count
@@ -104,12 +112,7 @@ def _one_each(what: str, texts: str | Sequence[str], count: int) -> list[str]:
 def _choice(
     lm: LanguageModel, prompt: Prompt, target: str, counterfactual: str | None, raw: bool, seed_response: str
 ) -> Choice:
-    ids = lm.prompt_ids(prompt, raw=raw, seed_response=seed_response) if prompt else []
-    if not ids:
-        raise UsageError("A prompt is empty; write at least one character.")
-    limit = lm.max_positions
-    if limit is not None and len(ids) > limit:
-        raise UsageError(f"A prompt of {len(ids)} tokens exceeds the {limit} tokens of {lm.name}; shorten it.")
+    ids = checked_ids(lm, prompt, raw, seed_response)
     wanted = _next_token(lm, prompt, target, ids, raw, seed_response)
     other = None
     if counterfactual is not None:

@@ -13,28 +13,31 @@ Nothing is replaced: hooks on the norms, activation functions and projections pa
 gradient. Like all hooks they answer the thread that entered the block only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from neurosteer.errors import ModelError, UsageError
+from neurosteer.errors import ModelError
 from neurosteer.models.batching import padded
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, PassHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.logits import logits_at, where_last
-from neurosteer.models.parts import NormParts, norm_of, probe_norm
+from neurosteer.models.parts import NormParts, norm_of, output_width, part_of, probe_norm
+from neurosteer.validation import check_option
 
 Attention = Literal["full", "frozen"]
 ATTENTIONS: tuple[Attention, ...] = ("full", "frozen")
 
 _GRAPH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 _ATTENTION_NAMES = ("self_attn", "attn")
-_ACTIVATION_NAMES = ("act_fn", "act")
+_ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,7 @@ def linearised(lm: LanguageModel, attention: Attention = "full") -> Iterator[Non
     Values are those of the plain model. Gradients may be asked for after the block. Raises `UsageError` for another
     `attention`, `ModelError` naming a part of the model that no rule is known for.
     """
-    if attention not in ATTENTIONS:
-        raise UsageError(f"attention is {attention!r:.60}; it must be one of {', '.join(ATTENTIONS)}.")
+    check_option("attention", attention, ATTENTIONS)
     hooks = [*_norm_hooks(lm), *_mlp_hooks(lm)]
     if attention == "frozen":
         hooks += _frozen_attention_hooks(lm)
@@ -81,10 +83,7 @@ def linear_pass(
         neurons[layer] = hidden if layer else hidden.detach().requires_grad_()
         return neurons[layer]
 
-    keeping: list[Hook] = [
-        InputHook(down, lambda hidden, layer=layer: keep(layer, hidden))
-        for layer, down in enumerate(lm.down_projections)
-    ]
+    keeping: list[Hook] = [InputHook(down, partial(keep, layer)) for layer, down in enumerate(lm.down_projections)]
     keeping.append(OutputHook(lm.model.get_output_embeddings(), plain.append))
     with torch.inference_mode(False), torch.enable_grad(), linearised(lm, attention), hooked(keeping):
         ids = padded(rows, lm.pad_id)
@@ -189,30 +188,89 @@ def _parts_of(lm: LanguageModel, module: Module, x: Tensor) -> NormParts:
 # --- MLPs and attention ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Mlp:
+    """The parts of one block's MLP: the `activation` function; where its neurons are products, what gives the other
+    factor (`up`), as all that it returns or (`half` 0 or 1) the one half of it."""
+
+    activation: Module
+    up: Module | None = None
+    half: int | None = None
+
+    @property
+    def hooks(self) -> list[Hook]:
+        share = 1.0 if self.up is None else 0.5
+        hooks: list[Hook] = [PassHook(self.activation, lambda x, y: _multiple(x, y, limit=0.5, share=share))]
+        if self.up is not None:
+            hooks.append(OutputHook(self.up, self._halved))
+        return hooks
+
+    def _halved(self, y: Tensor) -> Tensor:
+        halves = [y] if self.half is None else list(y.chunk(2, dim=-1))
+        place = self.half or 0
+        halves[place] = 0.5 * halves[place] + 0.5 * halves[place].detach()
+        return torch.cat(halves, dim=-1)
+
+
 def _mlp_hooks(lm: LanguageModel) -> list[Hook]:
-    hooks: list[Hook] = []
-    for layer, block in enumerate(lm.blocks):
-        mlp = getattr(block, "mlp", None)
-        activation = _part(mlp, _ACTIVATION_NAMES)
-        gate, up = _part(mlp, ("gate_proj",)), _part(mlp, ("up_proj",))
-        if activation is None or (gate is None) != (up is None) or (gate is None and _part(mlp, ("c_fc",)) is None):
+    if lm not in _mlps:
+        _mlps[lm] = _look_at_mlps(lm)
+    return [hook for mlp in _mlps[lm] for hook in mlp.hooks]
+
+
+_mlps: WeakKeyDictionary[LanguageModel, list[_Mlp]] = WeakKeyDictionary()
+
+
+def _look_at_mlps(lm: LanguageModel) -> list[_Mlp]:
+    """What each block's MLP is made of, seen from two tokens that run through the model: names do not tell which map
+    feeds the activation function. Raises `ModelError` for an MLP that is no `activation(gate) × up`, with gate and up
+    from one map or from two, and no `activation(up)`."""
+    parents = [_parent(block, down) for block, down in zip(lm.blocks, lm.down_projections, strict=True)]
+    activations = [part_of(parent, _ACTIVATION_NAMES) for parent in parents]
+    maps = [
+        [part for part in parent.children() if output_width(part) is not None and part is not down]
+        for parent, down in zip(parents, lm.down_projections, strict=True)
+    ]
+    seen: dict[Module, Tensor] = {}
+    hooks: list[Hook] = [OutputHook(part, partial(seen.__setitem__, part)) for parts in maps for part in parts]
+    hooks += [InputHook(one, partial(seen.__setitem__, one)) for one in activations if one is not None]
+    with torch.no_grad(), hooked(hooks):
+        lm.decoder(input_ids=torch.tensor([[0, 1]], device=lm.device), use_cache=False)
+    found = [_mlp_of(activation, parts, seen) for activation, parts in zip(activations, maps, strict=True)]
+    for layer, (mlp, parent) in enumerate(zip(found, parents, strict=True)):
+        if mlp is None:
             raise ModelError(
-                f"{lm.name}: no rule is known for the MLP of block {layer} ({type(mlp).__name__}); it needs act_fn, "
-                "gate_proj and up_proj, or act and c_fc."
+                f"{lm.name}: no rule is known for the MLP of block {layer} ({type(parent).__name__}); it needs an "
+                "activation function that is a module, and one linear map or two that feed it and multiply it."
             )
-        share = 1.0 if up is None else 0.5
-        hooks.append(PassHook(activation, lambda x, y, share=share: _multiple(x, y, limit=0.5, share=share)))
-        if up is not None:
-            hooks.append(OutputHook(up, lambda y: 0.5 * y + 0.5 * y.detach()))
-    return hooks
+    return [mlp for mlp in found if mlp is not None]
+
+
+def _mlp_of(activation: Module | None, maps: Sequence[Module], seen: Mapping[Module, Tensor]) -> _Mlp | None:
+    if activation is None or activation not in seen or any(part not in seen for part in maps):
+        return None
+    wanted = seen[activation]
+    feeding = [part for part in maps if torch.equal(seen[part], wanted)]
+    if len(feeding) == 1 and len(maps) <= 2:
+        return _Mlp(activation, next((part for part in maps if part is not feeding[0]), None))
+    if len(maps) == 1 and seen[maps[0]].shape[-1] == 2 * wanted.shape[-1]:
+        for place, half in enumerate(seen[maps[0]].chunk(2, dim=-1)):
+            if torch.equal(half, wanted):
+                return _Mlp(activation, maps[0], half=1 - place)
+    return None
+
+
+def _parent(block: Module, part: Module) -> Module:
+    """The module whose own child `part` is."""
+    return next(module for module in block.modules() if any(child is part for child in module.children()))
 
 
 def _frozen_attention_hooks(lm: LanguageModel) -> list[Hook]:
     """With constant queries and keys the pattern is a constant."""
     hooks: list[Hook] = []
     for layer, block in enumerate(lm.blocks):
-        attention = _part(block, _ATTENTION_NAMES)
-        query, key, fused = (_part(attention, (name,)) for name in ("q_proj", "k_proj", "c_attn"))
+        attention = part_of(block, _ATTENTION_NAMES)
+        query, key, fused = (part_of(attention, (name,)) for name in ("q_proj", "k_proj", "c_attn"))
         if query is not None and key is not None:
             hooks += [OutputHook(module, lambda y: y.detach()) for module in (query, key)]
         elif fused is not None:
@@ -229,8 +287,3 @@ def _values_only(fused: Tensor) -> Tensor:
     """GPT-2 computes queries, keys and values at once, in this order."""
     query, key, value = fused.chunk(3, dim=-1)
     return torch.cat([query.detach(), key.detach(), value], dim=-1)
-
-
-def _part(module: object, names: Sequence[str]) -> Module | None:
-    found = (getattr(module, name, None) for name in names)
-    return next((part for part in found if isinstance(part, Module)), None)

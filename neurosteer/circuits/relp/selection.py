@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from neurosteer.errors import UsageError
-from neurosteer.validation import is_finite
+from neurosteer.validation import check_option, is_finite
 
 Rule = Literal["top_k", "share", "percent", "per_layer"]
 RULES: tuple[Rule, ...] = ("top_k", "share", "percent", "per_layer")
@@ -26,8 +26,7 @@ class Selection:
     amount: float = 200
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise UsageError(f"The selection's rule is {self.rule!r:.60}; it must be one of {', '.join(RULES)}.")
+        check_option("The selection's rule", self.rule, RULES)
         number = is_finite(self.amount)
         if self.rule in ("top_k", "per_layer"):
             if not number or self.amount != int(self.amount) or not 1 <= self.amount <= 1e9:

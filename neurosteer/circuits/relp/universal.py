@@ -1,11 +1,12 @@
-"""Neurons that keep the model running whatever the text is about, and explain no single answer."""
+"""Neurons that keep the model running whatever the text is about, and explain no single answer; and those that everyday
+answers are owed to as well: leaving them out makes a circuit specific to its own answer."""
 
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -14,15 +15,16 @@ from neurosteer.circuits.relp.choices import Choice, likely_choices
 from neurosteer.circuits.relp.linearised import batch_tokens_for
 from neurosteer.circuits.relp.scores import score_prompts
 from neurosteer.circuits.relp.weights import Neuron, edge_weights, super_weights
-from neurosteer.errors import UsageError
-from neurosteer.examples.files import assets_folder
+from neurosteer.examples.files import bundled_lines
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
+from neurosteer.validation import check_count, check_number
 
 TOP_PER_LAYER = 20
 SHARE_OF_PROMPTS = 0.8
+ANSWERS_TOP, ANSWERS_SHARE = 100, 0.25
 
 _EDGE_PROMPTS = 8  # in how many of the prompts edges are found, evenly spaced
 _EDGE_SOURCES, _EDGE_TARGETS = 200, 10
@@ -53,8 +55,7 @@ class CommonNeurons:
 @cache
 def everyday_prompts() -> tuple[str, ...]:
     """The beginnings of twenty unremarkable sentences, each about something else."""
-    text = (assets_folder() / "examples" / "everyday_prompts.txt").read_text(encoding="utf-8")
-    return tuple(line for line in text.splitlines() if line)
+    return bundled_lines("everyday_prompts.txt")
 
 
 _FOUND: "weakref.WeakKeyDictionary[LanguageModel, CommonNeurons]" = weakref.WeakKeyDictionary()
@@ -77,11 +78,8 @@ def find_universal(
     by_default = prompts is None and (top_per_layer, share) == (TOP_PER_LAYER, SHARE_OF_PROMPTS)
     if by_default and lm in _FOUND:
         return _FOUND[lm]
-    if not 1 <= top_per_layer <= lm.shape.d_mlp or not 0 < share <= 1:
-        raise UsageError(
-            f"top_per_layer is {top_per_layer!r:.40} and share {share!r:.40}; give 1 to {lm.shape.d_mlp} neurons and a "
-            "share above 0 and up to 1."
-        )
+    check_count("top_per_layer", top_per_layer, 1, lm.shape.d_mlp)
+    check_number("share", share, 0, 1, above=True)
     progress("Finding universal neurons")
     choices = likely_choices(lm, everyday_prompts() if prompts is None else prompts)
     counts = torch.zeros(lm.n_layers, lm.shape.d_mlp, dtype=torch.int32)
@@ -112,10 +110,7 @@ def _among_strongest(lm: LanguageModel, batch: Sequence[Choice], count: int) -> 
         strongest = at_last.float().abs().topk(count).indices.cpu()
         counts[layer] = torch.bincount(strongest.flatten(), minlength=counts.shape[1])
 
-    hooks = [
-        InputHook(down, lambda hidden, layer=layer: add(layer, hidden))
-        for layer, down in enumerate(lm.down_projections)
-    ]
+    hooks = [InputHook(down, partial(add, layer)) for layer, down in enumerate(lm.down_projections)]
     with torch.inference_mode(), hooked(hooks):
         lm.decoder(input_ids=padded([choice.ids for choice in batch], lm.pad_id).to(lm.device), use_cache=False)
     return counts
@@ -134,3 +129,29 @@ def _super_weights(
         weights = edge_weights(lm, one.choice.ids, nodes, nodes[:_EDGE_TARGETS], cancel=cancel)
         times.update((outlier.layer, outlier.neuron) for outlier in super_weights(weights, nodes))
     return tuple(sorted(key for key, count in times.items() if count >= _EDGE_SHARE * len(looked_at)))
+
+
+def find_unspecific(
+    lm: LanguageModel,
+    prompts: Sequence[str] | None = None,
+    *,
+    top: int = ANSWERS_TOP,
+    share: float = ANSWERS_SHARE,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> CommonNeurons:
+    """The universal neurons, and those that are among the `top` by relp score, of all layers, of at least `share` of
+    everyday prompts' own likeliest tokens (against the second likeliest). For `attribute(..., universal=...)`.
+
+    Ablating a circuit without them takes away less of its answer, but leaves other answers alone. Raises `UsageError`
+    for no prompts, an empty one, or an option out of its range, `Cancelled`.
+    """
+    check_count("top", top, 1, lm.n_layers * lm.shape.d_mlp)
+    check_number("share", share, 0, 1, above=True)
+    universal = find_universal(lm, progress=progress, cancel=cancel)
+    choices = likely_choices(lm, everyday_prompts() if prompts is None else prompts)
+    counts: Counter[int] = Counter()
+    for one in score_prompts(lm, choices, progress=progress, cancel=cancel):
+        counts.update(one.strongest.abs().flatten().topk(top).indices.tolist())
+    common = (divmod(key, lm.shape.d_mlp) for key, count in counts.items() if count >= share * len(choices))
+    return replace(universal, neurons=tuple(sorted({*universal.neurons, *common})))

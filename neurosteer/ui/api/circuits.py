@@ -1,6 +1,7 @@
 """Circuits for programs: which neurons a next word is owed to, and how they feed one another, without state."""
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.errors import UsageError
@@ -16,14 +17,13 @@ from neurosteer.ui.explaining import (
     attributed,
     check_question,
 )
-from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.jobs import Handlers
 from neurosteer.ui.limits import MAX_CIRCUITS
-from neurosteer.ui.loading import Models
 
 if TYPE_CHECKING:
     import threading
 
-    from neurosteer.circuits import CircuitGraph, Prediction
+    from neurosteer.circuits import Prediction
     from neurosteer.models.language_model import LanguageModel
 
 MOST_TARGETS = 100
@@ -32,12 +32,8 @@ MOST_EDGES = 1_000
 _HUBS = 10
 
 
-class CircuitEndpoints:
+class CircuitEndpoints(Handlers):
     """What programs may ask about circuits. All raise the library's errors."""
-
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
 
     def attribute(
         self,
@@ -81,11 +77,9 @@ class CircuitEndpoints:
                 doubles them) and what it is: "name", "kind", "method", "model", "layers", "strength"; "warnings" (a
                 list of sentences), "seconds".
         """
-        question = Question(
-            prompt, target, counterfactual, neurons, _universal(keep_universal, specific), chat, metric, attention,
-            seed_response,
-        )  # fmt: skip
-        return self._answer(explain_answer, question, model)
+        universal = _universal(keep_universal, specific)
+        asked = (prompt, target, counterfactual, neurons, universal, chat, metric, attention, seed_response)
+        return self._answer(explain_answer, Question(*asked), model)
 
     def edges(
         self,
@@ -134,11 +128,9 @@ class CircuitEndpoints:
                 f"targets is {targets} and count {count}; give 1 to {MOST_TARGETS} targets and 1 to {MOST_EDGES:,} "
                 "edges."
             )
-        question = Question(
-            prompt, target, counterfactual, neurons, _universal(keep_universal, specific), chat, metric, attention,
-            seed_response,
-        )  # fmt: skip
-        return self._answer(explain_wiring, question, model, targets, count)
+        universal = _universal(keep_universal, specific)
+        asked = (prompt, target, counterfactual, neurons, universal, chat, metric, attention, seed_response)
+        return self._answer(explain_wiring, Question(*asked), model, targets, count)
 
     def _answer(self, explain: Any, question: Question, model: str, *more: Any) -> dict[str, Any]:
         check_question(question)
@@ -202,7 +194,10 @@ def explain_wiring(
     return {
         **graph.data(count),
         "n_edges": len(graph.edges),
-        **_structure(graph),
+        "hubs": [asdict(hub) for hub in graph.hubs[:_HUBS]],
+        "bottleneck": [[hub.layer, hub.neuron] for hub in graph.bottleneck],
+        "super_weights": [[one.layer, one.neuron] for one in graph.super_weights],
+        "flow": [[*layers, weight] for layers, weight in graph.layer_flow.items()],
         "metric": graph.metric,
         "target": graph.target.text,
         "counterfactual": graph.counterfactual.text if graph.counterfactual else None,
@@ -212,17 +207,6 @@ def explain_wiring(
 
 
 _OF_A_CIRCUIT = ("artifact", "name", "kind", "method", "model", "layers", "strength")
-
-
-def _structure(graph: "CircuitGraph") -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {
-        "hubs": [asdict(hub) for hub in graph.hubs[:_HUBS]],
-        "bottleneck": [[hub.layer, hub.neuron] for hub in graph.bottleneck],
-        "super_weights": [[one.layer, one.neuron] for one in graph.super_weights],
-        "flow": [[*layers, weight] for layers, weight in graph.layer_flow.items()],
-    }
 
 
 def _predictions(found: "tuple[Prediction, ...] | list[Prediction]") -> list[dict[str, Any]]:

@@ -25,16 +25,8 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import parse_examples
 from neurosteer.models.catalog import find_model
 from neurosteer.progress import silent
+from neurosteer.ui import limits
 from neurosteer.ui.jobs import Jobs, problem
-from neurosteer.ui.limits import (
-    MAX_BODY_BYTES,
-    MAX_BUILDS,
-    MAX_NEW_TOKENS,
-    MAX_PROMPT,
-    MAX_RUNS,
-    check_strength,
-    visitors_token,
-)
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST
 from neurosteer.ui.settings import Settings
@@ -48,7 +40,6 @@ from neurosteer.ui.work import KIND as BUILD_KIND
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
     from neurosteer.artifacts.recipes import Use
-    from neurosteer.steering.session import Row
 
 _ZIP = "UEsD"  # how a zip file begins, as base64
 _UNTRUSTED = (
@@ -110,23 +101,26 @@ class Endpoints:
         uses = uses_of(use)
         with working(self.jobs, "ask for fewer tokens") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
-            from neurosteer.artifacts.artifact import check_model
-            from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+            from neurosteer.artifacts.recipes import UNSTEERED, Recipe, check_recipes_fit
             from neurosteer.steering.decoding import Sampling
             from neurosteer.steering.session import Row, drained
 
-            found = [check_model(one.artifact, session.lm.reference) for one in uses]
-            rows = [Row(prompt, Recipe.of(*uses)), *([Row(prompt, UNSTEERED)] if compare else [])]
+            recipe = Recipe.of(*uses)
+            warnings = check_recipes_fit([recipe], session.lm.reference)
+            rows = [Row(prompt, recipe), *([Row(prompt, UNSTEERED)] if compare else [])]
             sampling = Sampling(greedy, temperature, top_p, seed=seed)
             started = time.monotonic()
             stream = session.stream(rows, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, cancel=cancel)
             written = drained(stream)
         return {
-            **{side: _text_data(row) for side, row in zip(("steered", "unsteered"), written, strict=False)},
+            **{
+                side: {"text": row.text, "tokens": row.tokens, "finish": row.finish}
+                for side, row in zip(("steered", "unsteered"), written, strict=False)
+            },
             "use": [{"name": one.artifact.name, "strength": one.strength} for one in uses],
             "model": session.lm.name,
             "seconds": round(time.monotonic() - started, 3),
-            "warnings": [warning for warning in found if warning],
+            "warnings": warnings,
         }
 
     def build(
@@ -285,8 +279,8 @@ def serve(endpoints: Endpoints) -> None:
     """Add the endpoints to the page that is being laid out."""
     add(
         endpoints.models,
-        Endpoint("steer", endpoints.steer, STEER_KIND, MAX_RUNS),
-        Endpoint("build", endpoints.build, BUILD_KIND, MAX_BUILDS),
+        Endpoint("steer", endpoints.steer, STEER_KIND, limits.MAX_RUNS),
+        Endpoint("build", endpoints.build, BUILD_KIND, limits.MAX_BUILDS),
         Endpoint("list", endpoints.offered, "list", HUB),
         Endpoint("inspect", endpoints.inspect, "pull", HUB),
         Endpoint("pull", endpoints.pull, "pull", HUB),
@@ -340,10 +334,10 @@ def _check_types(function: Callable[..., Any], values: tuple[Any, ...]) -> None:
 
 
 def _check_request(prompt: str, max_new_tokens: int) -> None:
-    if len(prompt) > MAX_PROMPT:
-        raise UsageError(f"The prompt has {len(prompt):,} characters; this page takes {MAX_PROMPT:,}.")
-    if max_new_tokens > MAX_NEW_TOKENS:
-        raise UsageError(f"{max_new_tokens} tokens are asked for; this page writes at most {MAX_NEW_TOKENS}.")
+    if len(prompt) > limits.MAX_PROMPT:
+        raise UsageError(f"The prompt has {len(prompt):,} characters; this page takes {limits.MAX_PROMPT:,}.")
+    if max_new_tokens > limits.MAX_NEW_TOKENS:
+        raise UsageError(f"{max_new_tokens} tokens are asked for; this page writes at most {limits.MAX_NEW_TOKENS}.")
 
 
 def uses_of(texts: list[str]) -> "list[Use]":
@@ -354,7 +348,7 @@ def uses_of(texts: list[str]) -> "list[Use]":
         raise UsageError(f'use has {len(texts)} entries; give 1 to {MOST}, like ["sentiment:1"].')
     uses = [Use(_artifact(reference), strength) for reference, strength in map(_parsed_use, texts)]
     for use in uses:
-        check_strength(use.artifact.name, use.strength)
+        limits.check_strength(use.artifact.name, use.strength)
     return uses
 
 
@@ -380,7 +374,7 @@ def _artifact(reference: str) -> "Artifact":
     if "/" in reference:
         from neurosteer.hub import pull
 
-        return pull(reference, token=visitors_token(None))
+        return pull(reference, token=limits.visitors_token(None))
     if reference not in released():
         raise UsageError(
             f"There is no released artifact {reference[:100]!r}; there are {', '.join(released()) or 'none'}. Or give "
@@ -390,8 +384,10 @@ def _artifact(reference: str) -> "Artifact":
 
 
 def _decoded(text: str) -> bytes:
-    if len(text) > MAX_BODY_BYTES:
-        raise UsageError(f"The artifact has {len(text):,} characters of base64; at most {MAX_BODY_BYTES:,} are read.")
+    if len(text) > limits.MAX_BODY_BYTES:
+        raise UsageError(
+            f"The artifact has {len(text):,} characters of base64; at most {limits.MAX_BODY_BYTES:,} are read."
+        )
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -414,10 +410,6 @@ def examples_of(
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _text_data(row: "Row") -> dict[str, Any]:
-    return {"text": row.text, "tokens": row.tokens, "finish": row.finish}
-
-
 def _model_data(name: str, default: bool) -> dict[str, Any]:
     known = find_model(name)
     if known is None:
@@ -429,15 +421,8 @@ def _model_data(name: str, default: bool) -> dict[str, Any]:
 def _summary(artifact: "Artifact") -> dict[str, Any]:
     from neurosteer.artifacts.cards import strength_meaning
 
-    return {
-        "name": artifact.name,
-        "kind": artifact.kind,
-        "method": artifact.method,
-        "model": artifact.model.name,
-        "layers": artifact.layers,
-        "description": artifact.description,
-        "strength": strength_meaning(artifact),
-    }
+    own = {key: getattr(artifact, key) for key in ("name", "kind", "method", "layers", "description")}
+    return {**own, "model": artifact.model.name, "strength": strength_meaning(artifact)}
 
 
 def _marked(artifact: "Artifact") -> dict[str, str]:

@@ -7,27 +7,21 @@ from typing import TYPE_CHECKING, Any
 from neurosteer.errors import UsageError
 from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
 from neurosteer.ui.evaluating import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, made, neutral
-from neurosteer.ui.jobs import Jobs
+from neurosteer.ui.jobs import Handlers
 from neurosteer.ui.limits import MAX_EVALUATIONS, check_strength, strangers
-from neurosteer.ui.loading import Models
 from neurosteer.ui.show.evaluation import WEAK_JUDGE
 
 if TYPE_CHECKING:
-    import threading
-
     from neurosteer.artifacts.recipes import Recipe
-    from neurosteer.evaluation import EvaluatedText, Judge
+    from neurosteer.evaluation import Judge
 
 _NO_TEXTS: list[str] = []
 _STRENGTHS = ["-2", "-1", "0", "1", "2"]
+_OF_A_TEXT = ("kind", "strength", "prompt", "sample", "text", "score")
 
 
-class EvaluateEndpoint:
+class EvaluateEndpoint(Handlers):
     """What programs may ask to be measured. Raises the library's errors."""
-
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
 
     def evaluate(
         self,
@@ -81,21 +75,20 @@ class EvaluateEndpoint:
         check_size(options)
         with working(self.jobs, "ask for fewer texts") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
-            from neurosteer.artifacts.artifact import check_model
-            from neurosteer.artifacts.recipes import Recipe
+            from neurosteer.artifacts.recipes import Recipe, check_recipes_fit
             from neurosteer.evaluation import evaluate
 
             started, recipe = time.monotonic(), Recipe.of(*uses_of(use))
-            foreign = [check_model(one.artifact, session.lm.reference) for one in recipe.uses]
+            foreign = check_recipes_fit([recipe], session.lm.reference)
             trained = _judge(judge, positive, negative, recipe, cancel)
             found = session.run(evaluate, recipe, trained, **options, cancel=cancel)
         data = dict(found.receipt.data)
         return {
             "table": data["table"],
             "receipt": data,
-            "texts": [_text_data(row) for row in found.rows],
+            "texts": [{name: getattr(row, name) for name in _OF_A_TEXT} for row in found.rows],
             "artifact": handed_over(found.artifact)["artifact"] if found.artifact else None,
-            "warnings": [*filter(None, foreign), *([WEAK_JUDGE] if data["judge"]["is_weak"] else [])],
+            "warnings": [*foreign, *([WEAK_JUDGE] if data["judge"]["is_weak"] else [])],
             "seconds": round(time.monotonic() - started, 3),
         }
 
@@ -114,21 +107,8 @@ def _strength(text: str) -> float:
     return strength
 
 
-def _judge(
-    named: str, positive: list[str], negative: list[str], recipe: "Recipe", cancel: "threading.Event"
-) -> "Judge":
+def _judge(named: str, positive: list[str], negative: list[str], recipe: "Recipe", cancel: threading.Event) -> "Judge":
     from neurosteer.evaluation import JudgeRequest
 
     labelled = examples_of(positive, negative) if positive or negative else None
     return made(JudgeRequest(named, labelled, "positive and negative", not strangers()), recipe, cancel)
-
-
-def _text_data(row: "EvaluatedText") -> dict[str, Any]:
-    return {
-        "kind": row.kind,
-        "strength": row.strength,
-        "prompt": row.prompt,
-        "sample": row.sample,
-        "text": row.text,
-        "score": row.score,
-    }

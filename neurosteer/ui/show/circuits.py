@@ -30,16 +30,13 @@ def summary(found: "Attribution", circuit: "NeuronCircuit") -> str:
     one = found.prompts[0]
     against = f" rather than {_quoted(one.counterfactual.text)}" if one.counterfactual else ""
     part = " It is the first token of what you wrote." if one.target.is_part else ""
+    count = len(found.left_out)
+    left_out = f" {count:,} that fire on almost any prompt are left out." if count else ""
     return (
         f"<div class='ns-card'><p>{_quoted(one.target.text)}{against}: {signed(round(one.metric, 2))} logits in favour."
         f"{part}</p><p class='ns-faint'>The {circuit.size:,} strongest neurons ({circuit.share:.2%} of all) in "
-        f"{len(circuit.layers)} layers are the circuit.{_left_out(found)}</p></div>"
+        f"{len(circuit.layers)} layers are the circuit.{left_out}</p></div>"
     )
-
-
-def _left_out(found: "Attribution") -> str:
-    count = len(found.left_out)
-    return f" {count:,} that fire on almost any prompt are left out." if count else ""
 
 
 def about_circuit(circuit: "NeuronCircuit", found: "Attribution | None" = None) -> str:

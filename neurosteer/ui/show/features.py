@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from neurosteer.text import flat
+
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
     from neurosteer.artifacts.features import Feature, FeatureContext
@@ -16,6 +18,7 @@ _FEATURES_HELP = (
 )
 _RATES_HELP = "How often one fires is a share of the tokens (words and parts of words) in the texts."
 _QUOTES_HELP = "The quotes are from the texts it was built from, and go with it when it is downloaded."
+_ELSEWHERE = "target='_blank' rel='noopener noreferrer'"
 _COLUMNS = ("Feature", "Found more in", "Fires on: show it vs don’t", "Weight", "Words")
 
 
@@ -50,7 +53,7 @@ def _feature_count(shown: int, total: int) -> str:
 def _feature_row(feature: "Feature", share: float, several_layers: bool) -> str:
     """One feature; `share` is its |weight| against the largest."""
     name = f"#{feature.index}" + (f" at layer {feature.layer}" if several_layers else "")
-    link = _neuronpedia(feature.link) if feature.link else ""
+    link = f" <a href='{escape(feature.link)}' {_ELSEWHERE}>Neuronpedia</a>" if feature.link else ""
     fires = escape(" vs ".join(map(_rate, feature.rates)))
     weight = f"{feature.weight:+.3g}".replace("-", "−") + (
         f"<span class='ns-bar {'ns-up' if feature.weight > 0 else 'ns-down'}' "
@@ -61,10 +64,6 @@ def _feature_row(feature: "Feature", share: float, several_layers: bool) -> str:
     shown = "".join(f"<td role='cell' data-label='{escape(column)}'>{content}</td>" for column, content in cells)
     head = f"<th scope='row' role='rowheader'>{name}{link}</th>"
     return f"<tr role='row'>{head}{shown}<td role='cell' class='ns-wide'>{words}</td></tr>"
-
-
-def _neuronpedia(link: str) -> str:
-    return f" <a href='{escape(link)}' target='_blank' rel='noopener noreferrer'>Neuronpedia</a>"
 
 
 def _side(rates: tuple[float, float]) -> str:
@@ -88,8 +87,7 @@ def _words(what: str, tokens: Sequence[str]) -> str:
 
 def _visible(token: str) -> str:
     """A token by itself, in printable characters."""
-    word = " ".join("".join(char if char.isprintable() else " " for char in token).split())
-    return word or ("↵" if "\n" in token else "␣")
+    return flat(token) or ("↵" if "\n" in token else "␣")
 
 
 def _marked(token: str) -> str:

@@ -118,7 +118,8 @@ def built(artifact: "Artifact", label: str, seconds: float, examples: ContrastSe
         lines.append(f"<p>{escape(dropped)}</p>")
     lines += [f"<p class='ns-warning'>{escape(text)}</p>" for text in (*examples.warnings, *warnings_of(artifact))]
     if source.hold_out:
-        lines.append(f"<p>{escape(_kept_for_judging(source.hold_out))}</p>")
+        share = f"{source.hold_out:.0%} of the examples took no part"
+        lines.append(f"<p>{share}: on the Evaluate tab a judge can be trained on them.</p>")
     if receipt := measured(artifact):
         lines.append(f"<p>{escape(receipt)}</p>")
     lines.append(f"<p class='ns-faint'>{escape(meaning(artifact))}</p>")
@@ -163,10 +164,6 @@ def calibrated(artifact: "Artifact") -> str:
     nats = f"{known.target_kl:g} nat{'' if known.target_kl == 1 else 's'}"
     missed = " (as near as it comes)" if known.note else ""
     return f"; strength 1 = {known.percentile:g}th percentile KL of {nats}{missed}"
-
-
-def _kept_for_judging(share: float) -> str:
-    return f"{share:.0%} of the examples took no part: on the Evaluate tab a judge can be trained on them."
 
 
 def measured(artifact: "Artifact") -> str:

@@ -4,6 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from neurosteer.models.catalog import find_model
+from neurosteer.text import cut
 
 if TYPE_CHECKING:
     from neurosteer.hub import Found, Pushed
@@ -37,8 +38,7 @@ def found_line(found: "Found") -> str:
         f"♥ {found.likes:,}" if found.likes else "",
         f"{found.downloads:,} downloads" if found.downloads else "",
     ]
-    line = " · ".join([found.repo, *filter(None, marks)])
-    return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
+    return cut(" · ".join([found.repo, *filter(None, marks)]), _MAX_LINE)
 
 
 def published(pushed: "Pushed") -> str:

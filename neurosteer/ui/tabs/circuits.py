@@ -19,9 +19,9 @@ from neurosteer.ui.explaining import (
     explain_circuit,
     predicted,
 )
-from neurosteer.ui.jobs import BUSY, problem
+from neurosteer.ui.jobs import BUSY, told
 from neurosteer.ui.limits import MAX_CIRCUITS, MAX_PROMPT
-from neurosteer.ui.mixer import MOST, MULTIPLIERS, Mix, Mixer
+from neurosteer.ui.mixer import MULTIPLIERS, Mix, Mixer
 from neurosteer.ui.shelf import put
 from neurosteer.ui.show import html as render
 from neurosteer.ui.show.circuits import COLUMNS
@@ -71,25 +71,16 @@ class CircuitHandlers(Startable):
         found = self._explained(request, progress, mix, check_prompt, explain_circuit, question, circuit)
         return {**found, "save": gr.update(visible=False)} if found["error"] == "" else found
 
+    @told("error")
     def _explained(
-        self,
-        request: gr.Request,
-        progress: gr.Progress,
-        mix: Mix,
-        check: Any,
-        work: Any,
-        question: Question,
-        *more: Any,
+        self, request: gr.Request, progress: gr.Progress, mix: Mix, check: Any, work: Any, asked: Question, *more: Any
     ) -> Updates:
         cancel, report = self.jobs.begin(request.session_hash, KIND), in_words(progress)
-        try:
-            check(question)
-            with at_most(cancel, "ask for fewer neurons, or about a shorter prompt"):
-                session = self.models.holder(mix.model).wait(report, cancel)
-                found = session.run(work, *more, question, progress=report, cancel=cancel)
-            return {"error": "", **_shown(found)}
-        except Exception as error:
-            return {"error": render.error_line(problem(error))}
+        check(asked)
+        with at_most(cancel, "ask for fewer neurons, or about a shorter prompt"):
+            session = self.models.holder(mix.model).wait(report, cancel)
+            found = session.run(work, *more, asked, progress=report, cancel=cancel)
+        return {"error": "", **_shown(found)}
 
     def move(self, current: OnScreen | None, multiplier: float) -> str:
         """What would come next with the circuit at another multiplier."""
@@ -100,16 +91,14 @@ class CircuitHandlers(Startable):
         labels = [label for label, artifact in mix.shelf.items() if artifact.kind == "neuron-circuit"]
         return gr.update(choices=labels, visible=bool(labels))
 
+    @told("error")
     def save(self, current: OnScreen | None, mix: Mix) -> Updates:
         """Put the circuit on the shelf and choose it."""
         if current is None:
             return {}
-        try:
-            shelf, label = put(mix.shelf, current.circuit)
-        except Exception as error:
-            return {"error": render.error_line(problem(error))}
+        shelf, label = put(mix.shelf, current.circuit)
         done = render.note_line(f"{label} is on your shelf: steer with it, download or publish it.")
-        return {"summary": done, **mix.choosing(shelf, [*mix.chosen[: MOST - 1], label]).updates()}
+        return {"summary": done, **mix.adding(shelf, label).updates()}
 
 
 def _shown(found: Explained) -> Updates:

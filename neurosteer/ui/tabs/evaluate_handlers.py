@@ -14,7 +14,7 @@ import gradio as gr
 from neurosteer.errors import Cancelled, NeuroSteerError, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.ui.evaluating import KIND, Plan, built_from_all, made, options_of, seen, sets_about
-from neurosteer.ui.jobs import problem
+from neurosteer.ui.jobs import problem, told
 from neurosteer.ui.limits import strangers
 from neurosteer.ui.mixer import Mix
 from neurosteer.ui.shelf import put, zip_file
@@ -150,6 +150,7 @@ class EvaluateHandlers(Startable):
         except Exception as error:
             return ended(error=render.error_line(problem(error)))
 
+    @told("error", note="")
     def attach(self, request: gr.Request, measured: Measured | None, mix: Mix) -> Updates:
         """Put the receipt on the artifact of the shelf."""
         if measured is None:
@@ -161,11 +162,8 @@ class EvaluateHandlers(Startable):
         if now is None or not _is_same(now, measured.artifact):
             gone = f"{measured.label} on the shelf is no longer what was measured; run the evaluation again."
             return {"error": render.error_line(gone), "note": "", "attach": hidden}
-        try:
-            kept = with_receipt(now, measured.receipt)
-            shelf, label = put(mix.shelf, kept, measured.label)
-        except Exception as error:
-            return {"error": render.error_line(problem(error)), "note": ""}
+        kept = with_receipt(now, measured.receipt)
+        shelf, label = put(mix.shelf, kept, measured.label)
         self.jobs.remove_later(request.session_hash, zip_file(kept))
         said = render.note_line(f"{label} carries the receipt now: downloads and its card on the Hub show it.")
         return {"error": "", "note": said, "attach": hidden, **mix.choosing(shelf, mix.chosen).updates()}

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from neurosteer.errors import UsageError
-from neurosteer.ui.jobs import BUSY, problem
+from neurosteer.ui.jobs import BUSY, problem, told
 from neurosteer.ui.limits import MAX_SECONDS, on_a_space, strangers, visitors_token
 from neurosteer.ui.loading import Models
-from neurosteer.ui.mixer import MOST, Mix, Mixer
+from neurosteer.ui.mixer import Mix, Mixer
 from neurosteer.ui.shelf import OWN, origin, put, zip_file
 from neurosteer.ui.show import html as render
 from neurosteer.ui.show import library as show_library
@@ -70,9 +70,7 @@ class LibraryHandlers:
         """Steer with it."""
         if not label or label not in mix.shelf:
             return {"shelf_error": render.error_line("Choose something from the list first.")}
-        chosen = [one for one in mix.chosen if one != label][: MOST - 1]
-        mixed = mix.choosing(mix.shelf, [*chosen, label]).updates()
-        return {"tabs": gr.update(selected="steer"), "shelf_error": "", **mixed}
+        return {"tabs": gr.update(selected="steer"), "shelf_error": "", **mix.adding(mix.shelf, label).updates()}
 
     def remove(self, label: str | None, mix: Mix) -> Updates:
         """Take it off the shelf."""
@@ -82,28 +80,26 @@ class LibraryHandlers:
         chosen = [one for one in mix.chosen if one != label]
         return {"labels": gr.update(value=None), "shelf_error": "", **mix.choosing(kept, chosen).updates()}
 
+    @told("hub_error", found_note="")
     def search(self, oauth: gr.OAuthToken | None, text: str, author: str, fitting: bool, model: str | None) -> Updates:
         """Look on the Hub."""
-        try:
-            from neurosteer import hub
+        from neurosteer import hub
 
-            name = model or self.models.default
-            ready = self.models.status(name).ready
-            reference = self.models.holder(name).wait().lm.reference if ready else None
-            found = hub.search(
-                text.strip(),
-                author=author.strip() or None,
-                base_model=show_library.hub_id(name) if fitting else None,
-                model=reference,
-                limit=FOUND_AT_MOST,
-                token=visitors_token(oauth),
-            )
-            choices = [(show_library.found_line(one), one.repo) for one in found]
-            listed = gr.update(choices=choices, value=None, visible=bool(found))
-            note = "" if found else render.hint(show_library.nothing_found(text))
-            return {"found": listed, "found_note": note, "hub_error": ""}
-        except Exception as error:
-            return {"found_note": "", "hub_error": render.error_line(problem(error))}
+        name = model or self.models.default
+        ready = self.models.status(name).ready
+        reference = self.models.holder(name).wait().lm.reference if ready else None
+        found = hub.search(
+            text.strip(),
+            author=author.strip() or None,
+            base_model=show_library.hub_id(name) if fitting else None,
+            model=reference,
+            limit=FOUND_AT_MOST,
+            token=visitors_token(oauth),
+        )
+        choices = [(show_library.found_line(one), one.repo) for one in found]
+        listed = gr.update(choices=choices, value=None, visible=bool(found))
+        note = "" if found else render.hint(show_library.nothing_found(text))
+        return {"found": listed, "found_note": note, "hub_error": ""}
 
     def look(self, oauth: gr.OAuthToken | None, repo: str | None) -> Updates:
         """A repository's card."""
@@ -122,22 +118,19 @@ class LibraryHandlers:
             said = render.error_line(problem(error))
             return {"reference": repo, "names": nothing, "hub_card": "", "hub_error": said}
 
+    @told("hub_error", found_note="")
     def pull(self, oauth: gr.OAuthToken | None, reference: str, name: str | None, mix: Mix) -> Updates:
         """Fetch it and choose it."""
-        try:
-            wanted = _named(reference.strip(), name)
-            from neurosteer import hub
-            from neurosteer.artifacts.artifact import check_model
+        wanted = _named(reference.strip(), name)
+        from neurosteer import hub
+        from neurosteer.artifacts.artifact import check_model
 
-            token = visitors_token(oauth)
-            artifact = within(MAX_SECONDS, f"Fetching {wanted[:100]}", lambda: hub.pull(wanted, token=token))
-            warning = check_model(artifact, session_soon(self.models, mix.model).lm.reference)
-            shelf, label = put(mix.shelf, artifact, wanted)
-            chosen = [one for one in mix.chosen if one != label][: MOST - 1]
-            note = render.added(artifact, label, warning)
-            return {"found_note": note, "hub_error": "", **mix.choosing(shelf, [*chosen, label]).updates()}
-        except Exception as error:
-            return {"found_note": "", "hub_error": render.error_line(problem(error))}
+        token = visitors_token(oauth)
+        artifact = within(MAX_SECONDS, f"Fetching {wanted[:100]}", lambda: hub.pull(wanted, token=token))
+        warning = check_model(artifact, session_soon(self.models, mix.model).lm.reference)
+        shelf, label = put(mix.shelf, artifact, wanted)
+        note = render.added(artifact, label, warning)
+        return {"found_note": note, "hub_error": "", **mix.adding(shelf, label).updates()}
 
     def who(self, oauth: gr.OAuthToken | None) -> Updates:
         """As whom things are published."""
@@ -155,6 +148,7 @@ class LibraryHandlers:
         except Exception:  # the Hub is away: publishing says so
             return None
 
+    @told("push_error", push_note="")
     def push(
         self, request: gr.Request, oauth: gr.OAuthToken | None, progress: gr.Progress, ask: Publication, mix: Mix
     ) -> Updates:
@@ -163,25 +157,22 @@ class LibraryHandlers:
         Only the page itself may ask for it: another web page could send a visitor's browser here with an artifact of
         its own.
         """
-        try:
-            from neurosteer import hub
+        from neurosteer import hub
 
-            if not Caller.of(request.request).from_page:
-                raise UsageError("Publishing has to be asked for on NeuroSteer's own page; nothing was published.")
-            if not ask.label or ask.label not in mix.shelf:
-                raise UsageError("Choose what to publish first: something you built or uploaded.")
-            token = visitors_token(oauth)
-            if token is False:
-                raise UsageError(_not_logged_in())
-            artifact = mix.shelf[ask.label]
-            if ask.description.strip():
-                artifact = replace(artifact, description=ask.description.strip())
-            progress(0.2, desc="Uploading")
-            private = ask.visibility == _PRIVATE
-            pushed = hub.push(artifact, ask.repo.strip(), private=private, licence=ask.licence, token=token)
-            return {"push_note": show_library.published(pushed), "push_error": ""}
-        except Exception as error:
-            return {"push_note": "", "push_error": render.error_line(problem(error))}
+        if not Caller.of(request.request).from_page:
+            raise UsageError("Publishing has to be asked for on NeuroSteer's own page; nothing was published.")
+        if not ask.label or ask.label not in mix.shelf:
+            raise UsageError("Choose what to publish first: something you built or uploaded.")
+        token = visitors_token(oauth)
+        if token is False:
+            raise UsageError(_not_logged_in())
+        artifact = mix.shelf[ask.label]
+        if ask.description.strip():
+            artifact = replace(artifact, description=ask.description.strip())
+        progress(0.2, desc="Uploading")
+        private = ask.visibility == _PRIVATE
+        pushed = hub.push(artifact, ask.repo.strip(), private=private, licence=ask.licence, token=token)
+        return {"push_note": show_library.published(pushed), "push_error": ""}
 
     def give_up(self) -> str:
         return render.error_line(BUSY)

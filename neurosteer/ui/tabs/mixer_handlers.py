@@ -9,7 +9,7 @@ import gradio as gr
 
 from neurosteer.errors import UsageError
 from neurosteer.ui import links
-from neurosteer.ui.jobs import BUSY, Jobs, problem
+from neurosteer.ui.jobs import BUSY, Handlers, Jobs, problem, told
 from neurosteer.ui.limits import visitors_token
 from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import MOST, Mix
@@ -24,12 +24,11 @@ from neurosteer.ui.work import KIND, LINK_S, in_words, session_soon, within
 EXAMPLE_SET = "sentiment"
 
 
-class MixerHandlers:
+class MixerHandlers(Handlers):
     """What happens around the shelf and the sliders of the Steer tab."""
 
     def __init__(self, models: Models, jobs: Jobs, building: BuildHandlers) -> None:
-        self.models = models
-        self.jobs = jobs
+        super().__init__(models, jobs)
         self.building = building
 
     def arrive(self, request: gr.Request, mix: Mix) -> Updates:
@@ -60,29 +59,25 @@ class MixerHandlers:
             shelf = {**released_for(self.models.default), **mix.shelf}
             return {"mix_error": render.error_line(problem(error)), **mix.choosing(shelf, ()).updates()}
 
+    @told("mix_error")
     def fetch_linked(self, wanted: links.Link | None, mix: Mix) -> Updates:
         """Fetch what the visitor's link names and is not on their shelf; then all is chosen as the link says."""
         if wanted is None:
             return {}
-        try:
-            from neurosteer.hub import pull
+        from neurosteer.hub import pull
 
-            shelf = mix.shelf
-            for name in (name for name, _ in wanted.uses if name not in shelf):
-                artifact = within(LINK_S, f"Fetching {name}", lambda name=name: pull(name, token=visitors_token(None)))
-                shelf, _ = put(shelf, artifact, name)
-            mixed = _linked(wanted, replace(mix, shelf=shelf)).updates()
-            return {"fetch": gr.update(visible=False), "wanted": None, "mix_error": "", **mixed}
-        except Exception as error:
-            return {"mix_error": render.error_line(problem(error))}
+        shelf = mix.shelf
+        for name in (name for name, _ in wanted.uses if name not in shelf):
+            artifact = within(LINK_S, f"Fetching {name}", lambda name=name: pull(name, token=visitors_token(None)))
+            shelf, _ = put(shelf, artifact, name)
+        mixed = _linked(wanted, replace(mix, shelf=shelf)).updates()
+        return {"fetch": gr.update(visible=False), "wanted": None, "mix_error": "", **mixed}
 
+    @told("mix_error")
     def choose_model(self, mix: Mix) -> Updates:
         """Another model: it begins to load, and what was released for it is on the shelf."""
         name = mix.model or self.models.default
-        try:
-            self.models.holder(name).start_if_new()
-        except Exception as error:
-            return {"mix_error": render.error_line(problem(error))}
+        self.models.holder(name).start_if_new()
         kept = {label: artifact for label, artifact in mix.shelf.items() if origin(label) != RELEASED}
         shelf = {**released_for(name), **kept}
         return {"mix_error": "", **mix.choosing(shelf, [label for label in mix.chosen if label in shelf]).updates()}
@@ -117,24 +112,19 @@ class MixerHandlers:
 
     def give_up_example(self) -> Updates:
         """When the server could not even begin."""
-        return _example_ended(error=render.error_line(BUSY))
+        return {"example": gr.update(interactive=True), "mix_error": render.error_line(BUSY), "mix_note": ""}
 
+    @told("mix_error", mix_note="", example=gr.update(interactive=True))
     def build_example(self, request: gr.Request, progress: gr.Progress, mix: Mix) -> Updates:
         """One click to something to steer with."""
-        try:
-            cancel = self.jobs.current(request.session_hash, KIND)
-            examples = read_bundled(EXAMPLE_SET)
-            artifact, _ = self.building.make(examples, Settings(), in_words(progress), cancel, mix.model)
-            shelf, label = put(mix.shelf, artifact)
-            self.jobs.remove_later(request.session_hash, zip_file(artifact))
-            ready = render.note_line(f"{label} is ready: press Run.")
-            return {**_example_ended(note=ready), **mix.choosing(shelf, [label]).updates()}
-        except Exception as error:
-            return _example_ended(error=render.error_line(problem(error)))
-
-
-def _example_ended(error: str = "", note: str = "") -> Updates:
-    return {"example": gr.update(interactive=True), "mix_error": error, "mix_note": note}
+        cancel = self.jobs.current(request.session_hash, KIND)
+        examples = read_bundled(EXAMPLE_SET)
+        artifact, _ = self.building.make(examples, Settings(), in_words(progress), cancel, mix.model)
+        shelf, label = put(mix.shelf, artifact)
+        self.jobs.remove_later(request.session_hash, zip_file(artifact))
+        ready = render.note_line(f"{label} is ready: press Run.")
+        mixed = mix.choosing(shelf, [label]).updates()
+        return {"example": gr.update(interactive=True), "mix_error": "", "mix_note": ready, **mixed}
 
 
 def _linked(link: links.Link, mix: Mix) -> Mix:

@@ -5,21 +5,16 @@ from typing import Any, ClassVar
 
 import gradio as gr
 
-from neurosteer.ui.jobs import BUSY, Jobs
-from neurosteer.ui.loading import Models
+from neurosteer.ui.jobs import BUSY, Handlers
 from neurosteer.ui.show import html as render
 from neurosteer.ui.wiring import Parts, Updates, bound
 from neurosteer.ui.work import QUIET
 
 
-class Startable:
+class Startable(Handlers):
     """Handlers of one kind of work."""
 
     kind: ClassVar[str]
-
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
 
     def begin(self, request: gr.Request) -> Updates:
         """At once, before the work has its turn: Cancel works from here on."""

@@ -10,9 +10,8 @@ import gradio as gr
 from neurosteer.errors import UsageError
 from neurosteer.progress import check_cancelled
 from neurosteer.ui import links
-from neurosteer.ui.jobs import BUSY, Jobs, problem
+from neurosteer.ui.jobs import BUSY, Handlers, problem, told
 from neurosteer.ui.limits import MAX_NEW_TOKENS, MAX_PROMPT, MAX_SECONDS
-from neurosteer.ui.loading import Models
 from neurosteer.ui.mixer import Mix
 from neurosteer.ui.presets import Preset
 from neurosteer.ui.shelf import OWN, origin, released_for
@@ -33,12 +32,8 @@ _UPDATE_S = 0.06  # faster than anyone reads, slow enough for any connection
 _POLL_S = 0.3
 
 
-class SteerHandlers:
+class SteerHandlers(Handlers):
     """What happens on the Steer tab."""
-
-    def __init__(self, models: Models, jobs: Jobs) -> None:
-        self.models = models
-        self.jobs = jobs
 
     # --- writing ---
 
@@ -128,38 +123,31 @@ class SteerHandlers:
         except Exception as error:
             return render.error_line(problem(error))
 
+    @told("mix_error")
     def put_aside(self, mix: Mix) -> Updates:
         """Keep the recipe to compare others with it."""
-        try:
-            if not mix.chosen:
-                raise UsageError("There is no recipe to keep yet: choose something to steer with first.")
-            kept = Kept(mix.recipe(), mix.in_words())
-        except Exception as error:
-            return {"mix_error": render.error_line(problem(error))}
+        if not mix.chosen:
+            raise UsageError("There is no recipe to keep yet: choose something to steer with first.")
+        kept = Kept(mix.recipe(), mix.in_words())
         choices = [("the unsteered model", UNSTEERED_SIDE), (f"kept: {kept.words}", KEPT_SIDE)]
         return {
             "kept": kept, "against": gr.update(choices=choices, value=KEPT_SIDE, visible=True), "mix_error": ""
         }  # fmt: skip
 
+    @told("error", query="")
     def share(self, ask: Ask, mix: Mix) -> Updates:
         """The recipe, the prompt and the settings as a link's query."""
-        try:
-            links.check_shareable(mix.chosen, {label: origin(label) for label in mix.chosen}, OWN)
-            link = links.Link(
-                tuple((label, float(mix.strength(label))) for label in mix.chosen),
-                ask.prompt,
-                model=mix.model if mix.model != self.models.default else None,
-                mode=ask.mode,
-                max_new_tokens=int(ask.max_new_tokens),
-                temperature=ask.temperature,
-                top_p=ask.top_p,
-                seed=int(ask.seed or 0),
-                greedy=ask.greedy,
-                apart=mix.without_overlap,
-            )
-            return {"query": link.query(), "error": ""}
-        except Exception as error:
-            return {"query": "", "error": render.error_line(problem(error))}
+        links.check_shareable(mix.chosen, {label: origin(label) for label in mix.chosen}, OWN)
+        link = links.Link(
+            tuple((label, float(mix.strength(label))) for label in mix.chosen),
+            ask.prompt,
+            model=mix.model if mix.model != self.models.default else None,
+            max_new_tokens=int(ask.max_new_tokens),
+            seed=int(ask.seed or 0),
+            apart=mix.without_overlap,
+            **{name: getattr(ask, name) for name in ("mode", "temperature", "top_p", "greedy")},
+        )
+        return {"query": link.query(), "error": ""}
 
     def clear(self) -> Updates:
         """Begin a new conversation."""
