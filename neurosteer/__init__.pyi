@@ -8,6 +8,7 @@ from .artifacts.storage import load as load
 from .artifacts.storage import save as save
 from .artifacts.vector import SteeringVector as SteeringVector
 from .building.build import build as build
+from .building.described import described_examples as described_examples
 from .circuits import attribute as attribute
 from .circuits import compare_with_circuit as compare_with_circuit
 from .circuits import decompose as decompose

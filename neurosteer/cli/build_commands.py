@@ -12,7 +12,9 @@ from neurosteer.cli.inputs import read_prompts, whole_numbers
 from neurosteer.cli.options import (
     EXAMPLES,
     ColumnOptions,
+    DescribedOptions,
     ExamplesArgument,
+    ExamplesOrNone,
     FramingOption,
     JsonOption,
     MaxNewTokensOption,
@@ -24,6 +26,7 @@ from neurosteer.cli.options import (
     SeedOption,
     TargetKlOption,
     artifact_names,
+    described_name,
     out_option,
 )
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
@@ -61,9 +64,10 @@ SaeOption = Annotated[
 
 def build(
     *,
-    examples: ExamplesArgument,
+    examples: ExamplesOrNone = None,
     negative: NegativeOption = None,
     reading: ColumnOptions,
+    described: DescribedOptions,
     method: MethodOption = "caa",
     layers: Annotated[str, typer.Option("--layers", help="auto, all, 14, 10-18 or 3,7,9.")] = "auto",
     name: Annotated[str | None, typer.Option("--name", help="The artifact's name.")] = None,
@@ -120,13 +124,13 @@ def build(
     raw: RawOption = False,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Build an artifact from examples."""
+    """Build an artifact from examples, or from a description: then the model's own answers are the examples."""
     from neurosteer.artifacts.common import safe_name
     from neurosteer.artifacts.storage import save
     from neurosteer.building.build import build as build_artifact
 
-    contrast = _contrast(reading, examples, negative)
-    called = safe_name(name or f"{contrast.name}-{method}")
+    contrast = None if described.check(examples) else _contrast(reading, examples or "", negative)
+    called = safe_name(name or f"{contrast.name if contrast else described_name(described.instruct or '')}-{method}")
     if name is not None and called != name:
         err.print(f"Note: the name {name[:100]!r} becomes {called}; names are of letters, digits, '.', '_' and '-'.")
     place = artifact_place(folder or Path(called))
@@ -138,6 +142,11 @@ def build(
         parameters["skip_layers"] = whole_numbers(skip_layers, "--skip-layers")
     with progress_line() as progress:
         lm = asked.load(progress)
+        if contrast is None:
+            contrast = described.write(lm, progress)
+            if described.save_examples is not None:
+                _save_examples(contrast, described.save_examples)
+                return
         started = time.perf_counter()
         artifact = build_artifact(
             lm, contrast, method=method, layers=layers, name=called, description=description,
@@ -145,11 +154,15 @@ def build(
             target_kl=target_kl, progress=progress, **parameters,
         )  # fmt: skip
         seconds = time.perf_counter() - started
+        worth = described.worth(lm, artifact, contrast, progress)
     written = save(artifact, place)
     if as_json:
-        print_json({**_build_data(artifact, written, seconds), "source": contrast.source})
+        more = {"worth": list(worth)} if worth else {}
+        print_json({**_build_data(artifact, written, seconds), "source": contrast.source, **more})
         return
     out.print(_build_text(artifact, seconds))
+    for sentence in worth:
+        out.print(sentence)
     out.print(f"Read: {flat(contrast.source)}.")
     out.print(f"Written to {written}. Try: neurosteer steer --use {written}:1 --prompt 'Tell me a story.' --compare")
 
@@ -260,6 +273,20 @@ def _contrast(reading: ColumnOptions, examples: str, negative: str | None) -> "C
     for warning in contrast.warnings:
         err.print(f"Warning: {warning}")
     return contrast
+
+
+def _save_examples(contrast: "ContrastSet", path: Path) -> None:
+    """As a table of prompts with two answers each, which `build` reads."""
+    from neurosteer.artifacts.files import csv_text, write_files
+
+    rows = zip(contrast.positive_prompts, contrast.positive, contrast.negative, strict=True)
+    names = ("prompt", "chosen", "rejected")
+    (written,) = write_files(
+        path.parent, {path.name: csv_text(names, (dict(zip(names, row, strict=True)) for row in rows))}
+    )
+    out.print(
+        f"{len(contrast.positive)} pairs of answers are in {written}. Edit them, then: neurosteer build {written}"
+    )
 
 
 def count_or_share(value: float | None) -> int | float | None:

@@ -13,16 +13,20 @@ import typer
 
 from neurosteer.cli.choices import Dtype, Framing, Method, Positions, ReadTokens
 from neurosteer.cli.grammar import OUTPUT
+from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
+    from neurosteer.artifacts.artifact import Artifact
     from neurosteer.examples.contrast_set import ContrastSet
     from neurosteer.models.language_model import LanguageModel
     from neurosteer.steering.decoding import Sampling
 
 EXAMPLES = "How the examples are read"
 # Options by the panel of the help that lists them. They are called as the parameter is, unless a name is given.
-_model, _sampling, _reading = (partial(typer.Option, rich_help_panel=name) for name in ("Model", "Sampling", EXAMPLES))
+_model, _sampling, _reading, _described = (
+    partial(typer.Option, rich_help_panel=name) for name in ("Model", "Sampling", EXAMPLES, "Described instead")
+)
 
 
 def _model_names(incomplete: str) -> Iterator[str]:
@@ -118,6 +122,63 @@ class ColumnOptions:
 
 
 @dataclass(frozen=True)
+class DescribedOptions:
+    """What the model is told, so that its own answers are the examples."""
+
+    instruct: Annotated[
+        str | None, _described(metavar="TEXT", help="What asks for the behaviour: 'Write like a pirate.'")
+    ] = None
+    against: Annotated[str | None, _described(metavar="TEXT", help="What asks for its opposite: 'Write plainly.'")] = (
+        None
+    )
+    answers: Annotated[int, _described(metavar="N", help="Answers to each of 64 prompts, to either, 1 to 20.")] = 2
+    save_examples: Annotated[
+        Path | None,
+        _described("--save-examples", metavar="FILE", help="Write the answers to a CSV to edit, and build nothing."),
+    ] = None
+
+    def check(self, examples: str | None) -> bool:
+        """Whether there is a description. Raises `UsageError` unless there is either one or `examples`."""
+        if self.instruct is None and self.against is None:
+            if examples is None:
+                raise UsageError("There are no examples; name a file, or describe it (--instruct and --against).")
+            if self.save_examples is not None:
+                raise UsageError("--save-examples is for the answers to --instruct and --against; leave it out.")
+            return False
+        if examples is not None:
+            raise UsageError("There are both examples and a description (--instruct); give one of them.")
+        if self.instruct is None or self.against is None:
+            raise UsageError("--instruct and --against go together; give what asks for it, and for its opposite.")
+        return True
+
+    def write(self, lm: "LanguageModel", progress: Progress) -> "ContrastSet":
+        """The model's answers. Raises as `described_examples` does."""
+        from neurosteer.building.described import described_examples
+
+        assert self.instruct is not None and self.against is not None
+        return described_examples(
+            lm, self.instruct, self.against, samples=self.answers, name=described_name(self.instruct), progress=progress
+        )
+
+    def worth(
+        self, lm: "LanguageModel", artifact: "Artifact", examples: "ContrastSet", progress: Progress
+    ) -> tuple[str, ...]:
+        """Sentences that say what an artifact built from the answers is worth; none where there is no description."""
+        if self.instruct is None or self.against is None:
+            return ()
+        from neurosteer.evaluation.worth import worth_of
+
+        return worth_of(lm, artifact, examples, self.instruct, self.against, progress=progress).sentences
+
+
+def described_name(instruct: str) -> str:
+    """What examples, and an artifact of them, are called after an instruction."""
+    from neurosteer.artifacts.common import safe_name
+
+    return safe_name(instruct.lower())[:40].strip("-._")
+
+
+@dataclass(frozen=True)
 class JudgeOptions:
     """Who says which texts show the behaviour."""
 
@@ -138,15 +199,14 @@ class JudgeOptions:
 
 
 # What an artifact is built from and how.
-ExamplesArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="EXAMPLES",
-        help="A file of examples, a bundled set, or a data set on the Hub: user/name[:split] or "
-        "hf://datasets/user/name/file.csv.",
-        autocompletion=_set_names,
-    ),
-]
+_examples = typer.Argument(
+    metavar="EXAMPLES",
+    help="A file of examples, a bundled set, or a data set on the Hub: user/name[:split] or "
+    "hf://datasets/user/name/file.csv.",
+    autocompletion=_set_names,
+)
+ExamplesArgument = Annotated[str, _examples]
+ExamplesOrNone = Annotated[str | None, _examples]
 NegativeOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="With a file for each class: the negative one.")
 ]

@@ -34,6 +34,12 @@ def calibration_prompts() -> tuple[str, ...]:
     return bundled_lines("calibration_prompts.txt")
 
 
+def described_prompts() -> tuple[str, ...]:
+    """The bundled prompts whose answers are examples (`building.described`); no other set has one of them. Raises
+    `ExamplesError` if the file is missing."""
+    return bundled_lines("described_prompts.txt")
+
+
 def sweep_prompts() -> tuple[str, ...]:
     """Sixteen of the neutral prompts, half of them instructions, half openings: what a sweep uses by default."""
     prompts = neutral_prompts()
