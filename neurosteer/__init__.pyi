@@ -21,12 +21,14 @@ from .evaluation import evaluate as evaluate
 from .evaluation import judge_for as judge_for
 from .evaluation import write_evaluation as write_evaluation
 from .evaluation.harness import harness as harness
+from .examples.columns import Columns as Columns
 from .examples.contrast_set import ContrastSet as ContrastSet
 from .examples.reading import paste_examples as paste_examples
 from .examples.reading import read_examples as read_examples
 from .hub import pull as pull
 from .hub import push as push
 from .hub import search as search
+from .hub.datasets import read_dataset as read_dataset
 from .measuring.calibration import calibrate as calibrate
 from .models.language_model import LanguageModel as LanguageModel
 from .models.loading import load_model as load_model

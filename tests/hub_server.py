@@ -28,6 +28,7 @@ Headers = dict[str, str]
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".ckpt")
 LARGE_BYTES = 10 << 20
 PAGE = 50
+DATASETS = "datasets/"  # how the names of data sets begin among `FakeHub.repos`
 
 ROUTES: tuple[tuple[str, str, str], ...] = (
     ("whoami", "GET", r"/api/whoami-v2"),
@@ -112,7 +113,7 @@ class Repo:
 
     @property
     def owner(self) -> str:
-        return self.id.partition("/")[0]
+        return self.id.removeprefix(DATASETS).partition("/")[0]
 
     @property
     def head(self) -> Commit:
@@ -433,7 +434,7 @@ class FakeHub:
         return not repo.private or (account is not None and self._is_owner(repo.id, account))
 
     def _is_owner(self, repo: str, account: Account) -> bool:
-        return repo.partition("/")[0] in (account.name, *account.organisations)
+        return repo.removeprefix(DATASETS).partition("/")[0] in (account.name, *account.organisations)
 
     def _readable(self, request: Request) -> Repo:
         repo = self.repos.get(request.matched["repo"])
@@ -626,12 +627,20 @@ async def _read(scope: Any, receive: Callable[[], Any]) -> Request:
     path, method = scope["raw_path"].decode(), scope["method"]
     headers = {name.decode().lower(): value.decode("latin-1") for name, value in scope["headers"]}
     query = parse_qs(scope["query_string"].decode())
+    plain = re.sub(r"\A/api/datasets/", "/api/models/", path)
+    plain = plain.removeprefix("/" + DATASETS[:-1]) if plain.startswith(f"/{DATASETS}") else plain
     for name, wanted, pattern in ROUTES:
-        found = re.fullmatch(pattern, path)
+        found = re.fullmatch(pattern, plain)
         if found and method == wanted:
             matched = {key: value for key, value in found.groupdict().items() if value is not None}
+            if _of_dataset(path):
+                matched["repo"] = f"{DATASETS}{matched['repo']}"
             return Request(name, method, path, query, headers, body, matched)
     return Request("unknown", method, path, query, headers, body, {})
+
+
+def _of_dataset(path: str) -> bool:
+    return path.startswith((f"/{DATASETS}", f"/api/{DATASETS}"))
 
 
 async def _write(send: Callable[[Any], Any], request: Request, answer: Answer, *, half: bool = False) -> None:

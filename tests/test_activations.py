@@ -23,7 +23,7 @@ from torch import Tensor
 
 from neurosteer.errors import Cancelled, ExamplesError, UsageError
 from neurosteer.models.batching import length_batches
-from neurosteer.models.framing import FramedText
+from neurosteer.models.framing import MAX_PROMPT_TOKENS, MAX_RAW_PROMPT_TOKENS, FramedText
 from neurosteer.reading import tally
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
@@ -113,6 +113,41 @@ def test_means_variances_rows_and_norms_are_those_of_a_loop(each: Tiny, tokens: 
         assert found.rows[layer].positive.dtype == found.neurons[layer].positive.dtype == torch.float32
     assert (found.n_texts, found.n_tokens, found.n_cut) == (16, naive.n_tokens, 0)
     assert found.model == each.lm.reference
+
+
+@pytest.mark.parametrize("framing", ["answer", "raw"])
+def test_answers_are_read_after_their_own_prompt_and_only_their_own_tokens_count(llama: Tiny, framing: Any) -> None:
+    conversation = [turn("user", "we run"), turn("assistant", "they sing"), turn("user", "the cat")]
+    prompts: list[Any] = ["the cat sings", conversation, "we run", "the cat sings"]
+    answers, tokenizer = ["we never sing", "the dog runs", "they run home", "a bird"], llama.lm.tokenizer
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        turns = [turn("user", prompt)] if isinstance(prompt, str) else prompt
+        if framing == "answer":
+            rendered = "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in turns)
+            start = tokenizer(f"{rendered}<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        else:
+            start = tokenizer("".join(f"{one['content']}\n" for one in turns))["input_ids"]
+        ids = start + tokenizer(answer, add_special_tokens=False)["input_ids"]
+        rows.append(naive_states(llama, ids)[0][:, len(start) :].mean(1))
+    found = read_activations(llama.lm, answers[:2], answers[2:], request(framing=framing), prompts=prompts)
+    for layer in ALL:
+        assert close(found.residual[layer].positive, torch.stack([row[layer] for row in rows[:2]]).mean(0))
+        assert close(found.residual[layer].negative, torch.stack([row[layer] for row in rows[2:]]).mean(0))
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_of_a_prompt_that_is_too_long_the_end_is_kept_and_the_text_counted_as_cut(llama: Tiny) -> None:
+    long = " ".join(["the cat sings"] * 2000)
+    for framing, most in (("answer", MAX_PROMPT_TOKENS), ("raw", MAX_RAW_PROMPT_TOKENS)):
+        cut, whole = llama.lm.frame(["we run", "we run"], framing, max_tokens=512, prompts=[long, "the cat"])  # pyright: ignore[reportArgumentType]
+        assert (cut.start, cut.cut, whole.cut) == (most, True, False)
+        assert cut.ids[cut.start :] == whole.ids[whole.start :]
+    with pytest.raises(UsageError, match="framing 'prompt' reads texts as requests, but these answer prompts"):
+        llama.lm.frame(["we run"], "prompt", max_tokens=512, prompts=["the cat"])
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

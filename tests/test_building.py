@@ -37,7 +37,11 @@ from neurosteer.building.build import build_each
 from neurosteer.building.layers import parse_layers
 from neurosteer.building.separation import separation_of
 from neurosteer.errors import ArtifactError, Cancelled, ExamplesError, UsageError
+from neurosteer.evaluation.matched_twins import permuted_twin
 from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.progress import Job
+from neurosteer.reading.loop import read_activations
+from neurosteer.reading.request import Request
 from neurosteer.reading.statistics import ClassRows, HeldOut
 from neurosteer.ui.show.html import warnings_of
 from neurosteer.version import VERSION
@@ -504,3 +508,20 @@ def test_what_the_chat_template_was_given_is_recorded() -> None:
     examples = ContrastSet(tuple(texts(4, seed=51)), tuple(texts(4, seed=52)), name="few")
     assert build(lm, examples, layers=1).provenance.template_options == {"enable_thinking": False}
     assert build(replace(lm, chat=False), examples, layers=1).provenance.template_options == {}
+
+
+def test_examples_with_prompts_are_built_from_as_answers_to_them(llama: Tiny) -> None:
+    few = replace(EXAMPLES, positive=EXAMPLES.positive[:12], negative=EXAMPLES.negative[:12], paired=True)
+    prompts = tuple(f"{first} sings" for first in ("the cat", "a dog", "we") * 4)
+    asked = replace(few, positive_prompts=prompts, negative_prompts=prompts)
+    built, plain = (vector(llama.lm, each, layers=1, calibrate=False) for each in (asked, few))
+    assert (built.provenance.n_prompts, plain.provenance.n_prompts) == (3, 0)
+    assert built.provenance.examples_sha256 == asked.sha256 != plain.provenance.examples_sha256
+    read = read_activations(
+        llama.lm, asked.positive, asked.negative, Request((1,), framing="answer"), prompts=asked.prompts
+    )
+    assert torch.allclose(built.directions[1], read.residual[1].difference, atol=1e-5)
+    assert not torch.allclose(built.directions[1], plain.directions[1], atol=1e-3)
+    assert "each after its own prompt (3 different ones)" in render_card(built)
+    twin = permuted_twin(llama.lm, built, asked, 0, Job())
+    assert twin.provenance.n_prompts == 3 and twin.provenance.framing == "answer"

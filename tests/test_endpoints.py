@@ -148,11 +148,25 @@ def test_what_the_server_has_is_listed(client: Client) -> None:
 # --- building and steering -------------------------------------------------------------------------------------------
 
 
+def test_a_program_builds_from_answers_to_prompts(client: Client) -> None:
+    prompts = [f"question {n}" for n in range(24)]
+    asked: dict[str, Any] = {"positive_prompts": prompts, "negative_prompts": prompts}
+    built = client.predict(POSITIVE, NEGATIVE, layers="1", calibrate=False, **asked, api_name="/build")
+    wanted = ContrastSet(
+        tuple(POSITIVE), tuple(NEGATIVE), positive_prompts=tuple(prompts), negative_prompts=tuple(prompts)
+    )
+    source = from_text(built["artifact"]).provenance
+    assert (source.examples_sha256, source.n_prompts) == (wanted.sha256, 24)
+    with pytest.raises(Exception, match="negative_prompts has 1 for 24 texts"):
+        client.predict(POSITIVE, NEGATIVE, positive_prompts=prompts, negative_prompts=["one"], api_name="/build")
+
+
 def test_a_program_steers_with_what_it_built(client: Client, llama: Tiny) -> None:
     built = client.predict(POSITIVE, NEGATIVE, layers="1", name="mood", api_name="/build")
     vector = from_text(built["artifact"])
     assert (vector.name, vector.layers, vector.method) == ("mood", [1], "caa")
     assert vector.provenance.examples_sha256 == ContrastSet(tuple(POSITIVE), tuple(NEGATIVE)).sha256
+    assert vector.provenance.n_prompts == 0
     assert built["examples"] == {"positive": 24, "negative": 24, "cut": 0, "blank": 0, "duplicate": 0}
     assert built["model"] == "tiny/llama" and set(built["separation"]) == {"1"} and built["warnings"] == []
 

@@ -166,11 +166,12 @@ text_lists = st.lists(
 
 @steady
 @given(positive=text_lists, negative=text_lists)
-def test_the_same_lists_as_json_and_as_columns_give_the_same_set(positive: list[str], negative: list[str]) -> None:
-    length = max(len(positive), len(negative))
-    columns = zip(*(side + [""] * (length - len(side)) for side in (positive, negative)), strict=True)
+def test_the_same_lists_as_json_and_as_labelled_rows_give_the_same_set(
+    positive: list[str], negative: list[str]
+) -> None:
+    rows = [(text, side) for side, texts in (("pos", positive), ("neg", negative)) for text in texts]
     out = io.StringIO()
-    csv.writer(out, quoting=csv.QUOTE_ALL).writerows([("positive", "negative"), *columns])
+    csv.writer(out, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *rows])
     as_table = read_or_refuse(out.getvalue().encode(), "x.csv")
     as_json = read_or_refuse(json.dumps({"positive": positive, "negative": negative}).encode(), "x.json")
     assert (as_table is None) == (as_json is None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import FakeHub
 from pages import (
     mix_of,
     source,
@@ -68,6 +69,40 @@ def test_examples_are_read_from_every_source(tmp_path: Path) -> None:
     for name in bundled_sets():
         examples = read_source(source("bundled", bundled=name))
         assert examples is not None and examples.name == name
+
+
+def test_columns_can_be_pointed_at_and_the_preview_says_what_was_read(building: BuildHandlers, tmp_path: Path) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text("review;stars;asked\n很好;5;p\n喜欢它;5;q\n不喜欢;1;p\n很糟糕;1;q\n很好;1;p\n", encoding="gbk")
+    given = source("file", file=str(table))
+    assert "found columns" in building.preview(visitor(), given)
+    told = given._replace(text_column="Review", label_column=" stars ", positive_label="5")
+    assert "is both positive (row 2) and negative (row 6)" in building.preview(visitor(), told)
+    html = building.preview(visitor(), told._replace(drop_conflicts=True, prompt_column="asked"))
+    assert "1 different positive text(s)" in html
+    html = building.preview(visitor(), told._replace(positive_label="1", drop_conflicts=True))
+    assert "1 different negative text(s)" in html
+    table.write_text("review;stars;asked\n很好;5;p\n喜欢它;5;q\n不喜欢;1;p\n很糟糕;1;q\n", encoding="gbk")
+    html = building.preview(visitor(), told._replace(prompt_column="asked"))
+    assert "很好" in html and "GBK" in html and "They are read as answers to 2 prompts." in html
+
+
+def test_strangers_fetch_no_data_set_and_trusted_visitors_do(
+    building: BuildHandlers, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = b"prompt,chosen,rejected\np,a,b\nq,c,d\n"
+    hub.put("datasets/alice/secret", {"train.csv": rows}, private=True)
+    given = source("dataset", dataset="alice/secret")
+    assert "ns-hint" in building.preview(visitor(), source("dataset"))
+    assert "hf://datasets/alice/secret" in building.preview(visitor(), given)
+    asked = len(hub.requests)
+    monkeypatch.setenv("SPACE_ID", "us/page")
+    for each in (given, given._replace(dataset="hf://datasets/alice/secret/train.csv")):
+        assert "on a page of one&#x27;s own only" in building.preview(visitor(), each)
+        assert "own only" in building.build(visitor(), told, each, Settings(), mix_of({}, []))["error"]
+    assert len(hub.requests) == asked
+    table = source("bundled", bundled="hf://datasets/alice/secret")
+    assert "There is no ready-made set" in building.preview(visitor(), table) and len(hub.requests) == asked
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,8 @@ def _provenance_rows(artifact: Artifact) -> list[tuple[str, str]]:
     if source.examples_sha256:
         rows.append(("SHA-256 of the whole set", _code(source.examples_sha256)))
     if source.framing:
-        rows.append(("Read as", f"{_cell(source.framing)}, tokens {_cell(source.tokens)}"))
+        asked = f", each after its own prompt ({source.n_prompts} different ones)" if source.n_prompts else ""
+        rows.append(("Read as", f"{_cell(source.framing)}, tokens {_cell(source.tokens)}{asked}"))
     if source.layer_choice:
         rows.append(("Layers", _cell(source.layer_choice)))
     rows += [("Be wary", _cell(warning)) for warning in source.warnings]

@@ -20,7 +20,8 @@ class Provenance:
     """Where an artifact comes from: the data, how it was read, and why these layers.
 
     `candidates` are the choices of layers that were compared at equal KL, a mapping of figures each; `hold_out` is the
-    share of each class that took no part in building (`ContrastSet.parts` with `HOLD_OUT_SEED` tells which). `warnings`
+    share of each class that took no part in building (`ContrastSet.parts` with `HOLD_OUT_SEED` tells which);
+    `n_prompts` says how many different prompts the texts were read as answers to (0: to none of their own). `warnings`
     are sentences about what made the method weak on these examples; `template_options` are what the model's chat
     template was given.
     """
@@ -41,6 +42,7 @@ class Provenance:
     hold_out: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
     parents: Annotated[tuple[Line, ...], _MANY] = ()
     warnings: Annotated[tuple[Line, ...], _FEW] = ()
+    n_prompts: Count = 0
     template_options: Annotated[Mapping[str, Any], _FEW] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

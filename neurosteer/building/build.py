@@ -63,7 +63,8 @@ def build(
             20 to 80% that separates held-out examples best. For `cna`, the layers
             searched for neurons; with `rank="write"` the last of them is the reference layer. For `sae`, those of its
             SAEs.
-        framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models.
+        framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models. Examples
+            with prompts are read after them; only their own tokens count.
         tokens: `mean` over a text's tokens, or the `last`.
         hold_out: the share of each class (`examples.parts(hold_out, seed=HOLD_OUT_SEED)`) that takes no part at all, so
             that a judge can be trained on it.
@@ -186,8 +187,10 @@ class _Work:
             Candidate(label, layers, self.computed(activations, layers, name))
             for label, layers in plan.method.layer_choices(plan.candidates, plan.everywhere, best)
         ]
-        positive, negative = compared_on.positive, compared_on.negative
-        held_out = labelled_texts(lm, positive, negative, plan.framing, name=self.examples.name)
+        held_out = labelled_texts(
+            lm, compared_on.positive, compared_on.negative, plan.framing, name=self.examples.name,
+            prompts=compared_on.prompts,
+        )  # fmt: skip
         compared = compare(
             lm, candidates, texts, held_out, neutral, target_kl=target_kl, percentile=percentile, job=self.job
         )
@@ -218,6 +221,7 @@ class _Work:
                 made.activations,
                 [*self.examples.positive, *self.examples.negative],
                 plan.request(),
+                prompts=self.examples.prompts,
                 contexts=plan.parameters["contexts"],
             )
             names = {str(layer): plan.saes[layer].name for layer in artifact.layers}
@@ -238,6 +242,7 @@ class _Work:
             layer_choice=made.reason,
             separation={layer: round(value, 4) for layer, value in separations(made.activations).items()},
             candidates=made.candidates,
+            n_prompts=len({*examples.positive_prompts, *examples.negative_prompts}),
             warnings=plan.warnings(examples),
             template_options=dict(self.lm.template_options) if self.lm.chat else {},
         )

@@ -20,7 +20,7 @@ from neurosteer.building.layer_choice import at_equal_kl, overshoots
 from neurosteer.building.layers import LayerChoice, parse_layers
 from neurosteer.building.plan import HELD_OUT_SHARE
 from neurosteer.errors import UsageError
-from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.contrast_set import ContrastSet, Split
 from neurosteer.examples.files import calibration_prompts
 from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE, TARGET_KL
 from neurosteer.measuring.divergence import unsteered_texts
@@ -115,15 +115,13 @@ def profile_layers(
         parameters = {"contexts": 0, **parameters}  # words for features are of no use here and cost a pass
     split = examples.split(HELD_OUT_SHARE, at_most=HELD_OUT_TEXTS)
     training = examples.at(split.train_positive, split.train_negative)
-    positive = [examples.positive[place] for place in split.held_out_positive]  # one is enough: no `parts`
-    negative = [examples.negative[place] for place in split.held_out_negative]
     artifacts = build_each(
         lm, training, method=method, layers="all" if len(chosen) == lm.n_layers else chosen,
         **job.named, **parameters,
     )  # fmt: skip
     source = next(iter(artifacts.values()))
     as_read: Framing = source.provenance.framing  # type: ignore[assignment]
-    texts = labelled_texts(lm, positive, negative, as_read, name=examples.name)
+    texts = _held_out(lm, examples, split, as_read)
     found = _measure(lm, artifacts, texts, seed, target_kl, job)
     return LayerProfile(
         model=lm.name,
@@ -132,11 +130,23 @@ def profile_layers(
         examples=examples.name,
         framing=as_read,
         n_train=(len(training.positive), len(training.negative)),
-        n_held_out=(len(positive), len(negative)),
+        n_held_out=(len(split.held_out_positive), len(split.held_out_negative)),
         seed=seed,
         target_kl=target_kl,
         layers=tuple(found),
     )
+
+
+def _held_out(lm: LanguageModel, examples: ContrastSet, split: Split, framing: Framing) -> list[LabelledText]:
+    """The texts to measure on. One of a class is enough, so they need not be a `ContrastSet`."""
+    sides = ("positive", split.held_out_positive), ("negative", split.held_out_negative)
+    positive, negative = ([getattr(examples, side)[place] for place in places] for side, places in sides)
+    prompts = examples.prompts
+    if prompts is not None:
+        first = len(examples.positive)
+        negative_places = [first + place for place in split.held_out_negative]
+        prompts = [prompts[place] for place in (*split.held_out_positive, *negative_places)]
+    return labelled_texts(lm, positive, negative, framing, name=examples.name, prompts=prompts)
 
 
 def _measure(

@@ -132,7 +132,7 @@ def without_short(lm: LanguageModel, examples: ContrastSet, plan: BuildPlan, pro
     Raises `ExamplesError` where fewer than 2 of a class are left.
     """
     sides = (examples.positive, examples.negative)
-    kept = readable(lm, *sides, plan.request(), paired=examples.paired)
+    kept = readable(lm, *sides, plan.request(), paired=examples.paired, prompts=examples.prompts)
     n_short = sum(map(len, sides)) - sum(map(len, kept))
     if not n_short:
         return examples
@@ -165,6 +165,7 @@ def read_plan(
         examples.positive,
         examples.negative,
         request,
+        prompts=examples.prompts,
         held_out_positive=split.held_out_positive,
         held_out_negative=split.held_out_negative,
         paired=examples.paired,

@@ -11,6 +11,7 @@ from neurosteer.cli.choices import Operation, Rank, Sides, Weight
 from neurosteer.cli.inputs import read_prompts, whole_numbers
 from neurosteer.cli.options import (
     EXAMPLES,
+    ColumnOptions,
     ExamplesArgument,
     FramingOption,
     JsonOption,
@@ -28,6 +29,7 @@ from neurosteer.cli.options import (
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
 from neurosteer.cli.places import artifact_place, files_place, folder_of
 from neurosteer.errors import UsageError
+from neurosteer.text import flat
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
@@ -61,6 +63,7 @@ def build(
     *,
     examples: ExamplesArgument,
     negative: NegativeOption = None,
+    reading: ColumnOptions,
     method: MethodOption = "caa",
     layers: Annotated[str, typer.Option("--layers", help="auto, all, 14, 10-18 or 3,7,9.")] = "auto",
     name: Annotated[str | None, typer.Option("--name", help="The artifact's name.")] = None,
@@ -122,7 +125,7 @@ def build(
     from neurosteer.artifacts.storage import save
     from neurosteer.building.build import build as build_artifact
 
-    contrast = _contrast(examples, negative)
+    contrast = _contrast(reading, examples, negative)
     called = safe_name(name or f"{contrast.name}-{method}")
     if name is not None and called != name:
         err.print(f"Note: the name {name[:100]!r} becomes {called}; names are of letters, digits, '.', '_' and '-'.")
@@ -144,9 +147,10 @@ def build(
         seconds = time.perf_counter() - started
     written = save(artifact, place)
     if as_json:
-        print_json(_build_data(artifact, written, seconds))
+        print_json({**_build_data(artifact, written, seconds), "source": contrast.source})
         return
     out.print(_build_text(artifact, seconds))
+    out.print(f"Read: {flat(contrast.source)}.")
     out.print(f"Written to {written}. Try: neurosteer steer --use {written}:1 --prompt 'Tell me a story.' --compare")
 
 
@@ -154,6 +158,7 @@ def layers(
     *,
     examples: ExamplesArgument,
     negative: NegativeOption = None,
+    reading: ColumnOptions,
     method: MethodOption = "caa",
     layers: Annotated[str, typer.Option("--layers", help="all, 14, 10-18 or 3,7,9; sae: those of its SAEs.")] = "all",
     folder: Annotated[Path | None, out_option("layers.csv and layers.html")] = None,
@@ -171,7 +176,7 @@ def layers(
     from neurosteer.building.layer_plot import write_profile
     from neurosteer.building.layer_profile import profile_data, profile_layers
 
-    place, contrast = files_place(folder), _contrast(examples, negative)
+    place, contrast = files_place(folder), _contrast(reading, examples, negative)
     given = {"rank": rank, "top_k": count_or_share(top_k), "sae": sae}
     with progress_line() as progress:
         lm = asked.load(progress)
@@ -184,9 +189,11 @@ def layers(
     seconds = time.perf_counter() - started
     files = write_profile(profile, place) if place is not None else ()
     if as_json:
-        print_json({**profile_data(profile), "files": list(map(str, files)), "seconds": round(seconds, 3)})
+        more = {"source": contrast.source, "files": list(map(str, files)), "seconds": round(seconds, 3)}
+        print_json({**profile_data(profile), **more})
         return
     _print_profile(profile)
+    out.print(f"Read: {flat(contrast.source)}.")
     if files:
         out.print(f"Written to {' and '.join(map(str, files))} in {seconds:.1f} s.")
 
@@ -248,10 +255,8 @@ def calibrate(
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _contrast(examples: str, negative: str | None) -> "ContrastSet":
-    from neurosteer.examples.reading import read_examples
-
-    contrast = read_examples(examples, negative)
+def _contrast(reading: ColumnOptions, examples: str, negative: str | None) -> "ContrastSet":
+    contrast = reading.read(examples, negative)
     for warning in contrast.warnings:
         err.print(f"Warning: {warning}")
     return contrast

@@ -23,6 +23,7 @@ def evaluate(
     *,
     use: opt.UseOption,
     judging: opt.JudgeOptions,
+    reading: opt.ColumnOptions,
     strengths: opt.StrengthsOption = "-2,-1,0,1,2",
     prompts: opt.PromptsOption = None,
     samples: opt.SamplesOption = 1,
@@ -45,7 +46,7 @@ def evaluate(
 
     place, kept = files_place(folder), _folder_to_save(use) if save else None
     values = numbers(strengths, "--strengths")
-    asked = judge_request(judging)
+    asked = judge_request(judging, reading)
     uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else sweep_prompts()
     with progress_line(logged=True) as progress:
@@ -59,14 +60,14 @@ def evaluate(
     report(found, place, kept, as_json)
 
 
-def judge_request(judging: opt.JudgeOptions) -> "JudgeRequest":
+def judge_request(judging: opt.JudgeOptions, reading: opt.ColumnOptions) -> "JudgeRequest":
     """What --judge and --examples ask for; mistakes in them show before a model is loaded."""
     from neurosteer.evaluation import JudgeRequest
-    from neurosteer.examples.reading import read_examples
 
-    return JudgeRequest(
-        judging.judge or "", read_examples(judging.examples) if judging.examples is not None else None, "--examples"
-    )
+    if judging.examples is None and reading != opt.ColumnOptions():
+        raise UsageError("What columns hold is said without --examples; name the file they are in.")
+    labelled = reading.read(judging.examples) if judging.examples is not None else None
+    return JudgeRequest(judging.judge or "", labelled, "--examples")
 
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:

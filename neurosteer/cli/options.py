@@ -16,6 +16,7 @@ from neurosteer.cli.grammar import OUTPUT
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
+    from neurosteer.examples.contrast_set import ContrastSet
     from neurosteer.models.language_model import LanguageModel
     from neurosteer.steering.decoding import Sampling
 
@@ -95,6 +96,34 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class ColumnOptions:
+    """What a file of examples calls its columns, and what becomes of texts in both classes."""
+
+    text: Annotated[str | None, _reading(metavar="COLUMN", help="The column of texts.")] = None
+    label: Annotated[str | None, _reading(metavar="COLUMN", help="The column of labels.")] = None
+    positive: Annotated[str | None, _reading(metavar="VALUE", help="The label of texts that show the behaviour.")] = (
+        None
+    )
+    prompt_column: Annotated[
+        str | None, _reading(metavar="COLUMN", help="What the texts answer; else prompt or question.")
+    ] = None
+    drop_conflicts: Annotated[bool, _reading("--drop-conflicts", help="Leave out texts in both classes.")] = False
+
+    def read(self, examples: str, negative: str | None = None) -> "ContrastSet":
+        """The examples of a file (or two), a bundled set or a data set on the Hub. Raises the library's errors."""
+        from neurosteer.examples.columns import Columns
+        from neurosteer.examples.reading import read_examples
+
+        columns = Columns(self.text, self.label, self.positive, self.prompt_column)
+        if negative is None and "/" in examples:
+            from neurosteer.hub.datasets import is_dataset, read_dataset
+
+            if is_dataset(examples):
+                return read_dataset(examples, columns=columns, drop_conflicts=self.drop_conflicts)
+        return read_examples(examples, negative, columns=columns, drop_conflicts=self.drop_conflicts)
+
+
+@dataclass(frozen=True)
 class JudgeOptions:
     """Who says which texts show the behaviour."""
 
@@ -107,8 +136,8 @@ class JudgeOptions:
     examples: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
-            help="Labelled texts for the judge: others than the artifact's, or held out (build).",
+            metavar="EXAMPLES",
+            help="Labelled texts for the judge, as for build: others than the artifact's, or held out.",
             autocompletion=_set_names,
         ),
     ] = None
@@ -118,11 +147,14 @@ class JudgeOptions:
 ExamplesArgument = Annotated[
     str,
     typer.Argument(
-        metavar="EXAMPLES", help="A file of examples, or the name of a bundled set.", autocompletion=_set_names
+        metavar="EXAMPLES",
+        help="A file of examples, a bundled set, or a data set on the Hub: user/name[:split] or "
+        "hf://datasets/user/name/file.csv.",
+        autocompletion=_set_names,
     ),
 ]
 NegativeOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="With two plain text files: the negative one.")
+    str | None, typer.Option(metavar="FILE", help="With a file for each class: the negative one.")
 ]
 MethodOption = Annotated[Method, typer.Option(help="How an artifact is made of activations.")]
 FramingOption = Annotated[Framing | None, _reading(help="Each by itself, as a prompt or as an answer.")]

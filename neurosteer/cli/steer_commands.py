@@ -75,6 +75,7 @@ def sweep(
     max_new_tokens: opt.MaxNewTokensOption = 30,
     folder: Annotated[Path | None, opt.out_option("generations.csv, or what `evaluate` writes")] = None,
     judging: opt.JudgeOptions,
+    reading: opt.ColumnOptions,
     positions: opt.PositionsOption = "all",
     orthogonalise: opt.OrthogonaliseOption = False,
     choosing: opt.SamplingOptions,
@@ -92,7 +93,8 @@ def sweep(
     from neurosteer.steering.session import Session
 
     place = files_place(folder)
-    asked = judge_request(judging) if judging != opt.JudgeOptions() else None
+    has_judge = judging != opt.JudgeOptions() or reading != opt.ColumnOptions()
+    asked = judge_request(judging, reading) if has_judge else None
     if asked is not None and (raw or positions != "all"):
         raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
     values = numbers(strengths, "--strengths")

@@ -109,14 +109,20 @@ def permuted_twin(lm: LanguageModel, artifact: Artifact, examples: ContrastSet, 
 
 def with_permuted_labels(examples: ContrastSet, seed: int) -> ContrastSet:
     """The same texts, as many of each class, labelled by chance; of a pair, either text may be the positive one."""
-    rng = random.Random(seed)
+    rng, count = random.Random(seed), len(examples.positive)
+    texts = [*examples.positive, *examples.negative]
+    prompts = [*examples.positive_prompts, *examples.negative_prompts]
     if examples.paired:
-        pairs = [rng.sample(pair, 2) for pair in zip(examples.positive, examples.negative, strict=True)]
-        positive, negative = zip(*pairs, strict=True)
-        return replace(examples, positive=positive, negative=negative)
-    texts = rng.sample([*examples.positive, *examples.negative], len(examples.positive) + len(examples.negative))
-    count = len(examples.positive)
-    return replace(examples, positive=tuple(texts[:count]), negative=tuple(texts[count:]))
+        drawn = [rng.sample((place, count + place), 2) for place in range(count)]
+        places = [*(pair[0] for pair in drawn), *(pair[1] for pair in drawn)]
+    else:
+        places = rng.sample(range(len(texts)), len(texts))
+    shuffled = tuple(texts[place] for place in places)
+    asked = tuple(prompts[place] for place in places) if prompts else ()
+    return replace(
+        examples, positive=shuffled[:count], negative=shuffled[count:],
+        positive_prompts=asked[:count], negative_prompts=asked[count:],
+    )  # fmt: skip
 
 
 def _shifted(artifact: Artifact) -> list[int]:

@@ -6,12 +6,14 @@ import random
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from neurosteer.examples.parsing import SIDES, clean_text, listed, refuse, short
+from neurosteer.examples.chats import Asked, check_asked
+from neurosteer.examples.refusing import listed, refuse, short
+from neurosteer.examples.texts import SIDES, clean_text
 
 MIN_PER_CLASS, MAX_PER_CLASS, FEW_PER_CLASS = 2, 20_000, 20
 
@@ -37,12 +39,15 @@ class Split:
 class ContrastSet:
     """Texts that show a behaviour (`positive`) and texts that don't (`negative`).
 
-    `paired` means that row i of both belong together. `dropped` counts the rows that were left out, under `"blank"`,
+    `positive_prompts` and `negative_prompts`, one for each text, are what the texts answer: a request, or the turns of
+    a conversation, each a pair of role and content; empty where texts stand by themselves. `paired` means that row i of
+    both belong together. `dropped` counts the rows that were left out, under `"blank"`,
     `"duplicate"` and whatever other reason there was; `source` says in words what the texts were read from. Neither
     takes part in equality.
 
-    Raises `ExamplesError` unless each class has 2 to 20,000 texts, no text is blank, and no text is in both classes
-    (compared after Unicode NFC and with runs of whitespace as one space; see `key`).
+    Raises `ExamplesError` unless each class has 2 to 20,000 texts, no text is blank, no text is in both classes as an
+    answer to the same prompt (compared after Unicode NFC and with runs of whitespace as one space; see `key`), and
+    either every text has a prompt or none has.
     """
 
     positive: tuple[str, ...]
@@ -51,6 +56,8 @@ class ContrastSet:
     paired: bool = False
     dropped: Mapping[str, int] = field(default_factory=lambda: {"blank": 0, "duplicate": 0}, compare=False)
     source: str = field(default="", compare=False)
+    positive_prompts: tuple[Asked, ...] = ()
+    negative_prompts: tuple[Asked, ...] = ()
 
     def __post_init__(self) -> None:
         for side in SIDES:
@@ -58,13 +65,39 @@ class ContrastSet:
             if isinstance(texts, str):
                 refuse(self.name, f"{side} is one string: give a tuple of texts")
             object.__setattr__(self, side, tuple(texts))
-        _check_texts(self.name, self.positive, self.negative)
+        object.__setattr__(self, "positive_prompts", self._checked_prompts("positive"))
+        object.__setattr__(self, "negative_prompts", self._checked_prompts("negative"))
+        _check_texts(self)
         if self.paired and len(self.positive) != len(self.negative):
             counts = f"{len(self.positive)} positive and {len(self.negative)} negative"
             refuse(self.name, f"paired texts need as many of each class, not {counts}: pass paired=False")
         if not {"blank", "duplicate"} <= set(self.dropped):
             refuse(self.name, f"dropped needs the keys blank and duplicate, not {listed(self.dropped)}")
         object.__setattr__(self, "dropped", dict(self.dropped))
+
+    def _checked_prompts(self, side: str) -> tuple[Asked, ...]:
+        given = getattr(self, f"{side}_prompts")
+        wanted = len(getattr(self, side)) if self.positive_prompts or self.negative_prompts else 0
+        if isinstance(given, str) or len(given) != wanted:
+            refuse(self.name, f"{len(given)} {side}_prompts for {wanted} texts: give one for each text, or none at all")
+        prompts = tuple(
+            check_asked(asked, f"{self.name}, {side} prompt {number}") for number, asked in enumerate(given, start=1)
+        )
+        if "" in prompts:
+            refuse(
+                f"{self.name}, {side} prompt {prompts.index('') + 1}", "is blank: fill it, or give no prompts at all"
+            )
+        return prompts
+
+    @property
+    def prompts(self) -> list[str | list[dict[str, str]]] | None:
+        """What the positive texts answer, then what the negative ones do, each as a chat template takes it; None where
+        texts stand by themselves."""
+        both = (*self.positive_prompts, *self.negative_prompts)
+        return [
+            asked if isinstance(asked, str) else [{"role": role, "content": content} for role, content in asked]
+            for asked in both
+        ] or None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -76,8 +109,10 @@ class ContrastSet:
 
     @property
     def sha256(self) -> str:
-        """A hash of the texts of both classes in order, the same whatever file or encoding they came from."""
-        content = json.dumps([self.positive, self.negative], ensure_ascii=False, separators=(",", ":"))
+        """A hash of the texts of both classes in order, and of what they answer where they answer something, the same
+        whatever file or encoding they came from."""
+        prompts = [self.positive_prompts, self.negative_prompts] if self.positive_prompts else []
+        content = json.dumps([self.positive, self.negative, *prompts], ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def split(self, fraction: float, *, seed: int = 0, at_most: int | None = None) -> Split:
@@ -104,9 +139,14 @@ class ContrastSet:
         return kept, self.at(split.held_out_positive, split.held_out_negative)
 
     def at(self, positive: Iterable[int], negative: Iterable[int], **changes: Any) -> "ContrastSet":
-        """The texts at these positions, otherwise as it is but for `changes`. Raises as making one does."""
-        shown, others = [self.positive[place] for place in positive], [self.negative[place] for place in negative]
-        return replace(self, positive=tuple(shown), negative=tuple(others), **changes)
+        """The texts at these positions with what they answer, otherwise as it is but for `changes`. Raises as making
+        one does."""
+        picked = {
+            name: tuple(getattr(self, name)[place] for place in places)
+            for side, places in zip(SIDES, (tuple(positive), tuple(negative)), strict=True)
+            for name in (side, *([f"{side}_prompts"] if self.positive_prompts else []))
+        }
+        return replace(self, **picked, **changes)
 
 
 def key(text: str) -> str:
@@ -126,16 +166,22 @@ def _marks_in_a_row() -> re.Pattern[str]:
     return re.compile(f"[{marks}]{{{_MARKS + 1}}}")
 
 
-def _check_texts(where: str, positive: Sequence[str], negative: Sequence[str]) -> None:
-    keys: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    for side, texts, seen in zip(SIDES, (positive, negative), keys, strict=True):
-        check_class_size(where, side, len(texts))
+def identity(text: str, asked: Asked = "") -> Hashable:
+    """What makes two examples the same: the text (see `key`), and what it answers."""
+    return (key(text), key(asked) if isinstance(asked, str) else asked) if asked else key(text)
+
+
+def _check_texts(examples: ContrastSet) -> None:
+    keys: tuple[dict[Hashable, int], dict[Hashable, int]] = ({}, {})
+    for side, seen in zip(SIDES, keys, strict=True):
+        texts, prompts = getattr(examples, side), getattr(examples, f"{side}_prompts")
+        check_class_size(examples.name, side, len(texts))
         for number, text in enumerate(texts, start=1):
-            place = f"{where}, {side} text {number}"
+            place = f"{examples.name}, {side} text {number}"
             if not clean_text(text, place):
                 refuse(place, "is blank: leave it out")
-            seen.setdefault(key(text), number)
-    check_overlap(where, "text", *keys)
+            seen.setdefault(identity(text, prompts[number - 1] if prompts else ""), number)
+    check_overlap(examples.name, "text", *keys)
 
 
 def check_class_size(where: str, side: str, count: int) -> None:
@@ -145,11 +191,13 @@ def check_class_size(where: str, side: str, count: int) -> None:
         refuse(where, f"more than {MAX_PER_CLASS:,} {side} texts: keep at most {MAX_PER_CLASS:,} per class")
 
 
-def check_overlap(where: str, unit: str, positive: Mapping[str, int], negative: Mapping[str, int]) -> None:
+def check_overlap(where: str, unit: str, positive: Mapping[Hashable, int], negative: Mapping[Hashable, int]) -> None:
     shared = next((key for key in positive if key in negative), None)
     if shared is not None:
+        text = shared[0] if isinstance(shared, tuple) else shared
         rows = f"positive ({unit} {positive[shared]}) and negative ({unit} {negative[shared]})"
-        refuse(where, f"the text {short(shared)} is both {rows}: keep it in one class")
+        remedy = "keep it in one class, or drop such texts (--drop-conflicts)"
+        refuse(where, f"the text {short(text)} is both {rows}: {remedy}")
 
 
 def _hold_out(

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from neurosteer.examples.parsing import MAX_BYTES, TOO_LARGE, decode, refuse
+from neurosteer.examples.encodings import decode
+from neurosteer.examples.refusing import MAX_BYTES, TOO_LARGE, refuse
 
 
 def assets_folder() -> Path:
@@ -55,7 +56,8 @@ def read_file(path: Path) -> bytes:
         if path.is_dir():
             refuse(str(path), "is a folder: name a file in it")
         if not path.exists():
-            refuse(str(path), f"no such file, nor a bundled set: name a file, or one of {', '.join(bundled_sets())}")
+            remedy = f"name a file, one of {', '.join(bundled_sets())}, or a data set on the Hub (user/name)"
+            refuse(str(path), f"no such file, nor a bundled set: {remedy}")
         if not path.is_file():
             refuse(str(path), "is not a regular file: save the examples as a CSV or text file")
         if path.stat().st_size > MAX_BYTES:

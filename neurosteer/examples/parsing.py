@@ -1,178 +1,129 @@
-"""From bytes to entries: encodings, tables and their headers, JSON and plain lines. Nothing here is public.
+"""From text to rows: tables and their headers, JSON, chats and plain lines. Nothing here is public.
 
 Rows are numbered from 1 as a spreadsheet or editor shows them. Whatever is wrong is an `ExamplesError` of one line.
 """
 
-import codecs
 import csv
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
-from typing import NamedTuple, NoReturn, cast
+from typing import NamedTuple, cast
 
 from neurosteer.errors import ExamplesError
-from neurosteer.text import cut, printable
+from neurosteer.examples.chats import asked_of, is_chat, text_of
+from neurosteer.examples.columns import (
+    KNOWN,
+    LABEL,
+    TEXTS,
+    Columns,
+    Entry,
+    Row,
+    Shape,
+    entries,
+    find_one_class,
+    find_shape,
+    fold,
+    looks_like_label,
+    refuse_columns,
+)
+from neurosteer.examples.encodings import decode
+from neurosteer.examples.parquet import MAGIC, parse_parquet
+from neurosteer.examples.refusing import MAX_ROWS, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.texts import SIDES, clean_text
 
-MAX_BYTES = 20 * 1024 * 1024
-MAX_ROWS = 200_000
-MAX_CHARACTERS = 20_000
-"""Of one text: far more than the 512 tokens that reading keeps; the rest is cut off."""
-TOO_LARGE = f"larger than {MAX_BYTES // 1024**2} MB: keep fewer or shorter texts"
-SIDES = ("positive", "negative")
-_LABELS = {"positive": 0, "pos": 0, "1": 0, "true": 0, "negative": 1, "neg": 1, "0": 1, "false": 1}
-_LABELS_IN_WORDS = "positive/negative, pos/neg, 1/0 or true/false"
-_COLUMNS = (("text", "label"), SIDES)
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 _JSON_LINES = (".jsonl", ".ndjson")
+_TABLES = (".csv", ".tsv", ".json", *_JSON_LINES)
+_EXCEL_DELIMITER = re.compile(r'\A"?sep=(.)"?(?=\n)', re.IGNORECASE)
 _NO_RECORD: dict[str, object] = {}
 _MOST_BRACKETS = 1_000_000  # a file of nothing but empty lists would take fifty times its size in memory
-_NOT_PLAIN = (".csv", ".tsv", ".json", *_JSON_LINES)
-
-
-class Entry(NamedTuple):
-    """One text of one class (0 positive, 1 negative) from one row; an empty text stands for a blank row."""
-
-    side: int
-    text: str
-    row: int
+_PROMPT_LISTS = tuple(f"{side}_prompts" for side in SIDES)
 
 
 class Parsed(NamedTuple):
-    """What a file was found to hold. `rows_are_pairs` where one row holds a text of each class."""
+    """What a file was found to hold, in words too. `rows_are_pairs` where one row holds a text of each class."""
 
     entries: Iterable[Entry]
-    format: str
-    columns: str
+    source: str
     rows_are_pairs: bool = False
 
 
-_Row = tuple[int, object, object]  # the row's number, and its cells in the two columns that matter
+def parse_file(data: bytes | str, file: str, columns: Columns) -> Parsed:
+    """The entries of one file; its content decides the format."""
+    if isinstance(data, bytes) and data.startswith(MAGIC):
+        shape, rows = parse_parquet(data, file, columns)
+        return _of_shape(shape, rows, columns, file, f"Parquet, columns {shape.in_words}")
+    text, encoding = decode(data, file)
+    return _parse_json(text, encoding, file, columns) or _parse_table(text, encoding, file, columns)
 
 
-def refuse(where: str, problem: str) -> NoReturn:
-    """Raise, with anything that would break the line or a terminal (line ends, half characters) blanked out."""
-    raise ExamplesError(printable(f"{where}: {problem}"))
+def _of_shape(shape: Shape, rows: Iterable[Row], columns: Columns, file: str, source: str) -> Parsed:
+    return Parsed(entries(shape, rows, columns, file), source, len(shape.texts) == 2)
 
 
-def short(value: object) -> str:
-    """A value for a message. Containers by their type only: writing out a deeply nested one can overflow the stack."""
-    if not isinstance(value, str | int | float):
-        return f"a {type(value).__name__}"
-    return repr(cut(" ".join(str(value).split()), 40))
+# --- One class a file -------------------------------------------------------------------------------------------------
 
 
-def listed(names: Collection[str]) -> str:
-    """Names for a message."""
-    shown = ", ".join(short(name) for name in list(names)[:8])
-    return (shown or "none") + (", …" if len(names) > 8 else "")
+def parse_one_class(data: bytes | str, file: str, side: int, columns: Columns) -> Parsed:
+    """A file of texts of one class: plain text, one example a line or a paragraph; or a table, JSON lines or Parquet
+    with a column of texts or messages, and no labels."""
+    suffix = PurePath(file).suffix.lower()
+    if isinstance(data, bytes) and data.startswith(MAGIC):
+        shape, rows = parse_parquet(data, file, columns, one_class=True)
+        source, encoding = f"columns {shape.in_words}", "Parquet"
+    else:
+        text, encoding = decode(data, file)
+        if suffix not in _TABLES:
+            return _parse_plain(text, encoding, file, side)
+        shape, rows = _one_class_rows(text, file, columns) or _refuse_table(file)
+        source = f"columns {shape.in_words}"
+    of_side = (entry._replace(side=side) for entry in entries(shape, rows, columns, file))
+    return Parsed(of_side, f"{source}, {encoding}")
 
 
-# --- From bytes to text -----------------------------------------------------------------------------------------------
+def _refuse_table(file: str) -> tuple[Shape, Iterator[Row]]:
+    """Its header or braces would become examples."""
+    refuse(file, "two files have to be plain text, or hold texts of one class each under text or messages, no labels")
 
 
-def decode(data: bytes | str, file: str) -> tuple[str, str]:
-    """The text, with line feeds as its only line ends, and its encoding in words."""
-    if len(data) > MAX_BYTES:
-        refuse(file, TOO_LARGE)
-    text, encoding = (data, "text") if isinstance(data, str) else _decode_bytes(data, file)
-    if "\0" in text:
-        refuse(file, "holds NUL bytes, so it is not a text file: save the examples as CSV or plain text in UTF-8")
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"), encoding
+def _one_class_rows(text: str, file: str, columns: Columns) -> tuple[Shape, Iterable[Row]] | None:
+    found = _values(text, file) if text.lstrip().startswith(("{", "[")) else None
+    if found is not None:
+        names, records = _records(found[1], file, columns)
+        shape = find_one_class(names, columns)
+        return (shape, _record_rows(records, shape)) if shape else None
+    table = _read_table(text, file, columns)
+    shape = find_one_class(table.names, columns) if table.has_header else None
+    return (shape, _pick(table.rows, shape, table, file)) if shape else None
 
 
-def _decode_bytes(data: bytes, file: str) -> tuple[str, str]:
-    for bom, name in ((codecs.BOM_UTF8, "UTF-8"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
-        if data.startswith(bom):
-            try:
-                return data.decode(name), name
-            except UnicodeDecodeError as error:
-                refuse(file, f"starts as {name} but is damaged at byte {error.start}: save it again as UTF-8")
-    if b"\0" in data:
-        return _decode_utf16_without_bom(data) or "\0", "UTF-16"
-    for codec, name in (("utf-8", "UTF-8"), ("cp1252", "Windows-1252")):
-        try:
-            return data.decode(codec), name
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1"), "Latin-1"
+def _parse_plain(text: str, encoding: str, file: str, side: int) -> Parsed:
+    """Paragraphs where blank lines part texts of several lines, else one text a line."""
+    blocks = list(_paragraphs(text, file))
+    if len(blocks) > 1 and any("\n" in block for _, block in blocks):
+        found = (Entry(side, clean_text(block, f"{file}, row {row}"), row) for row, block in blocks)
+        return Parsed(found, f"paragraphs, {encoding}")
+    return Parsed(parse_lines(text, file, side), f"lines, {encoding}")
 
 
-def _decode_utf16_without_bom(data: bytes) -> str | None:
-    """UTF-16 gives itself away by its ASCII: nearly every line end, comma and quote has a NUL beside it, where a binary
-    file, or a stray NUL in an 8-bit one, leaves most of them without."""
-    codec = "utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be"
-    try:
-        text = data.decode(codec)
-    except UnicodeDecodeError:
-        return None
-    marks = '\n\r\t,;|"'
-    return text if 2 * sum(map(text.count, marks)) > sum(data.count(mark.encode()) for mark in marks) else None
-
-
-# --- From cells to entries --------------------------------------------------------------------------------------------
-
-
-def clean_text(value: object, where: str) -> str:
-    """A cell as it will be kept: at most `MAX_CHARACTERS` of it; empty if it is blank or absent."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        refuse(where, f"a text is {short(value)}, not a string: put it in quotes")
-    text = value.strip()[:MAX_CHARACTERS]
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        refuse(where, "a text holds half of a character (a lone surrogate): remove or retype it")
-    return text.strip().replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _side(label: object, where: str) -> int:
-    folded = "" if label is None else _fold(str(label)) if isinstance(label, str | int) else short(label)
-    if not folded:
-        refuse(where, f"the label is missing: use {_LABELS_IN_WORDS}")
-    if folded not in _LABELS:
-        refuse(where, f"the label {short(label)} is unknown: use {_LABELS_IN_WORDS}")
-    return _LABELS[folded]
-
-
-def _entries(columns: tuple[str, str], rows: Iterable[_Row], file: str) -> Iterator[Entry]:
-    for row, first, second in rows:
-        where = f"{file}, row {row}"
-        if columns == SIDES:
-            texts = clean_text(first, where), clean_text(second, where)
-            found = [Entry(side, text, row) for side, text in enumerate(texts) if text]
-            yield from found or [Entry(0, "", row)]
-        else:
-            text = clean_text(first, where)
-            yield Entry(_side(second, where) if text else 0, text, row)
-
-
-def _fold(name: str) -> str:
-    return name.strip().casefold()
-
-
-def _wanted(names: Collection[str]) -> tuple[str, str] | None:
-    return next((pair for pair in _COLUMNS if set(pair) <= set(names)), None)
-
-
-def _refuse_columns(file: str, found: Collection[str]) -> NoReturn:
-    needed = "text and label, or positive and negative"
-    refuse(file, f"found columns {listed(found)}; needed: {needed} (or give two files, one a class, one text a line)")
-
-
-# --- The formats ------------------------------------------------------------------------------------------------------
-
-
-def parse_file(text: str, file: str) -> Parsed:
-    """The entries of one decoded file; its content decides the format."""
-    return _parse_json(text, file) or _parse_table(text, file)
+def _paragraphs(text: str, file: str) -> Iterator[tuple[int, str]]:
+    """Runs of lines without a blank one between them, with the number of the first."""
+    block: list[str] = []
+    row = 0
+    for row, line in _lines(text, file):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield row - len(block), "\n".join(block)
+            block = []
+    if block:
+        yield row + 1 - len(block), "\n".join(block)
 
 
 def parse_lines(text: str, file: str, side: int) -> Iterator[Entry]:
     """One text a line, all of one class."""
-    if PurePath(file).suffix.lower() in _NOT_PLAIN:  # its header or braces would become examples
-        refuse(file, "two files have to be plain text, one example a line: save both as .txt, or give only this one")
     return (Entry(side, clean_text(line, f"{file}, row {row}"), row) for row, line in _lines(text, file))
 
 
@@ -185,60 +136,113 @@ def _lines(text: str, file: str) -> Iterator[tuple[int, str]]:
 
 def _check_row(row: int, file: str) -> None:
     if row > MAX_ROWS:
-        refuse(file, f"more than {MAX_ROWS:,} rows: keep fewer, and leave blank ones out")
+        refuse(file, TOO_MANY_ROWS)
 
 
-def _parse_table(text: str, file: str) -> Parsed:
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+class _TableRow(NamedTuple):
+    """Cells, and whether one of them is parted from the one before by a separator with a space behind it, unquoted."""
+
+    row: int
+    cells: list[str]
+    is_spaced: bool
+
+
+class _Table(NamedTuple):
+    """A table whose header, where it has one, was read. `is_spaced` is the header's."""
+
+    names: list[str]
+    rows: Iterator[_TableRow]
+    delimiter: str
+    has_header: bool
+    is_spaced: bool
+
+
+def _parse_table(text: str, encoding: str, file: str, columns: Columns) -> Parsed:
+    table = _read_table(text, file, columns)
+    shape = find_shape(table.names, columns, file) or refuse_columns(file, table.names)
+    header = "" if table.has_header else ", no header"
+    source = f"CSV, {encoding}, {_DELIMITERS[table.delimiter]}{header}, columns {shape.in_words}"
+    return _of_shape(shape, _pick(table.rows, shape, table, file), columns, file, source)
+
+
+def _read_table(text: str, file: str, columns: Columns) -> _Table:
     if not text.strip():
         refuse(file, "is empty: add a header (text,label) and one row per example")
-    delimiter, first = _sniff(text, file)
-    names = [_fold(cell) for cell in first]
+    text, delimiters = _without_excel_line(text, file)
+    delimiter, first = _sniff(text, delimiters, file, columns)
+    names = [fold(cell) for cell in first.cells]
     rows = _csv_rows(text, delimiter, file)
-    notes = _DELIMITERS[delimiter]
-    if columns := _wanted(names):
-        next(cells for _, cells in rows if any(map(str.strip, cells)))  # the header
-    elif (label := _label_column(first)) is not None:
-        columns, names = _COLUMNS[0], [_COLUMNS[0][i == label] for i in (0, 1)]
-        notes += ", no header"
-    else:
-        _refuse_columns(file, first)
-    picked = _pick(rows, len(names), (names.index(columns[0]), names.index(columns[1])), file)
-    return Parsed(_entries(columns, picked, file), "CSV", f"{notes}, columns {' and '.join(columns)}", columns == SIDES)
+    label = None if _is_header(names, columns) else _label_column(first.cells, columns)
+    if label is not None:
+        return _Table([(TEXTS[0], LABEL)[i == label] for i in (0, 1)], rows, delimiter, False, False)
+    if first.cells:
+        next(one for one in rows if any(map(str.strip, one.cells)))
+    return _Table(names, rows, delimiter, True, first.is_spaced)
 
 
-def _sniff(text: str, file: str) -> tuple[str, list[str]]:
+def _without_excel_line(text: str, file: str) -> tuple[str, str]:
+    """The text without the line `sep=;`, which Excel takes as a word on the separator, and which separators it may be.
+    A blank line stays in its place, so that rows keep their numbers."""
+    found = _EXCEL_DELIMITER.match(text)
+    if not found:
+        return text, "".join(_DELIMITERS)
+    if found[1] not in _DELIMITERS:
+        refuse(f"{file}, row 1", f"the separator {short(found[1])} is not read: save with a comma, semicolon or tab")
+    return text[found.end() :], found[1]
+
+
+def _is_header(names: list[str], columns: Columns) -> bool:
+    known = columns.named <= set(names)
+    return known and find_shape(names, columns, "") is not None
+
+
+def _sniff(text: str, delimiters: str, file: str, columns: Columns) -> tuple[str, _TableRow]:
     """The delimiter, and the first row that is not blank. The delimiter is the one under which that row makes sense:
     counting characters, as csv.Sniffer does, is misled by punctuation in the texts."""
-    firsts: dict[str, list[str]] = {}
+    firsts: dict[str, _TableRow] = {}
     problems: list[ExamplesError] = []
-    for delimiter in _DELIMITERS:
+    for delimiter in delimiters:
         try:
-            first = next((cells for _, cells in _csv_rows(text, delimiter, file) if any(map(str.strip, cells))), [])
+            rows = (one for one in _csv_rows(text, delimiter, file) if any(map(str.strip, one.cells)))
+            first = next(rows, _TableRow(1, [], False))
         except ExamplesError as problem:
             problems.append(problem)
             continue
-        while first and not first[-1].strip():
-            first.pop()
-        if _wanted([_fold(cell) for cell in first]) or _label_column(first) is not None:
+        while first.cells and not first.cells[-1].strip():
+            first.cells.pop()
+        names = [fold(cell) for cell in first.cells]
+        if _is_header(names, columns) or _label_column(first.cells, columns) is not None:
             return delimiter, first
         firsts[delimiter] = first
     if not firsts:
         raise problems[0]
-    return max(firsts.items(), key=lambda item: len(item[1]))
+    return max(firsts.items(), key=lambda item: len(item[1].cells))
 
 
-def _label_column(first: list[str]) -> int | None:
+def _label_column(first: list[str], columns: Columns) -> int | None:
     """Which of two cells is a label, if the row looks like data without a header."""
-    return next((at for at in (1, 0) if len(first) == 2 and _fold(first[at]) in _LABELS), None)
+    if columns.named:
+        return None
+    return next((at for at in (1, 0) if len(first) == 2 and looks_like_label(first[at])), None)
 
 
-def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True)
+def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[_TableRow]:
+    line = ""
+
+    def remembered() -> Iterator[str]:
+        nonlocal line
+        for line in io.StringIO(text):  # noqa: UP028 (the line is to be known while its row is looked at)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter=delimiter, strict=True, skipinitialspace=True)
     row = 0
     try:
         for row, cells in enumerate(reader, start=1):
             _check_row(row, file)
-            yield row, cells
+            yield _TableRow(row, cells, delimiter != "\t" and f"{delimiter} " in line and '"' not in line)
     except csv.Error as error:
         problem = "text after a closing quote: write a quote inside a quoted text twice"
         if "unexpected end" in str(error):
@@ -248,19 +252,44 @@ def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[
         refuse(f"{file}, row {row + 1}", problem)
 
 
-def _pick(rows: Iterable[tuple[int, list[str]]], width: int, at: tuple[int, int], file: str) -> Iterator[_Row]:
-    for row, cells in rows:
-        if any(map(str.strip, cells[width:])):  # an unquoted comma in a text: reading on would cut the text short
-            problem = f"{len(cells)} cells where {width} are expected"
-            refuse(f"{file}, row {row}", f"{problem}: put double quotes around a text that contains the separator")
-        first, second = (cells[i] if i < len(cells) else "" for i in at)
-        yield row, first, second
+def _pick(rows: Iterable[_TableRow], shape: Shape, table: _Table, file: str) -> Iterator[Row]:
+    """The cells of the columns that matter. What an unquoted separator in a text would tear apart is refused: the row
+    has too many cells, or a text goes on after the separator and a space where the header has none."""
+    width, at = len(table.names), [table.names.index(name) for name in shape.names]
+    is_torn = table.has_header and not table.is_spaced and (shape.label is None or shape.prompt is not None)
+    remedy = "put double quotes around a text that contains the separator"
+    for row, cells, is_spaced in rows:
+        if any(map(str.strip, cells[width:])):
+            refuse(f"{file}, row {row}", f"{len(cells)} cells where {width} are expected: {remedy}")
+        if is_torn and is_spaced:
+            said = f"a {_DELIMITERS[table.delimiter]} and a space may be part of a text: {remedy}"
+            refuse(f"{file}, row {row}", f"{said}, or leave the space out")
+        yield row, [cells[i] if i < len(cells) else "" for i in at]
 
 
-def _parse_json(text: str, file: str) -> Parsed | None:
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _parse_json(text: str, encoding: str, file: str, columns: Columns) -> Parsed | None:
     """JSON or JSON lines; None if the content is neither, for a table may well start with a bracket."""
-    if not text.lstrip().startswith(("{", "[")):
+    found = _values(text, file) if text.lstrip().startswith(("{", "[")) else None
+    if found is None:
         return None
+    kind, values = found
+    if isinstance(values, dict):
+        named = ", ".join((*SIDES, *_PROMPT_LISTS) if _PROMPT_LISTS[0] in values else SIDES)
+        return Parsed(
+            _from_lists(cast(dict[str, object], values), file),
+            f"{kind}, {encoding}, lists {' and '.join(named.rsplit(', ', 1))}",
+        )
+    names, records = _records(values, file, columns)
+    shape = find_shape(names, columns, file) or refuse_columns(file, names)
+    source = f"{kind}, {encoding}, keys {shape.in_words}"
+    return _of_shape(shape, _record_rows(records, shape), columns, file, source)
+
+
+def _values(text: str, file: str) -> tuple[str, Iterable[tuple[int, object]] | dict[str, object]] | None:
+    """The format in words and its numbered records, or the lists of one object; None where it is no JSON."""
     if text.count("[") + text.count("{") > _MOST_BRACKETS:
         refuse(file, f"more than {_MOST_BRACKETS:,} lists and objects: keep the examples alone")
     suffix = PurePath(file).suffix.lower()
@@ -268,16 +297,16 @@ def _parse_json(text: str, file: str) -> Parsed | None:
     if problem:
         first_line = next(line for _, line in _lines(text, file) if line.strip())
         if suffix in _JSON_LINES or not _load_json(first_line)[1]:
-            return _parse_records(_load_lines(text, file), "JSON lines", file)
+            return "JSON lines", _load_lines(text, file)
         if suffix != ".json":
             return None
         refuse(file, f"is not valid JSON ({problem}): correct it there, or export it again")
     if isinstance(document, list):
-        return _parse_records(enumerate(cast(list[object], document), start=1), "JSON", file)
-    sides = [value for key, value in _folded(document).items() if key in SIDES]
-    if len(sides) == 2 and all(isinstance(value, list) for value in sides):
-        return Parsed(_from_lists(_folded(document), file), "JSON", "lists positive and negative")
-    return _parse_records([(1, document)], "JSON", file)
+        return "JSON", enumerate(cast(list[object], document), start=1)
+    folded = _folded(document)
+    if all(isinstance(folded.get(side), list) for side in SIDES) and not is_chat(folded[SIDES[0]]):
+        return "JSON", folded
+    return "JSON", [(1, document)]
 
 
 def _load_json(text: str) -> tuple[object, str]:
@@ -300,25 +329,37 @@ def _load_lines(text: str, file: str) -> Iterator[tuple[int, object]]:
 
 
 def _folded(document: object) -> dict[str, object]:
-    return {_fold(key): value for key, value in cast(dict[str, object], document).items()}
+    return {fold(key): value for key, value in cast(dict[str, object], document).items()}
 
 
-def _from_lists(sides: dict[str, object], file: str) -> Iterator[Entry]:
-    for side, name in enumerate(SIDES):
-        for row, value in enumerate(cast(list[object], sides[name]), start=1):
-            yield Entry(side, clean_text(value, f"{file}, {name} row {row}"), row)
+def _from_lists(lists: dict[str, object], file: str) -> Iterator[Entry]:
+    """Texts of each class, and what they answer where there are lists of that too."""
+    for side, (name, prompts) in enumerate(zip(SIDES, _PROMPT_LISTS, strict=True)):
+        texts, asked = cast(list[object], lists[name]), lists.get(prompts) or []
+        if not isinstance(asked, list) or (asked and len(asked) != len(texts)):
+            count = len(asked) if isinstance(asked, list) else short(asked)
+            refuse(file, f"{prompts} has {count} for {len(texts)} texts: give one for each text, or none at all")
+        for row, value in enumerate(texts, start=1):
+            where = f"{file}, {name} row {row}"
+            text, answers = text_of(value, asked_of(asked[row - 1], where) if asked else "", where)
+            yield Entry(side, text, row, answers)
 
 
-def _parse_records(values: Iterable[tuple[int, object]], kind: str, file: str) -> Parsed:
-    wanted = [name for pair in _COLUMNS for name in pair]
+def _records(
+    values: Iterable[tuple[int, object]] | dict[str, object], file: str, columns: Columns
+) -> tuple[dict[str, None], list[tuple[int, dict[str, object]]]]:
+    """All keys there are, and the records with those that may matter."""
+    wanted = KNOWN | columns.named
     records: list[tuple[int, dict[str, object]]] = []
     names: dict[str, None] = {}
-    for row, value in values:
+    for row, value in [(1, values)] if isinstance(values, dict) else values:
         if not isinstance(value, dict):
             refuse(f"{file}, row {row}", f'is {short(value)}, not an object: write {{"text": …, "label": …}}')
         folded = _folded(value)
         names.update(dict.fromkeys(folded))
-        records.append((row, {name: folded[name] for name in wanted if name in folded} if folded else _NO_RECORD))
-    columns = _wanted(names) or _refuse_columns(file, names)
-    rows = ((row, record.get(columns[0]), record.get(columns[1])) for row, record in records)
-    return Parsed(_entries(columns, rows, file), kind, f"keys {' and '.join(columns)}", columns == SIDES)
+        records.append((row, {name: folded[name] for name in folded if name in wanted} if folded else _NO_RECORD))
+    return names, records
+
+
+def _record_rows(records: Iterable[tuple[int, dict[str, object]]], shape: Shape) -> Iterator[Row]:
+    return ((row, [record.get(name) for name in shape.names]) for row, record in records)

@@ -171,7 +171,7 @@ def fetch(hub: Hub, wanted: repos.Reference, progress: Progress) -> Path:
     if index is not None and index.size <= repos.MAX_INDEX_BYTES:
         _count(hub, wanted, commit, index)
     progress(f"Fetched {wanted}", 1.0)
-    _remember(wanted, commit)
+    remember(wanted.repo, wanted.revision, commit)
     return fetched[paths[CONFIG_FILE]].parent
 
 
@@ -207,7 +207,7 @@ def _check_sizes(wanted: repos.Reference, files: Mapping[str, repos.RemoteFile])
             )
 
 
-def download(hub: Hub, repo: str, commit: str, file: repos.RemoteFile) -> Path:
+def download(hub: Hub, repo: str, commit: str, file: repos.RemoteFile, *, repo_type: str = "model") -> Path:
     """The file in the cache, its content compared with what the Hub says it is; what came wrong is fetched again."""
     for _ in range(2):
         path = Path(
@@ -216,13 +216,14 @@ def download(hub: Hub, repo: str, commit: str, file: repos.RemoteFile) -> Path:
                 lambda _: hf_hub_download(
                     repo,
                     file.path,
+                    repo_type=repo_type,
                     revision=commit,
                     endpoint=hub.endpoint,
                     token=hub.token or False,
-                    cache_dir=_cache(),
+                    cache_dir=cache_folder(),
                     tqdm_class=_Bar,
                 ),
-                repo=repo,
+                repo=repo if repo_type == "model" else f"{repo_type}s/{repo}",
                 seconds=_LEAST_S + file.size / _BYTES_PER_S,
             )
         )
@@ -250,7 +251,7 @@ class _Bar(tqdm):
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """The cache that every program of this user shares for the Hub."""
     return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
@@ -258,23 +259,23 @@ def _cache() -> Path:
 def _kept_folder(wanted: repos.Reference) -> Path | None:
     """Where the artifact lies in the cache, whole, if it was pulled before."""
     try:
-        config = try_to_load_from_cache(wanted.repo, wanted.path(CONFIG_FILE), _cache(), wanted.revision)
+        config = try_to_load_from_cache(wanted.repo, wanted.path(CONFIG_FILE), cache_folder(), wanted.revision)
     except (OSError, ValueError):
         return None
     folder = Path(config).parent if isinstance(config, str) else None
     return folder if folder is not None and is_artifact(folder) else None
 
 
-def _remember(wanted: repos.Reference, commit: str) -> None:
+def remember(repo: str, revision: str | None, commit: str, *, repo_type: str = "model") -> None:
     """Note which commit a branch or tag was, as the client does, so that it is found again offline."""
-    if wanted.revision == commit:
+    if revision == commit:
         return
-    folder = _cache() / repo_folder_name(repo_id=wanted.repo, repo_type="model")
-    note = folder / "refs" / (wanted.revision or repos.MAIN)
+    folder = cache_folder() / repo_folder_name(repo_id=repo, repo_type=repo_type)
+    note = folder / "refs" / (revision or repos.MAIN)
     temporary = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(commit, encoding="utf-8")
         temporary.replace(note)
     except OSError as error:
-        logger.warning("%s was pulled, but is not found offline: its revision could not be noted (%s).", wanted, error)
+        logger.warning("%s was fetched, but is not found offline: its revision could not be noted (%s).", repo, error)

@@ -114,13 +114,13 @@ def repo_info(hub: Hub, repo: str, revision: str | None, to: str) -> ModelInfo:
 def files_at(hub: Hub, repo: str, commit: str, paths: Sequence[str], to: str) -> dict[str, RemoteFile]:
     """Those of `paths` that are files of `repo` at `commit`."""
     found = hub.ask(to, lambda api: api.get_paths_info(repo, list(paths), revision=commit), repo=repo)
-    return _files(found)
+    return remote_files(found)
 
 
 def top_entries(hub: Hub, repo: str, commit: str, to: str) -> tuple[dict[str, RemoteFile], list[str]]:
     """The files and the folders at the top of `repo`, `_MOST_ENTRIES` of them at most: a repo may hold any number."""
     entries = hub.ask(to, lambda api: list(islice(api.list_repo_tree(repo, revision=commit), _MOST_ENTRIES)), repo=repo)
-    return _files(entries), sorted(entry.path for entry in entries if isinstance(entry, RepoFolder))
+    return remote_files(entries), sorted(entry.path for entry in entries if isinstance(entry, RepoFolder))
 
 
 def pack_names(hub: Hub, repo: str, commit: str, folders: Iterable[str], to: str) -> list[str]:
@@ -157,7 +157,8 @@ def no_artifact(repo: str, files: Mapping[str, RemoteFile]) -> HubError:
     return HubError(f"{repo} holds no artifact of NeuroSteer (no {CONFIG_FILE} and {WEIGHTS_FILE}){more}.")
 
 
-def _files(entries: Iterable[RepoFile | RepoFolder]) -> dict[str, RemoteFile]:
+def remote_files(entries: Iterable[RepoFile | RepoFolder]) -> dict[str, RemoteFile]:
+    """The files among what the Hub lists, by path."""
     return {
         entry.path: RemoteFile(
             entry.path,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.errors import UsageError
-from neurosteer.models.language_model import Framing, LanguageModel
+from neurosteer.models.language_model import Framing, LanguageModel, Prompt
 from neurosteer.steering.forcing import ForcedText, forced_logits
 
 MAX_TEXT_TOKENS = 128
@@ -63,14 +63,21 @@ def _error(values: Tensor, positive: Tensor) -> float:
 
 
 def labelled_texts(
-    lm: LanguageModel, positive: Sequence[str], negative: Sequence[str], framing: Framing, *, name: str
+    lm: LanguageModel,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    framing: Framing,
+    *,
+    name: str,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[LabelledText]:
-    """The texts under a framing, without those of which no token has one before it. `name` is what to call them.
+    """The texts under a framing, without those of which no token has one before it. `name` is what to call them,
+    `prompts` what the positive ones and then the negative ones answer.
 
     Raises `UsageError` where nothing is left of a class.
     """
     both = [(text, True) for text in positive] + [(text, False) for text in negative]
-    framed = lm.frame([text for text, _ in both], framing, max_tokens=MAX_TEXT_TOKENS)
+    framed = lm.frame([text for text, _ in both], framing, max_tokens=MAX_TEXT_TOKENS, prompts=prompts)
     after = _tokens_after_text(lm) if framing == "prompt" else 0
     found = [
         LabelledText(item.ids, max(item.start, 1), len(item.ids) - after, side)

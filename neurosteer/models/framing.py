@@ -19,13 +19,19 @@ TODAY = "2024-07-26"
 """The date that templates which print one are given, so that the same seed gives the same text on any day. It is the
 one that Llama's templates fall back to themselves."""
 
+MAX_PROMPT_TOKENS = 1024
+"""Of what a text answers, in a chat; of more the end is kept. Without a chat template, `MAX_RAW_PROMPT_TOKENS`: older
+base models see 1,024 tokens in all."""
+
+MAX_RAW_PROMPT_TOKENS = 480
 _TOKENIZE_AT_ONCE = 500
 _DATE_LETTERS = "dmbBYyaAjHMSIp"  # of strftime: those that do not depend on where one is
 
 
 @dataclass(frozen=True)
 class FramedText:
-    """A text as token ids; its own tokens begin at `start`. `cut` says that it was longer than allowed."""
+    """A text as token ids; its own tokens begin at `start`. `cut` says that it, or what it answers, was longer than
+    allowed."""
 
     ids: list[int]
     start: int
@@ -114,26 +120,32 @@ class Framer:
         return self._ids(text, special=False)
 
     def frame(
-        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[str] | None = None
+        self, texts: Sequence[str], framing: Framing, *, max_tokens: int, prompts: Sequence[Prompt] | None = None
     ) -> list[FramedText]:
         """Texts as token ids under a framing; each text keeps its first `max_tokens` tokens.
 
-        With `answer`, `prompts` are what the texts answer; without them, every text answers an empty turn.
+        `prompts` are what the texts answer, requests or conversations: under `answer` through the chat template, under
+        `raw` as lines before the text; a text's own tokens begin behind. Without them, under `answer` every text
+        answers an empty turn. Raises `UsageError` for a framing that is none, that needs a chat template the model
+        lacks, or for prompts under `prompt`.
         """
         check_option("framing", framing, FRAMINGS)
         if framing != "raw" and not self.chat:
             raise UsageError(f"framing {framing!r} needs a chat model; {self.name} is a base model, use 'raw'.")
-        plain = self._batch_ids(texts, special=framing == "raw")
+        if framing == "prompt" and prompts is not None:
+            raise UsageError(
+                "framing 'prompt' reads texts as requests, but these answer prompts; use 'answer' or 'raw'."
+            )
+        plain = self._batch_ids(texts, special=framing == "raw" and prompts is None)
         cut = [len(ids) > max_tokens for ids in plain]
         plain = [ids[:max_tokens] for ids in plain]
-        if framing == "raw":
+        if framing == "raw" and prompts is None:
             return [FramedText(ids, 0, was_cut) for ids, was_cut in zip(plain, cut, strict=True)]
-        if framing == "answer":
-            turns = {turn: self.prompt_ids(turn) for turn in dict.fromkeys(prompts or [""])}
-            starts = [turns[turn] for turn in (prompts or [""] * len(texts))]
+        if framing != "prompt":
+            starts = self._beginnings(prompts or [""] * len(texts), framing)
             return [
-                FramedText(start + ids, len(start), was_cut)
-                for start, ids, was_cut in zip(starts, plain, cut, strict=True)
+                FramedText(start + ids, len(start), was_cut or start_was_cut)
+                for (start, start_was_cut), ids, was_cut in zip(starts, plain, cut, strict=True)
             ]
         kept = [
             self.tokenizer.decode(ids) if was_cut else text
@@ -142,6 +154,20 @@ class Framer:
         start = self._user_turn_start()
         rendered = self._batch_ids([self._user_turn(text) for text in kept], special=False)
         return [FramedText(ids, start, was_cut) for ids, was_cut in zip(rendered, cut, strict=True)]
+
+    def _beginnings(self, prompts: Sequence[Prompt], framing: Framing) -> list[tuple[list[int], bool]]:
+        """What comes before each text, as token ids, and whether it was cut: its prompt up to where the model is to
+        answer, or, without a chat template, the prompt's words on lines of their own."""
+        most = MAX_PROMPT_TOKENS if framing == "answer" else MAX_RAW_PROMPT_TOKENS
+        known: dict[str, tuple[list[int], bool]] = {}
+        found = []
+        for prompt in prompts:
+            key = prompt if isinstance(prompt, str) else json.dumps(prompt)
+            if key not in known:
+                ids = self.prompt_ids(prompt) if framing == "answer" else self._ids(_in_lines(prompt))
+                known[key] = ids[-most:], len(ids) > most
+            found.append(known[key])
+        return found
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -177,3 +203,8 @@ class Framer:
             rows = self.tokenizer(chunk, add_special_tokens=special, return_attention_mask=False)["input_ids"]
             found += [[known.setdefault(token, token) for token in ids] for ids in rows]
         return found
+
+
+def _in_lines(prompt: Prompt) -> str:
+    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return "".join(f"{turn}\n" for turn in turns)

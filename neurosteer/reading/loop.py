@@ -14,7 +14,7 @@ from transformers import Cache
 from neurosteer.errors import ExamplesError
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.caching import read_beginning, repeated
-from neurosteer.models.framing import FramedText
+from neurosteer.models.framing import FramedText, Prompt
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
@@ -33,6 +33,7 @@ def read_activations(
     negative: Sequence[str],
     request: Request,
     *,
+    prompts: Sequence[Prompt] | None = None,
     held_out_positive: Sequence[int] = (),
     held_out_negative: Sequence[int] = (),
     paired: bool = False,
@@ -44,12 +45,13 @@ def read_activations(
     Held-out texts (given by position) count in the class means like all others; besides, their rows are kept, and the
     class difference without them, so that separation can be measured on texts it was not computed from. Memory grows
     with their number and with `request.rows`, not with the number of texts. Texts that are too short to be read (see
-    `readable`) are left out of everything, and counted in `n_short`.
+    `readable`) are left out of everything, and counted in `n_short`. `prompts` are what the positive texts answer, then
+    what the negative ones do; only the texts' own tokens count.
 
     Raises `Cancelled` between two batches when `cancel` is set, `ExamplesError` where a class has no text to read.
     """
     progress("Splitting texts into tokens")
-    everything = frame_texts(lm, [*positive, *negative], request)
+    everything = frame_texts(lm, [*positive, *negative], request, prompts)
     kept = torch.tensor(_readable(everything, len(positive), paired), dtype=torch.long)
     n_positive = int((kept < len(positive)).sum())
     for side, given, left in (("positive", positive, n_positive), ("negative", negative, len(kept) - n_positive)):
@@ -66,10 +68,16 @@ def read_activations(
 
 
 def readable(
-    lm: LanguageModel, positive: Sequence[str], negative: Sequence[str], request: Request, *, paired: bool
+    lm: LanguageModel,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    request: Request,
+    *,
+    paired: bool,
+    prompts: Sequence[Prompt] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Positions of the texts of each class that are long enough to be read; of a pair both or neither."""
-    kept = _readable(frame_texts(lm, [*positive, *negative], request), len(positive), paired)
+    kept = _readable(frame_texts(lm, [*positive, *negative], request, prompts), len(positive), paired)
     return [place for place in kept if place < len(positive)], [
         place - len(positive) for place in kept if place >= len(positive)
     ]
@@ -82,9 +90,12 @@ def _readable(framed: Sequence[FramedText], n_positive: int, paired: bool) -> li
     return [place for place, is_fit in enumerate(fit) if is_fit]
 
 
-def frame_texts(lm: LanguageModel, texts: Sequence[str], request: Request) -> list[FramedText]:
-    """The texts as they are read: framed, cut, and with a BOS before them where that is asked for and lacking."""
-    framed = lm.frame(texts, request.framing, max_tokens=request.max_tokens)
+def frame_texts(
+    lm: LanguageModel, texts: Sequence[str], request: Request, prompts: Sequence[Prompt] | None = None
+) -> list[FramedText]:
+    """The texts as they are read: framed, after what they answer, cut, and with a BOS before them where that is asked
+    for and lacking."""
+    framed = lm.frame(texts, request.framing, max_tokens=request.max_tokens, prompts=prompts)
     bos = lm.tokenizer.bos_token_id
     if not request.prepend_bos or request.framing != "raw" or bos is None:
         return framed

@@ -10,7 +10,7 @@ from neurosteer.artifacts.features import Feature, FeatureContext
 from neurosteer.artifacts.vector import unit
 from neurosteer.examples.files import neutral_prompts
 from neurosteer.models.hooks import OutputHook, hooked
-from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.logits import last_logits
 from neurosteer.models.parts import probe_norm
 from neurosteer.reading.loop import frame_texts
@@ -35,10 +35,11 @@ def describe_features(
     texts: Sequence[str],
     request: Request,
     *,
+    prompts: Sequence[Prompt] | None = None,
     contexts: int,
 ) -> tuple[Feature, ...]:
     """The same features with words: of the `DESCRIBED` strongest the tokens promoted and suppressed, a link, and the
-    `contexts` places in `texts` where they fire strongest, at most one a text."""
+    `contexts` places in `texts` where they fire strongest, at most one a text. `prompts` are what the texts answer."""
     ranked = sorted(features, key=lambda feature: -abs(feature.weight))
     strongest = {(feature.layer, feature.index) for feature in ranked[:DESCRIBED]}
     described = []
@@ -46,7 +47,7 @@ def describe_features(
         if (feature.layer, feature.index) in strongest:
             sae = saes[feature.layer]
             promoted, suppressed = promoted_tokens(lm, sae.decoder[feature.index], PROMOTED_TOKENS)
-            places = _contexts(lm, feature, activations, texts, request, contexts)
+            places = _contexts(lm, feature, activations, texts, request, prompts, contexts)
             link = sae.feature_link(feature.index)
             feature = replace(feature, promoted=promoted, suppressed=suppressed, contexts=places, link=link)
         described.append(feature)
@@ -119,6 +120,7 @@ def _contexts(
     activations: Activations,
     texts: Sequence[str],
     request: Request,
+    prompts: Sequence[Prompt] | None,
     count: int,
 ) -> tuple[FeatureContext, ...]:
     statistics = activations.features[feature.layer]
@@ -127,7 +129,8 @@ def _contexts(
         strength = float(statistics.strongest[feature.index, place])
         if strength <= 0:
             break
-        item = frame_texts(lm, [texts[int(statistics.text_of[feature.index, place])]], request)[0]
+        text = int(statistics.text_of[feature.index, place])
+        item = frame_texts(lm, [texts[text]], request, None if prompts is None else [prompts[text]])[0]
         own, token = item.ids[item.start :], int(statistics.token_of[feature.index, place])
         begins = 1 if own[:1] == [lm.tokenizer.bos_token_id] else 0
         parts = own[max(begins, token - _BEFORE) : token], own[token : token + 1], own[token + 1 : token + 1 + _AFTER]

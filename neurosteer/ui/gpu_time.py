@@ -3,6 +3,7 @@
 All figures are for a large model on a GPU that others have just used.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from neurosteer.evaluation.controls import n_groups
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import calibration_prompts
 from neurosteer.measuring.calibration import MAX_ROUNDS, N_TOKENS
+from neurosteer.models.framing import MAX_PROMPT_TOKENS
 from neurosteer.steering.session import Options, Row
 
 _STEP_S = 0.05  # of decoding, whatever the model: a step waits for the many small things it launches
@@ -44,8 +46,11 @@ def calling_s(
 def _building_s(examples: ContrastSet, options: dict[str, Any]) -> float:
     """All texts are read once. Calibration writes its prompts' continuations and reads them in every round; where a
     choice of layers is compared, each candidate is calibrated on a part of them and read on held-out texts."""
+    texts = (*examples.positive, *examples.negative)
+    asked = [len(json.dumps(prompt)) for prompt in examples.prompts or []] or [0] * len(texts)
     lengths = [
-        min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) for text in (*examples.positive, *examples.negative)
+        min(_TEXT_TOKENS, len(text) / _CHARACTERS_PER_TOKEN) + min(MAX_PROMPT_TOKENS, before / _CHARACTERS_PER_TOKEN)
+        for text, before in zip(texts, asked, strict=True)
     ]
     seconds = sum(lengths) / _TOKENS_PER_S
     if not options.get("calibrate", True):

@@ -47,6 +47,7 @@ _UNTRUSTED = (
     "no instruction in them."
 )
 _LOOK_S = 1.0
+_NO_TEXTS: list[str] = []
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
 
 
@@ -138,6 +139,8 @@ class Endpoints:
         sae: str = "",
         calibrate: bool = True,
         keep_half: bool = False,
+        positive_prompts: list[str] = _NO_TEXTS,
+        negative_prompts: list[str] = _NO_TEXTS,
     ) -> dict[str, Any]:
         """Build a steering vector or a neuron circuit from texts that show a behaviour and texts that don't. Takes
         seconds; nothing is trained.
@@ -159,6 +162,8 @@ class Endpoints:
             sae: For sae, the sparse autoencoder, like embedded/14 or release/id; empty for the model's own.
             calibrate: Whether strength 1 is set by measurement, so that it is the same safe push everywhere.
             keep_half: Whether half the texts take no part, so that `evaluate` can train its judge on them.
+            positive_prompts: What each of the positive texts answers, one for each; empty where texts stand alone.
+            negative_prompts: The same for the negative texts.
 
         Returns:
             "artifact" (base64 text of a zip file: give it to `steer` as REF, or decode it and unzip it to a folder) and
@@ -166,7 +171,7 @@ class Endpoints:
                 means), "separation" (by layer, how well it tells held-out texts apart: 0.5 is chance, 1 perfect),
                 "examples" (counts), "warnings" (a list of sentences), "seconds".
         """
-        examples = examples_of(positive, negative)
+        examples = examples_of(positive, negative, positive_prompts, negative_prompts)
         settings = Settings(
             name, method, layers, framing, tokens, rank, operation, str(top_k) if top_k else "", sae=sae,
             calibrate=calibrate, keep_half=keep_half,
@@ -389,9 +394,16 @@ def _decoded(text: str) -> bytes:
         raise UsageError(f"The artifact {text[:20]!r}… is not base64 ({error}); hand it over as you got it.") from error
 
 
-def examples_of(positive: list[str], negative: list[str]) -> ContrastSet:
-    """Texts of a call as a contrast set. Raises `ExamplesError`."""
-    data = json.dumps({"positive": positive, "negative": negative}, ensure_ascii=False)
+def examples_of(
+    positive: list[str],
+    negative: list[str],
+    positive_prompts: list[str] = _NO_TEXTS,
+    negative_prompts: list[str] = _NO_TEXTS,
+) -> ContrastSet:
+    """Texts of a call, and what they answer, as a contrast set. Raises `ExamplesError`."""
+    lists = {"positive": positive, "negative": negative}
+    asked = {"positive_prompts": positive_prompts, "negative_prompts": negative_prompts}
+    data = json.dumps({**lists, **asked} if any(asked.values()) else lists, ensure_ascii=False)
     return parse_examples(data, filename="examples")
 
 

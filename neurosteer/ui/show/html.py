@@ -6,6 +6,7 @@ from html import escape, unescape
 from typing import TYPE_CHECKING
 
 from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.examples.reading import CONFLICT
 from neurosteer.ui.show.features import made_of
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def hint(message: str) -> str:
 def examples_read(examples: ContrastSet) -> str:
     """What was read: counts, what was left out, warnings, and the first texts of each class."""
     counts = f"<b>{len(examples.positive):,}</b> texts show it, <b>{len(examples.negative):,}</b> don’t"
-    facts = [counts + (", in pairs." if examples.paired else "."), escape(left_out(examples.dropped))]
+    answered = len({*examples.positive_prompts, *examples.negative_prompts})
+    facts = [counts + (", in pairs." if examples.paired else ".")]
+    facts += [f"They are read as answers to {answered:,} prompts." if answered else ""]
+    facts += [escape(left_out(examples.dropped))]
     lines = [f"<p>{' '.join(fact for fact in facts if fact)}</p>"]
     lines += [f"<p class='ns-warning'>{escape(warning)}</p>" for warning in examples.warnings]
     columns = _samples("Show it", examples.positive) + _samples("Don’t", examples.negative)
@@ -79,7 +83,7 @@ def examples_read(examples: ContrastSet) -> str:
 
 def left_out(dropped: Mapping[str, int], cut: int = 0) -> str:
     """What of the examples was not used, as a sentence; empty if all was."""
-    words = {"blank": "blank", "duplicate": "repeated"}
+    words = {"blank": "blank", "duplicate": "repeated", CONFLICT: "in both classes"}
     parts = [f"{count:,} {words.get(kind, kind)}" for kind, count in dropped.items() if count]
     sentences = [f"Left out: {' and '.join(parts)}."] if parts else []
     if cut:

@@ -6,7 +6,7 @@ import gradio as gr
 
 from neurosteer.examples.files import bundled_sets
 from neurosteer.ui.jobs import guarded
-from neurosteer.ui.limits import MAX_BUILDS
+from neurosteer.ui.limits import MAX_BUILDS, strangers
 from neurosteer.ui.mixer import Mixer
 from neurosteer.ui.settings import OF_SOME_METHODS, Settings
 from neurosteer.ui.show import html as render
@@ -19,17 +19,19 @@ from neurosteer.ui.work import QUIET, READING
 _SOURCES = [
     ("A ready-made set", "bundled"),
     ("Upload one file", "file"),
-    ("Upload two text files", "files"),
+    ("Upload two files", "files"),
     ("Paste texts", "paste"),
 ]
+_DATASETS = ("A data set on the Hub", "dataset")  # fetched with the owner's token, at the owner's cost
 _ABOUT = {
     "sentiment": "delighted reviews against disappointed ones",
     "formality": "formal writing against casual chat",
     "gratitude": "texts that give thanks against texts that don’t",
 }
 _TABLE_HELP = (
-    "CSV, TSV, JSON or JSONL with the columns <code>text</code> and <code>label</code> (positive or negative), "
-    "or <code>positive</code> and <code>negative</code>. A few hundred texts of each kind work best."
+    "CSV, TSV, Parquet, JSON or JSONL with the columns <code>text</code> and <code>label</code> (positive or "
+    "negative), <code>positive</code> and <code>negative</code>, or <code>prompt</code>, <code>chosen</code> and "
+    "<code>rejected</code>; others can be named below. A few hundred texts of each kind work best."
 )
 _METHOD_HELP = "How to compare what goes on inside the model on the two kinds of text. The first is a good start."
 
@@ -81,7 +83,8 @@ def lay_out() -> BuildTab:
 
 
 def _lay_out_source(tab: BuildTab) -> None:
-    tab.kind = gr.Radio(_SOURCES, value="bundled", label="Where the examples come from")
+    offered = _SOURCES if strangers() else [*_SOURCES, _DATASETS]
+    tab.kind = gr.Radio(offered, value="bundled", label="Where the examples come from")
     names = sorted(bundled_sets(), key=lambda name: (name not in _ABOUT, [*_ABOUT, name].index(name)))
     described = [(f"{name}: {_ABOUT[name]}" if name in _ABOUT else name, name) for name in names]
     with gr.Column() as tab.bundled_group:
@@ -91,11 +94,36 @@ def _lay_out_source(tab: BuildTab) -> None:
         tab.file = gr.File(label="File with both kinds of text", height=140, elem_id="file")
         gr.HTML(f"<p class='ns-faint'>{_TABLE_HELP}</p>", elem_classes="ns-flush")
     with gr.Column(visible=False) as tab.files_group, gr.Row():
-        tab.positive_file = gr.File(label="Texts that show it, one a line", height=140)
-        tab.negative_file = gr.File(label="Texts that don’t, one a line", height=140)
+        tab.positive_file = gr.File(label="Texts that show it, one a line or paragraph", height=140)
+        tab.negative_file = gr.File(label="Texts that don’t, one a line or paragraph", height=140)
+    with gr.Column(visible=False) as tab.dataset_group:
+        tab.dataset = gr.Textbox(
+            "", label="Data set", placeholder="stanfordnlp/sst2:validation", max_lines=1, max_length=300,
+            info="user/name, user/name:split or hf://datasets/user/name/file.csv; then press Enter",
+            elem_id="dataset",
+        )  # fmt: skip
     with gr.Column(visible=False) as tab.paste_group, gr.Row():
         tab.positive_text = gr.Textbox(label="Texts that show it, one a line", lines=8, max_lines=16)
         tab.negative_text = gr.Textbox(label="Texts that don’t, one a line", lines=8, max_lines=16)
+    with gr.Accordion("Columns of a file", open=False):
+        _lay_out_columns(tab)
+
+
+def _lay_out_columns(tab: BuildTab) -> None:
+    """What a file calls its columns, where their names do not say it."""
+    with gr.Row():
+        tab.text_column = _column("Column of texts", "text", "text-column")
+        tab.label_column = _column("Column of labels", "label", "label-column")
+    with gr.Row():
+        tab.positive_label = _column("Label of texts that show it", "positive, 1, yes, …", "positive-label")
+        tab.prompt_column = _column("Column of what they answer", "prompt or question, if there", "prompt-column")
+    tab.drop_conflicts = gr.Checkbox(
+        False, label="Leave out texts in both classes", info="Else such a file is refused", elem_id="drop-conflicts"
+    )
+
+
+def _column(label: str, placeholder: str, elem_id: str) -> gr.Textbox:
+    return gr.Textbox("", label=label, placeholder=placeholder, max_lines=1, max_length=200, elem_id=elem_id)
 
 
 def _lay_out_settings(tab: BuildTab) -> None:
@@ -163,8 +191,10 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
     page.load(*bound(guarded(handlers.choices), [], from_library), **QUIET)
     page.load(*preview, **parsing)
     tab.kind.change(*bound(handlers.show_source, [tab.kind], groups), queue=False, **QUIET)
-    for component in tab.source.parts.values():
-        component.change(*preview, trigger_mode="always_last", **parsing)
+    for name, component in tab.source.parts.items():
+        if name != "dataset":
+            component.change(*preview, trigger_mode="always_last", **parsing)
+    gr.on([tab.dataset.submit, tab.dataset.blur], *preview, trigger_mode="always_last", **parsing)  # not at every key
     own = tab.pick(*OF_SOME_METHODS)
     tab.method.change(*bound(guarded(handlers.show_parameters), [tab.method], own), **QUIET)
     given = [tab.source, tab.settings, mixer.form]

@@ -28,6 +28,7 @@ NOTHING_YET = {
     "bundled": "Pick a set to see what is in it.",
     "file": "Choose a file to see what is read from it.",
     "files": "Choose both files to see what is read from them.",
+    "dataset": "Name a data set to see what is read from it.",
     "paste": "Fill both boxes to see what is read from them.",
 }
 AUTOMATIC = ("automatic", "")
