@@ -39,6 +39,7 @@ from neurosteer.hub.searching import KINDS
 from neurosteer.methods import METHODS, cna, sae
 from neurosteer.models.language_model import Framing
 from neurosteer.models.loading import DTYPES
+from neurosteer.models.quantization import QUANTIZATIONS
 from neurosteer.reading.request import Tokens
 from neurosteer.version import VERSION
 
@@ -121,6 +122,7 @@ def test_choices_are_those_of_the_library() -> None:
         (choices.Method, METHODS), (choices.Framing, get_args(Framing)), (choices.ReadTokens, get_args(Tokens)),
         (choices.Rank, dict.fromkeys((*cna.RANKS, *sae.RANKS))), (choices.Operation, CIRCUIT_OPERATIONS),
         (choices.Weight, sae.WEIGHTS), (choices.Sides, sae.SIDES), (choices.Dtype, DTYPES),
+        (choices.Quantization, QUANTIZATIONS),
         (choices.Positions, get_args(Positions)), (choices.Metric, get_args(Metric)),
         (choices.Attention, get_args(Attention)),
         (choices.Aggregate, get_args(Aggregate)), (choices.Ablation, get_args(Ablation)), (choices.Kind, KINDS),

@@ -150,7 +150,7 @@ def test_what_the_server_has_is_listed(client: Client) -> None:
 
 def test_a_program_builds_from_answers_to_prompts(client: Client) -> None:
     prompts = [f"question {n}" for n in range(24)]
-    asked = {"positive_prompts": prompts, "negative_prompts": prompts}
+    asked: dict[str, Any] = {"positive_prompts": prompts, "negative_prompts": prompts}
     built = client.predict(POSITIVE, NEGATIVE, layers="1", calibrate=False, **asked, api_name="/build")
     wanted = ContrastSet(
         tuple(POSITIVE), tuple(NEGATIVE), positive_prompts=tuple(prompts), negative_prompts=tuple(prompts)

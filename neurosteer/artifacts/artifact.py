@@ -16,6 +16,12 @@ def check_model(artifact: Artifact, model: ModelReference) -> str | None:
             f"{artifact.name!r} was made on {shown(artifact.model.name)} ({shape_text(artifact.model)}) and does not "
             f"fit {shown(model.name)} ({shape_text(model)}); load the model it was made on, or build it again."
         )
+    if artifact.model.quantization != model.quantization:
+        theirs, here = (one.quantization or "not quantised" for one in (artifact.model, model))
+        return (
+            f"{artifact.name!r} was made on weights that are {shown(theirs)[1:-1]}, and here they are "
+            f"{shown(here)[1:-1]}: it steers them much alike, but calibrate it here for figures that hold."
+        )
     if artifact.model.fingerprint != model.fingerprint:
         return (
             f"{artifact.name!r} was made on {shown(artifact.model.name)} with other weights "

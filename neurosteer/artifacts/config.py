@@ -32,7 +32,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "kind": artifact.kind,
         "name": artifact.name,
         "description": artifact.description,
-        "model": asdict(artifact.model),
+        "model": _model(artifact.model),
         "method": artifact.method,
         "parameters": dict(artifact.parameters),
         "site": artifact.site,
@@ -133,3 +133,11 @@ def _encoders(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 def _provenance(data: Mapping[str, Any]) -> Provenance:
     """JSON has no numbers for keys."""
     return Provenance(**{**data, "separation": {int(key): value for key, value in data.get("separation", {}).items()}})
+
+
+def _model(model: ModelReference) -> dict[str, Any]:
+    """Plain weights are not said to be so: that is how it always was."""
+    kept = asdict(model)
+    if model.quantization is None:
+        del kept["quantization"]
+    return kept

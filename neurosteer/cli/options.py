@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.cli.choices import Dtype, Framing, Method, Positions, ReadTokens
+from neurosteer.cli.choices import Dtype, Framing, Method, Positions, Quantization, ReadTokens
 from neurosteer.cli.grammar import OUTPUT
 from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
@@ -64,6 +64,7 @@ class ModelOptions:
     revision: Annotated[str | None, _model(help="Branch, tag or commit on the Hub.")] = None
     device: Annotated[str | None, _model(help="cpu, cuda or cuda:N.")] = None
     dtype: Annotated[Dtype | None, _model(help="bfloat16 where that is fast, else float32.")] = None
+    quantize: Annotated[Quantization | None, _model(help="Pack the weights, with bitsandbytes.")] = None
 
     def load(self, progress: Progress, made_on: str | None = None) -> "LanguageModel":
         """The model asked for; else `made_on`, else the default. Raises what `load_model` raises."""
@@ -71,7 +72,12 @@ class ModelOptions:
         from neurosteer.models.loading import load_model
 
         return load_model(
-            self.model or made_on, revision=self.revision, device=self.device, dtype=self.dtype, progress=progress
+            self.model or made_on,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            progress=progress,
         )
 
 

@@ -14,6 +14,7 @@ from torch.nn import Module
 from neurosteer.errors import ModelError
 from neurosteer.models.framing import FRAMINGS, FramedText, Framer, Framing, Message, Prompt
 from neurosteer.models.parts import input_width, is_mixture, written_columns
+from neurosteer.models.quantization import quantization_of
 from neurosteer.models.reference import ModelReference
 
 __all__ = ["FRAMINGS", "FramedText", "Framing", "LanguageModel", "Message", "ModelShape", "Prompt", "fingerprint_of"]
@@ -116,7 +117,8 @@ class LanguageModel(Framer):
     def reference(self) -> ModelReference:
         """What artifacts made on this model record of it."""
         shape = self.shape
-        return ModelReference(self.name, self.revision, shape.n_layers, shape.d_model, shape.d_mlp, self.fingerprint)
+        dimensions = shape.n_layers, shape.d_model, shape.d_mlp
+        return ModelReference(self.name, self.revision, *dimensions, self.fingerprint, quantization_of(self.model))
 
     def write_columns(self, layer: int) -> Tensor:
         """What each neuron of `layer` writes to the residual stream per unit of activation, float32 `[d_mlp, d_model]`.

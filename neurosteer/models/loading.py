@@ -24,6 +24,7 @@ from neurosteer.models.catalog import default_model
 from neurosteer.models.framing import template_options as complete_options
 from neurosteer.models.language_model import LanguageModel, ModelShape, fingerprint_of, mlp_width
 from neurosteer.models.parts import check_stream, find_blocks, find_decoder, find_down_projection, find_final_norm
+from neurosteer.models.quantization import bitsandbytes_config, quantization_of
 from neurosteer.models.sources import Source, locate
 from neurosteer.progress import Progress, silent
 from neurosteer.validation import check_option
@@ -39,6 +40,7 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     chat: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -50,6 +52,7 @@ def load_model(
         revision: branch, tag or commit on the Hub.
         device: `cuda` if there is one, else `cpu`; with several GPUs the model is spread over them.
         dtype: `float32`, `bfloat16` or `float16`; by default bfloat16 where the device computes it fast, else float32.
+        quantize: `4bit` or `8bit` (by bitsandbytes, an extra), for a model whose weights are plain.
         chat: whether prompts get the tokenizer's chat template; by default if it has one.
         template_options: what the chat template is given; by default `enable_thinking=False` where it knows that, and
             a fixed date where it prints one (see `framing.template_options`).
@@ -57,7 +60,7 @@ def load_model(
 
     Raises:
         ModelError: no such model, it cannot be fetched, or it lacks a part that steering needs.
-        UsageError: an unknown device or dtype, or template options that JSON cannot hold.
+        UsageError: an unknown device, dtype or way to quantise, or template options that JSON cannot hold.
     """
     chosen = _choose_device(device)
     wanted = _choose_dtype(dtype, chosen)
@@ -65,13 +68,14 @@ def load_model(
     progress(f"Loading {source.name}")
     transformers_logging.disable_progress_bar()
     spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
-    rounded_later = source.adapter is not None or wanted == torch.float16
+    packing = _packing(source, quantize, wanted)
+    rounded_later = packing is None and (source.adapter is not None or wanted == torch.float16)
     if rounded_later:
         model, tokenizer, fingerprint = _read_and_round(source, wanted, "auto" if spread else None)
     else:
-        model, tokenizer = _read(source, wanted, "auto" if spread else _straight_to(source, chosen))
+        model, tokenizer = _read(source, wanted, "auto" if spread else _straight_to(source, chosen), packing)
         fingerprint = None
-    if not spread:
+    if not spread and quantization_of(model) is None:  # packed weights are where they were read to
         _move(model, chosen)
     lm = describe_model(
         model,
@@ -129,9 +133,21 @@ def _straight_to(source: Source, device: torch.device) -> DeviceMap:
     return None if device.type == "cpu" or source.gguf_file else {"": device}
 
 
-def _read(source: Source, dtype: torch.dtype | str, device_map: DeviceMap) -> tuple[PreTrainedModel, Any]:
+def _packing(source: Source, quantize: str | None, dtype: torch.dtype) -> Any:
+    """How the weights are to be packed as they are read; None: not at all."""
+    if quantize is None:
+        return None
+    if source.gguf_file or source.adapter is not None:
+        what = "a GGUF file" if source.gguf_file else "an adapter on another model"
+        raise UsageError(f"{source.name} is {what}, which cannot be quantised while it is read; leave quantize out.")
+    return bitsandbytes_config(quantize, dtype)
+
+
+def _read(
+    source: Source, dtype: torch.dtype | str, device_map: DeviceMap, packing: Any = None
+) -> tuple[PreTrainedModel, Any]:
     named: dict[str, Any] = {"local_files_only": True}
-    packed: dict[str, Any] = {}
+    packed: dict[str, Any] = {} if packing is None else {"quantization_config": packing}
     if source.gguf_file:
         named["gguf_file"] = source.gguf_file
         packed["quantization_config"] = GgufConfig(dequantize=True)  # steering needs plain weights

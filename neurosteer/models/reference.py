@@ -21,6 +21,7 @@ class ModelReference:
     d_model: _Dimension
     d_mlp: Annotated[int, Field(strict=True, ge=0, le=1 << 20)]  # 0 where a model has no MLPs of one width
     fingerprint: Annotated[str, Field(strict=True, min_length=1, max_length=100)]
+    quantization: Annotated[str, Field(strict=True, min_length=1, max_length=100)] | None = None  # in words
 
 
 def same_shape(one: ModelReference, other: ModelReference, *, neurons: bool) -> bool:

@@ -60,9 +60,8 @@ def linearised(lm: LanguageModel, attention: Attention = "full") -> Iterator[Non
     `attention`, `ModelError` naming a part of the model that no rule is known for.
     """
     check_option("attention", attention, ATTENTIONS)
-    hooks = [*_norm_hooks(lm), *_mlp_hooks(lm)]
-    if attention == "frozen":
-        hooks += _frozen_attention_hooks(lm)
+    hooks = _frozen_attention_hooks(lm) if attention == "frozen" else []
+    hooks += [*_norm_hooks(lm), *_mlp_hooks(lm)]
     with hooked(hooks):
         yield
 
