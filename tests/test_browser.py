@@ -507,3 +507,23 @@ def test_a_circuit_of_nothing_is_one_line(page: Any) -> None:
     page.locator("#target input, #target textarea").fill("")
     page.locator("#attribute").click()
     page.locator("#circuit-error .ns-error").get_by_text("next word is empty").wait_for()
+
+
+def test_from_a_description_to_a_slider(page: Any, tmp_path: Path) -> None:
+    go(page, "Build")
+    page.get_by_label("Describe it").check()
+    page.locator("#describe").click()
+    page.locator("#describe-error .ns-error").get_by_text("instruct is empty").wait_for()
+    page.locator("#instruct textarea").fill(f"Write in a very positive, delighted tone. {HOSTILE}")
+    page.locator("#against textarea").fill("Write in a very negative, disappointed tone.")
+    page.locator("#describe").click()
+    page.locator("#answers").get_by_text("Tell me about a walk through a small town.").first.wait_for()
+    page.locator("#preview").get_by_text("They are read as answers to").wait_for()
+    with page.expect_download() as download:
+        page.locator("#download-answers").click()
+    saved = tmp_path / "answers.csv"
+    download.value.save_as(saved)
+    assert saved.read_text(encoding="utf-8").startswith("prompt,chosen,rejected")
+    page.locator("#build").click()
+    page.locator("#try-it").wait_for()
+    assert "answers-caa is ready" in page.locator("#built").inner_text()

@@ -22,6 +22,7 @@ from tiny import D_MODEL, Tiny
 from neurosteer.artifacts.storage import unpack
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.examples.files import bundled_sets
+from neurosteer.examples.reading import parse_examples
 from neurosteer.methods import METHODS
 from neurosteer.progress import check_cancelled
 from neurosteer.ui import settings as building_settings
@@ -30,6 +31,7 @@ from neurosteer.ui.mixer import MOST
 from neurosteer.ui.settings import OF_SOME_METHODS, Settings, build_options, check_sae
 from neurosteer.ui.source import Source, read_source
 from neurosteer.ui.tabs.build_handlers import BuildHandlers
+from neurosteer.ui.tabs.describe import DescribeHandlers
 
 BUTTONS = {"start", "cancel", "error", "note"}
 """All that changes where nothing was built."""
@@ -314,3 +316,42 @@ def test_try_it_goes_to_the_steer_tab_with_the_newest_alone(building: BuildHandl
     shelf = {"old": mood, "new": mood}
     found = building.try_it("new", mix_of(shelf, ["old"], 2.0))
     assert found["tabs"]["selected"] == "steer" and found["standing"] == found["chosen"]["value"] == ["new"]
+
+
+# --- described -------------------------------------------------------------------------------------------------------
+
+
+def test_a_description_becomes_a_table_that_is_built_from_as_it_stands(building: BuildHandlers) -> None:
+    describing = DescribeHandlers(building.models, building.jobs)
+    who = visitor()
+    describing.begin(who)
+    found = describing.write(who, told, "Write like a pirate.", "Write plainly.", None)
+    rows = found["answers"]["value"]
+    assert found["error"] == "" and len(rows) > 10 and all(len(row) == 3 for row in rows)
+    rows[0][1] = "Ahoy!"
+    examples = read_source(source("described", answers=[*rows, ["", None, ""]]))
+    assert examples is not None and examples.positive[0] == "Ahoy!" and examples.positive_prompts[0] == rows[0][0]
+    saved = describing.saved(who, rows)["download"]["value"]
+    assert parse_examples(Path(saved).read_bytes(), filename="answers.csv").positive == examples.positive
+    built = building.build(who, told, source("described", answers=rows), Settings(layers="2", calibrate=False), mix_of({}, []))
+    assert built["error"] == "" and "answers-caa" in built["latest"]
+
+
+@pytest.mark.parametrize(
+    ("instruct", "against", "said"),
+    [("", "x", "instruct is empty"), ("x", "X", "the same"), ("x" * 2000, "y", "2,000")],
+)
+def test_a_description_that_says_nothing_is_one_line(
+    building: BuildHandlers, instruct: str, against: str, said: str
+) -> None:
+    describing = DescribeHandlers(building.models, building.jobs)
+    describing.begin(visitor())
+    found = describing.write(visitor(), told, instruct, against, None)
+    assert set(found) == BUTTONS and said in found["error"]
+
+
+def test_an_answer_that_was_emptied_is_refused_with_its_row(building: BuildHandlers) -> None:
+    rows = [["a?", "yes", "no"], ["b?", "", "no way"], ["c?", "sure", "nope"]]
+    assert "row 3" in building.preview(visitor(), source("described", answers=rows))
+    assert read_source(source("described", answers=None)) is None
+    assert read_source(source("described", answers=[["", "", ""]])) is None

@@ -16,6 +16,7 @@ from neurosteer.validation import check_count
 MAX_INSTRUCTION = 1000
 MAX_SAMPLES = 20
 MAX_ANSWER = 200
+ANSWER_TOKENS = 48
 
 
 def asked_to(instruction: str, prompt: str) -> str:
@@ -30,7 +31,7 @@ def described_examples(
     *,
     prompts: Sequence[str] | None = None,
     samples: int = 2,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = ANSWER_TOKENS,
     seed: int = 0,
     name: str = "described",
     progress: Progress = silent,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from neurosteer.building.build import build
+from neurosteer.building.described import ANSWER_TOKENS, described_examples
 from neurosteer.evaluation import evaluate
 from neurosteer.evaluation.controls import n_groups
 from neurosteer.examples.contrast_set import ContrastSet
-from neurosteer.examples.files import calibration_prompts
+from neurosteer.examples.files import calibration_prompts, described_prompts
 from neurosteer.measuring.calibration import MAX_ROUNDS, N_TOKENS
 from neurosteer.models.framing import MAX_PROMPT_TOKENS
 from neurosteer.steering.session import Options, Row
@@ -40,6 +41,9 @@ def calling_s(
         return _building_s(examples, options)
     if function is evaluate:
         return _evaluating_s(options)
+    if function is described_examples:
+        rows = 2 * len(described_prompts()) * options.get("samples", 2)
+        return _OTHER_S + math.ceil(rows / BATCH_ROWS) * options.get("max_new_tokens", ANSWER_TOKENS) * _STEP_S
     return _OTHER_S
 
 

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neurosteer.artifacts.files import csv_text
 from neurosteer.errors import UsageError
 from neurosteer.examples.columns import Columns
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import bundled_sets
 from neurosteer.examples.reading import parse_examples, paste_examples, read_examples
 from neurosteer.ui.limits import strangers
+
+ANSWERS = ("prompt", "chosen", "rejected")
+"""Columns of the model's own answers, as `parse_examples` knows them."""
 
 
 class Source(NamedTuple):
@@ -28,6 +32,7 @@ class Source(NamedTuple):
     positive_label: str = ""
     prompt_column: str = ""
     drop_conflicts: bool = False
+    answers: Any = None  # rows of prompt, answer that shows it, answer that does not
 
     @property
     def options(self) -> dict[str, Any]:
@@ -46,6 +51,8 @@ def read_source(source: Source) -> ContrastSet | None:
         return read_file(source.file, source.options) if source.file else None
     if source.kind == "dataset":
         return _read_dataset(source)
+    if source.kind == "described":
+        return read_answers(source.answers)
     if source.kind == "files":
         if not source.positive_file or not source.negative_file:
             return None
@@ -70,6 +77,24 @@ def _read_dataset(source: Source) -> ContrastSet | None:
     from neurosteer.hub.datasets import read_dataset
 
     return read_dataset(source.dataset, **source.options)
+
+
+def answers_csv(rows: Any) -> str:
+    """A table of answers as it stands on the page, as a file of examples. Rows in which nothing is left are none."""
+    named = [dict(zip(ANSWERS, map(_cell, row), strict=False)) for row in rows or ()]
+    return csv_text(ANSWERS, [row for row in named if any(row.values())])
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def read_answers(rows: Any) -> ContrastSet | None:
+    """The table of answers as examples; None where there is none. Raises `ExamplesError` naming the row."""
+    text = answers_csv(rows)
+    if text.count("\n") < 2:
+        return None
+    return parse_examples(text.encode(errors="replace"), filename="answers.csv")
 
 
 def read_bundled(name: str) -> ContrastSet:

@@ -11,6 +11,7 @@ from neurosteer.ui.mixer import Mixer
 from neurosteer.ui.settings import OF_SOME_METHODS, Settings
 from neurosteer.ui.show import html as render
 from neurosteer.ui.source import Source
+from neurosteer.ui.tabs import describe
 from neurosteer.ui.tabs.build_handlers import AUTOMATIC, NOTHING_YET, BuildHandlers
 from neurosteer.ui.tabs.startable import wire_work
 from neurosteer.ui.wiring import Form, Parts, bound
@@ -21,6 +22,7 @@ _SOURCES = [
     ("Upload one file", "file"),
     ("Upload two files", "files"),
     ("Paste texts", "paste"),
+    ("Describe it", "described"),
 ]
 _DATASETS = ("A data set on the Hub", "dataset")  # fetched with the owner's token, at the owner's cost
 _ABOUT = {
@@ -105,6 +107,8 @@ def _lay_out_source(tab: BuildTab) -> None:
     with gr.Column(visible=False) as tab.paste_group, gr.Row():
         tab.positive_text = gr.Textbox(label="Texts that show it, one a line", lines=8, max_lines=16)
         tab.negative_text = gr.Textbox(label="Texts that don’t, one a line", lines=8, max_lines=16)
+    with gr.Column(visible=False) as tab.described_group:
+        describe.lay_out(tab)
     with gr.Accordion("Columns of a file", open=False):
         _lay_out_columns(tab)
 
@@ -183,6 +187,7 @@ def _lay_out_features(tab: BuildTab) -> None:
 
 def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: BuildHandlers) -> None:
     """Connect the components with the handlers."""
+    describe.wire(tab, mixer.model, describe.DescribeHandlers(handlers.models, handlers.jobs))
     from_library = tab.pick("method", "framing", "tokens", "operation", "weight", "sides")
     groups = tab.pick(*(f"{kind}_group" for kind in NOTHING_YET))
     result = tab.pick("result", "features", "plot", "download", "try_it", "latest")

@@ -29,6 +29,7 @@ NOTHING_YET = {
     "file": "Choose a file to see what is read from it.",
     "files": "Choose both files to see what is read from them.",
     "dataset": "Name a data set to see what is read from it.",
+    "described": "Say what it is to do, and what not; then have the answers written.",
     "paste": "Fill both boxes to see what is read from them.",
 }
 AUTOMATIC = ("automatic", "")
