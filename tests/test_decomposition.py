@@ -100,6 +100,6 @@ def test_what_does_not_fit_is_refused_in_one_line(llama: Tiny) -> None:
     refused(lambda: decompose(llama.lm, vector, 10_000), UsageError, "10000", str(3 * D_MLP))
     above = make_circuit([(3, 1)], model=llama.lm.reference)
     refused(lambda: compare_with_circuit(llama.lm, vector, above), UsageError, "above layer 2")
-    other = ModelReference("other", None, 4, 32, 128, "f")
+    other = ModelReference("other", None, 5, 32, 128, "f")
     refused(lambda: decompose(llama.lm, make_vector((1,), model=other)), MismatchError, "other")
     refused(lambda: compare_with_circuit(llama.lm, vector, make_circuit(model=other)), MismatchError, "other")

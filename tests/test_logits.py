@@ -210,7 +210,7 @@ def test_shares_of_the_last_neurons_and_of_what_passes_them_by_add_up_to_the_log
         own_hooks([(block, lambda _module, _inputs, output: streams.append(first(output)))]),
     ):
         linear = linear_pass(this.lm, [this.lm.token_ids(PROMPT)], "frozen")
-    middle, end = streams
+    middle, end = streams[-2:]  # before that, the first time, two tokens are looked at
     logit = linear.logits[0, 9]
     to_neurons, to_stream = torch.autograd.grad(logit, (linear.neurons[-1], end))
     by_neurons = float((to_neurons * linear.neurons[-1].detach()).sum())
