@@ -45,7 +45,7 @@ def test_answers_are_what_the_session_writes_and_are_kept_with_the_bare_prompts(
 
 def test_texts_are_read_as_answers_to_the_bare_prompt(llama: Tiny) -> None:
     found = described_examples(llama.lm, *TOLD, prompts=["One thing.", "Another thing."], max_new_tokens=6)
-    framed = llama.lm.frame(found.positive, "answer", max_tokens=64, prompts=found.prompts[: len(found.positive)])
+    framed = llama.lm.frame(found.positive, "answer", max_tokens=64, prompts=list(map(str, found.positive_prompts)))
     for text, asked, one in zip(found.positive, found.positive_prompts, framed, strict=True):
         start = llama.lm.prompt_ids(str(asked))
         assert one.ids[: one.start] == start and llama.lm.tokenizer.decode(one.ids[one.start :]) == text
@@ -78,7 +78,8 @@ def test_a_model_that_answers_alike_is_said_to(llama: Tiny, monkeypatch: pytest.
 
 
 def test_numbers_out_of_range_and_cancelling(llama: Tiny) -> None:
-    for wrong in ({"samples": 0}, {"samples": 21}, {"max_new_tokens": 201}):
+    wrongs: list[dict[str, Any]] = [{"samples": 0}, {"samples": 21}, {"max_new_tokens": 201}]
+    for wrong in wrongs:
         with pytest.raises(UsageError):
             described_examples(llama.lm, *TOLD, **wrong)
     cancel = threading.Event()

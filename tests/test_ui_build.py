@@ -333,7 +333,9 @@ def test_a_description_becomes_a_table_that_is_built_from_as_it_stands(building:
     assert examples is not None and examples.positive[0] == "Ahoy!" and examples.positive_prompts[0] == rows[0][0]
     saved = describing.saved(who, rows)["download"]["value"]
     assert parse_examples(Path(saved).read_bytes(), filename="answers.csv").positive == examples.positive
-    built = building.build(who, told, source("described", answers=rows), Settings(layers="2", calibrate=False), mix_of({}, []))
+    built = building.build(
+        who, told, source("described", answers=rows), Settings(layers="2", calibrate=False), mix_of({}, [])
+    )
     assert built["error"] == "" and "answers-caa" in built["latest"]
 
 

@@ -81,7 +81,7 @@ def _read_dataset(source: Source) -> ContrastSet | None:
 
 def answers_csv(rows: Any) -> str:
     """A table of answers as it stands on the page, as a file of examples. Rows in which nothing is left are none."""
-    named = [dict(zip(ANSWERS, map(_cell, row), strict=False)) for row in rows or ()]
+    named: list[dict[str, str]] = [dict(zip(ANSWERS, map(_cell, row), strict=False)) for row in rows or ()]
     return csv_text(ANSWERS, [row for row in named if any(row.values())])
 
 
