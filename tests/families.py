@@ -1,7 +1,6 @@
 """A tiny random model of every family of decoder-only models that transformers has and people use."""
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from tiny import N_LAYERS, VOCABULARY, random_model
@@ -185,6 +184,5 @@ def family_config(family: str) -> Any:
     return AutoConfig.for_model(kind, **{**_COMMON, **changes})
 
 
-@cache
 def family_model(family: str) -> Any:
     return random_model(family_config(family))

@@ -112,6 +112,10 @@ def test_answers_are_saved_to_be_edited_and_read_again(run: Run, model_folder: P
     [
         ((), "no examples"),
         (("sentiment", "--instruct", "x", "--against", "y"), "both"),
+        (("--instruct", "x", "--against", "y", "--label", "z"), "both"),
+        (("--instruct", "x", "--against", "y", "--negative", "z.txt"), "both"),
+        (("--instruct", "x", "--against", "y", "--save-examples", "mine.csv"), "exists"),
+        (("--instruct", "x", "--against", "y", "--save-examples", "mine.csv/in.csv"), "mine.csv"),
         (("--instruct", "x"), "go together"),
         (("sentiment", "--save-examples", "x.csv"), "--save-examples"),
     ],
@@ -120,6 +124,7 @@ def test_half_a_description_is_refused_before_the_model_is_loaded(
     run: Run, words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("edited", encoding="utf-8")
     ran = run("build", *words, "--model", "no/such-model")
     assert ran.code == 2 and said in ran.err
 
@@ -144,3 +149,16 @@ def test_on_the_embedded_model_a_description_steers(embedded_lm: LanguageModel) 
     worth = worth_of(embedded_lm, build(embedded_lm, examples, layers=16), examples, *told)
     assert worth.judge_right > 0.65
     assert worth.steered[1.0].value > worth.steered[-1.0].value + 0.2, worth.sentences
+
+
+def test_what_was_built_is_kept_where_its_worth_cannot_be_measured(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Worth:
+        raise UsageError("the texts hold no word")
+
+    monkeypatch.setattr("neurosteer.evaluation.worth.worth_of", fails)
+    given = ("--instruct", "像海盗一样写", "--against", "写得平实", "--model", model_folder, "--device", "cpu")
+    ran = run("build", *given, "--answers", 1, "--layers", 2, "--no-calibrate", "--out", tmp_path / "one")
+    assert ran.code == 0 and "hold no word" in ran.out, ran.err
+    assert load(tmp_path / "one").name.startswith("described-")

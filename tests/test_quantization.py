@@ -119,7 +119,7 @@ def test_the_plain_models_vector_moves_the_quantised_one_by_the_same_kl(embedded
     packed = load_model(device="cpu", dtype="float32", quantize=kind)
     found = []
     for lm in (embedded_lm, packed):
-        texts = unsteered_texts(lm, calibration_prompts()[::2], 12)
+        texts = unsteered_texts(lm, calibration_prompts()[::4], 8)
         recipes = [Recipe.of((vector, strength)) for strength in (-1.0, 1.0)]
         found.append([kl_percentile(values.flatten().tolist(), 95) for values in divergences(lm, texts, recipes)])
     assert found[1] == pytest.approx(found[0], rel=0.2)

@@ -129,11 +129,11 @@ def build(
     from neurosteer.artifacts.storage import save
     from neurosteer.building.build import build as build_artifact
 
-    contrast = None if described.check(examples) else _contrast(reading, examples or "", negative)
+    contrast = None if described.check(examples, reading, negative) else _contrast(reading, examples or "", negative)
     called = safe_name(name or f"{contrast.name if contrast else described_name(described.instruct or '')}-{method}")
     if name is not None and called != name:
         err.print(f"Note: the name {name[:100]!r} becomes {called}; names are of letters, digits, '.', '_' and '-'.")
-    place = artifact_place(folder or Path(called))
+    place = described.place() or artifact_place(folder or Path(called))
     given = {"rank": rank, "operation": operation, "top_k": count_or_share(top_k), "penalty": penalty, "sae": sae}
     given |= {"weight": weight, "sides": sides, "min_output_score": min_output_score, "contexts": contexts}
     given |= {"unit_norm": unit_norm or None}
@@ -145,7 +145,7 @@ def build(
         if contrast is None:
             contrast = described.write(lm, progress)
             if described.save_examples is not None:
-                _save_examples(contrast, described.save_examples)
+                _save_examples(contrast, place, as_json=as_json)
                 return
         started = time.perf_counter()
         artifact = build_artifact(
@@ -154,8 +154,8 @@ def build(
             target_kl=target_kl, progress=progress, **parameters,
         )  # fmt: skip
         seconds = time.perf_counter() - started
+        written = save(artifact, place)
         worth = described.worth(lm, artifact, contrast, progress)
-    written = save(artifact, place)
     if as_json:
         more = {"worth": list(worth)} if worth else {}
         print_json({**_build_data(artifact, written, seconds), "source": contrast.source, **more})
@@ -275,7 +275,7 @@ def _contrast(reading: ColumnOptions, examples: str, negative: str | None) -> "C
     return contrast
 
 
-def _save_examples(contrast: "ContrastSet", path: Path) -> None:
+def _save_examples(contrast: "ContrastSet", path: Path, *, as_json: bool) -> None:
     """As a table of prompts with two answers each, which `build` reads."""
     from neurosteer.artifacts.files import csv_text, write_files
 
@@ -284,6 +284,9 @@ def _save_examples(contrast: "ContrastSet", path: Path) -> None:
     (written,) = write_files(
         path.parent, {path.name: csv_text(names, (dict(zip(names, row, strict=True)) for row in rows))}
     )
+    if as_json:
+        print_json({"n_pairs": len(contrast.positive), "source": contrast.source, "files": [str(written)]})
+        return
     out.print(
         f"{len(contrast.positive)} pairs of answers are in {written}. Edit them, then: neurosteer build {written}"
     )

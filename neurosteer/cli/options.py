@@ -3,6 +3,8 @@
 Where options always come together they are a dataclass, which a verb takes as one parameter (`grammar.flattened`).
 """
 
+import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,8 @@ import typer
 
 from neurosteer.cli.choices import Dtype, Framing, Method, Positions, Quantization, ReadTokens
 from neurosteer.cli.grammar import OUTPUT
-from neurosteer.errors import UsageError
+from neurosteer.cli.places import files_place
+from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
@@ -143,19 +146,32 @@ class DescribedOptions:
         _described("--save-examples", metavar="FILE", help="Write the answers to a CSV to edit, and build nothing."),
     ] = None
 
-    def check(self, examples: str | None) -> bool:
-        """Whether there is a description. Raises `UsageError` unless there is either one or `examples`."""
+    def check(self, examples: str | None, reading: ColumnOptions, negative: str | None) -> bool:
+        """Whether there is a description. Raises `UsageError` unless there is either one or `examples`, and for options
+        of the other."""
         if self.instruct is None and self.against is None:
             if examples is None:
                 raise UsageError("There are no examples; name a file, or describe it (--instruct and --against).")
             if self.save_examples is not None:
                 raise UsageError("--save-examples is for the answers to --instruct and --against; leave it out.")
             return False
-        if examples is not None:
-            raise UsageError("There are both examples and a description (--instruct); give one of them.")
+        if examples is not None or negative is not None or reading != ColumnOptions():
+            raise UsageError("There are both examples, or how to read them, and a description; give one of the two.")
         if self.instruct is None or self.against is None:
             raise UsageError("--instruct and --against go together; give what asks for it, and for its opposite.")
         return True
+
+    def place(self) -> Path | None:
+        """Where the answers alone are to be written, looked at before the work. Raises `UsageError` for a file that is
+        there already: somebody may have edited it."""
+        if self.save_examples is None:
+            return None
+        if self.save_examples.exists():
+            raise UsageError(
+                f"{str(self.save_examples)!r} exists; choose a file that does not, so that nothing is lost."
+            )
+        files_place(self.save_examples.parent)
+        return self.save_examples
 
     def write(self, lm: "LanguageModel", progress: Progress) -> "ContrastSet":
         """The model's answers. Raises as `described_examples` does."""
@@ -174,14 +190,20 @@ class DescribedOptions:
             return ()
         from neurosteer.evaluation.worth import worth_of
 
-        return worth_of(lm, artifact, examples, self.instruct, self.against, progress=progress).sentences
+        try:
+            return worth_of(lm, artifact, examples, self.instruct, self.against, progress=progress).sentences
+        except NeuroSteerError as error:  # what was built is there all the same
+            return (f"What it is worth could not be measured: {error}",)
 
 
 def described_name(instruct: str) -> str:
     """What examples, and an artifact of them, are called after an instruction."""
     from neurosteer.artifacts.common import safe_name
 
-    return safe_name(instruct.lower())[:40].strip("-._")
+    name = safe_name(instruct.lower())[:40].strip("-._")
+    if re.search("[a-z0-9]", instruct.lower()):
+        return name
+    return f"described-{hashlib.sha256(instruct.encode()).hexdigest()[:8]}"  # another script has other names
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from neurosteer.models.catalog import default_model
 from neurosteer.models.framing import template_options as complete_options
 from neurosteer.models.language_model import LanguageModel, ModelShape, fingerprint_of, mlp_width
 from neurosteer.models.parts import check_stream, find_blocks, find_decoder, find_down_projection, find_final_norm
-from neurosteer.models.quantization import bitsandbytes_config, quantization_of
+from neurosteer.models.quantization import bitsandbytes_config, comes_packed, quantization_of
 from neurosteer.models.sources import Source, locate
 from neurosteer.progress import Progress, silent
 from neurosteer.validation import check_option
@@ -69,13 +69,14 @@ def load_model(
     transformers_logging.disable_progress_bar()
     spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
     packing = _packing(source, quantize, wanted)
-    rounded_later = packing is None and (source.adapter is not None or wanted == torch.float16)
-    if rounded_later:
+    fingerprint = None
+    if packing is not None or comes_packed(source.folder):  # and neither moves nor is rounded afterwards
+        model, tokenizer = _read(source, wanted, "auto" if spread else {"": chosen}, packing)
+    elif source.adapter is not None or wanted == torch.float16:
         model, tokenizer, fingerprint = _read_and_round(source, wanted, "auto" if spread else None)
     else:
-        model, tokenizer = _read(source, wanted, "auto" if spread else _straight_to(source, chosen), packing)
-        fingerprint = None
-    if not spread and quantization_of(model) is None:  # packed weights are where they were read to
+        model, tokenizer = _read(source, wanted, "auto" if spread else _straight_to(source, chosen))
+    if not spread and quantization_of(model) is None:
         _move(model, chosen)
     lm = describe_model(
         model,
@@ -134,9 +135,13 @@ def _straight_to(source: Source, device: torch.device) -> DeviceMap:
 
 
 def _packing(source: Source, quantize: str | None, dtype: torch.dtype) -> Any:
-    """How the weights are to be packed as they are read; None: not at all."""
+    """How the weights are to be packed as they are read; None: as they come. Raises `UsageError` where they cannot."""
+    if source.adapter is not None and comes_packed(source.folder):
+        raise UsageError(f"{source.name} is an adapter on quantised weights; merge it into the plain ones first.")
     if quantize is None:
         return None
+    if comes_packed(source.folder):
+        raise UsageError(f"{source.name} comes quantised; leave quantize out.")
     if source.gguf_file or source.adapter is not None:
         what = "a GGUF file" if source.gguf_file else "an adapter on another model"
         raise UsageError(f"{source.name} is {what}, which cannot be quantised while it is read; leave quantize out.")

@@ -167,7 +167,8 @@ def _columns(down: Module) -> Tensor:
     if is_conv1d(down):
         return down.weight.float()  # type: ignore[operator,union-attr]
     known = next((one for one in down.parameters() if not one.is_meta), torch.empty(0))
-    dtype = known.dtype if known.is_floating_point() else torch.float32
+    plain = known.is_floating_point() and known.dtype.itemsize >= 2  # one byte is packed
+    dtype = known.dtype if plain else torch.float32
     width = input_width(down)
     nothing = down(torch.zeros(1, width, device=known.device, dtype=dtype)).float()
     pieces = []

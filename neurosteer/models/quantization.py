@@ -4,7 +4,9 @@ A hook on a quantised model sees what it sees on a plain one, activations in the
 packed, so whatever has to do with them asks the modules (`parts.written_columns`).
 """
 
+import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +33,15 @@ def bitsandbytes_config(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def comes_packed(folder: Path | str) -> bool:
+    """Whether the weights in a model's folder are quantised there."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # loading says what is wrong with it
+        return False
+    return isinstance(config, dict) and bool(config.get("quantization_config"))
 
 
 def quantization_of(model: Any) -> str | None:

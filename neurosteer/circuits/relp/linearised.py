@@ -230,12 +230,18 @@ def _look_at_mlps(lm: LanguageModel) -> list[_Mlp]:
         [part for part in parent.children() if output_width(part) is not None and part is not down]
         for parent, down in zip(parents, lm.down_projections, strict=True)
     ]
-    seen: dict[Module, Tensor] = {}
+    seen: dict[Module, Tensor] = {}  # what maps give, and what activation functions and down projections are given
+    given: dict[Module, Tensor] = {}  # what activation functions give
     hooks: list[Hook] = [OutputHook(part, partial(seen.__setitem__, part)) for parts in maps for part in parts]
-    hooks += [InputHook(one, partial(seen.__setitem__, one)) for one in activations if one is not None]
+    hooks += [InputHook(down, partial(seen.__setitem__, down)) for down in lm.down_projections]
+    for one in filter(None, activations):
+        hooks += [InputHook(one, partial(seen.__setitem__, one)), OutputHook(one, partial(given.__setitem__, one))]
     with torch.no_grad(), hooked(hooks):
         lm.decoder(input_ids=torch.tensor([[0, 1]], device=lm.device), use_cache=False)
     found = [_mlp_of(activation, parts, seen) for activation, parts in zip(activations, maps, strict=True)]
+    for place, (mlp, parent, down) in enumerate(zip(found, parents, lm.down_projections, strict=True)):
+        if mlp is not None and not _makes(mlp, parent, given[mlp.activation], seen.get(mlp.up), seen[down]):
+            found[place] = None
     for layer, (mlp, parent) in enumerate(zip(found, parents, strict=True)):
         if mlp is None:
             raise ModelError(
@@ -257,6 +263,16 @@ def _mlp_of(activation: Module | None, maps: Sequence[Module], seen: Mapping[Mod
             if torch.equal(half, wanted):
                 return _Mlp(activation, maps[0], half=1 - place)
     return None
+
+
+def _makes(mlp: _Mlp, parent: Module, activated: Tensor, other: Tensor | None, neurons: Tensor) -> bool:
+    """Whether the MLP's neurons are what its parts are taken to make of its input. Where a norm follows, that is as it
+    is: norms have rules of their own."""
+    if any("norm" in type(part).__name__.lower() for part in parent.children() if part is not mlp.activation):
+        return True
+    if other is not None:
+        activated = activated * (other if mlp.half is None else other.chunk(2, dim=-1)[mlp.half])
+    return activated.shape == neurons.shape and torch.allclose(activated, neurons, rtol=0.02, atol=1e-4)
 
 
 def _parent(block: Module, part: Module) -> Module:

@@ -10,8 +10,8 @@ from neurosteer.ui.limits import MAX_BUILDS
 from neurosteer.ui.show import html as render
 from neurosteer.ui.source import answers_csv
 from neurosteer.ui.tabs.startable import Startable, ended, wire_work
-from neurosteer.ui.wiring import Parts, Updates, bound
-from neurosteer.ui.work import QUIET, at_most, in_words
+from neurosteer.ui.wiring import Parts, Updates
+from neurosteer.ui.work import at_most, in_words
 
 HEADERS = ["Prompt", "Told to", "Told otherwise"]
 _LONGEST = 1000
@@ -35,17 +35,14 @@ class DescribeHandlers(Startable):
 
                 found = session.run(described_examples, instruct, against, samples=1, progress=told, cancel=cancel)
             rows = [list(row) for row in zip(found.positive_prompts, found.positive, found.negative, strict=True)]
-            return {**ended(), "answers": gr.update(value=rows, visible=True), **self.saved(request, rows)}
+            path = self.jobs.folder(request.session_hash) / "answers.csv"
+            path.write_text(answers_csv(rows), encoding="utf-8", errors="replace", newline="")
+            table, file = gr.update(value=rows, visible=True), gr.update(value=str(path), visible=True)
+            return {**ended(), "answers": table, "download": file}
         except Cancelled:
             return ended(note=render.note_line("Cancelled: no answers were written."))
         except Exception as error:
             return ended(error=render.error_line(problem(error)))
-
-    def saved(self, request: gr.Request, rows: Any) -> Updates:
-        """The table as it stands, as a file that `build` reads, for its visitor to keep."""
-        path = self.jobs.folder(request.session_hash) / "answers.csv"
-        path.write_text(answers_csv(rows), encoding="utf-8", errors="replace", newline="")
-        return {"download": gr.update(value=str(path), visible=True)}
 
 
 def lay_out(tab: Parts) -> None:
@@ -73,7 +70,7 @@ def lay_out(tab: Parts) -> None:
         headers=HEADERS, type="array", interactive=True, wrap=True, visible=False, max_height=320, show_label=False,
         elem_id="answers",
     )  # fmt: skip
-    parts.download = gr.DownloadButton("Download the answers", visible=False, elem_id="download-answers")
+    parts.download = gr.DownloadButton("Download the answers as written", visible=False, elem_id="download-answers")
     tab.describing = parts
 
 
@@ -84,4 +81,3 @@ def wire(tab: Parts, model: Any, handlers: DescribeHandlers) -> None:
     given = [parts.instruct, parts.against, model]
     wire_work(parts, [parts.start.click], handlers, handlers.write, given, outputs, at_once=MAX_BUILDS,
               shown_on=parts.note)  # fmt: skip
-    tab.answers.input(*bound(handlers.saved, [tab.answers], parts.pick("download")), **QUIET)
