@@ -115,10 +115,8 @@ def test_rows_that_go_on_from_a_beginning_leave_nothing_behind(kind: str) -> Non
     config = lm.model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    columns = [
-        min(before, layer.sliding_window - 1) if layer.is_sliding else before
-        for layer in beginning.layers  # type: ignore[attr-defined]
-    ]
+    layers: list[Any] = beginning.layers
+    columns = [min(before, layer.sliding_window - 1) if layer.is_sliding else before for layer in layers]
     assert size == sum(columns) * heads * width * 2 * 4
     with torch.inference_mode():
         lm.decoder(input_ids=torch.ones(9, 5, dtype=torch.long), cache=copies, use_cache=True)

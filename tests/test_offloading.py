@@ -35,7 +35,7 @@ def half_on_disk(model: Any, folder: Path) -> None:
     base = model.base_model_prefix
     parts = [f"{base}.{name}" for name, _ in getattr(model, base).named_children()]
     lists = next(name for name in ("layers", "h") if hasattr(getattr(model, base), name))
-    where = {part: "cpu" for part in (*parts, "lm_head") if not part.endswith(f".{lists}")}
+    where: dict[str, Any] = {part: "cpu" for part in (*parts, "lm_head") if not part.endswith(f".{lists}")}
     where |= {f"{base}.{lists}.{place}": "cpu" if place < 2 else "disk" for place in range(N_LAYERS)}
     accelerate.dispatch_model(model, where, offload_dir=folder)
 

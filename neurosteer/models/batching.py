@@ -31,8 +31,9 @@ def length_batches(
 ) -> Iterator[list[int]]:
     """Positions of texts in batches of similar length; a batch, padded, holds at most `budget` tokens.
 
-    `cost` says how many tokens a row of some length counts as, by default as many as it has. Where `counts` are given, one for each text, those of a batch add up to at most `most`. A text that is too large by
-    itself is a batch of its own. The longest texts come first: what does not fit into memory shows at once.
+    `cost` says how many tokens a row of some length counts as, by default as many as it has. Where `counts` are given,
+    one for each text, those of a batch add up to at most `most`. A text that is too large by itself is a batch of its
+    own. The longest texts come first: what does not fit into memory shows at once.
     """
     batch: list[int] = []
     counted = 0

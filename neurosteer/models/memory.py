@@ -9,6 +9,7 @@ there at a time. Keys and values of what was read before are read by each row an
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -143,4 +144,4 @@ def _split(batch: list[int], parts: int) -> list[list[int]]:
     """In order, of sizes as equal as can be, none empty."""
     parts = min(parts, len(batch))
     ends = [round(len(batch) * place / parts) for place in range(parts + 1)]
-    return [batch[first:last] for first, last in zip(ends, ends[1:], strict=False)]
+    return [batch[first:last] for first, last in pairwise(ends)]
