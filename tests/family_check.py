@@ -164,7 +164,7 @@ def check_relp(lm: LanguageModel) -> None:
         with own_hooks([(entry, enter), (down, lambda _, given: neurons.append(given[0]))], before=True):
             lm.decoder(input_ids=ids, use_cache=False)
         (gradient,) = torch.autograd.grad(neurons[0].sum(), inputs[0])
-    atol = max(1e-4, 1e-6 * float(neurons[0].abs().sum(-1).max()))
+    atol = max(1e-4, 1e-6 * float(neurons[0].detach().abs().sum(-1).max()))
     assert torch.allclose((gradient * inputs[0]).sum(-1), neurons[0].sum(-1), rtol=1e-3, atol=atol), lm.name
 
 

@@ -91,7 +91,7 @@ def gone_on_from(beginning: Cache) -> Cache:
     that it is gone. So a pass holds one layer's keys and values at a time.
     """
     cache = copy.copy(beginning)
-    cache.layers = [*map(_GoneOnFrom, beginning.layers)]
+    cache.layers = list[Any](map(_GoneOnFrom, beginning.layers))
     return cache
 
 
