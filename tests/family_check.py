@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from families import family_model
-from tiny import byte_tokenizer, own_hooks, texts
+from tiny import byte_tokenizer, first, own_hooks, texts
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
@@ -100,7 +100,9 @@ def naive_ids(lm: LanguageModel, artifact: Artifact | None, prompt: Any, strengt
     writes, before = naive_writes(lm, artifact, strength) if artifact is not None else ([], False)
     with own_hooks(writes, before=before):
         while len(ids) < start + TOKENS:
-            token = int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            token = int(
+                lm.model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).logits[0, -1].argmax()
+            )
             if token == stop:
                 break
             ids = [*ids, token]
@@ -126,13 +128,14 @@ def naive_writes(lm: LanguageModel, artifact: Artifact, strength: float) -> tupl
 
 def _adding(push: torch.Tensor) -> Any:
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        return (output[0] + push, *output[1:]) if isinstance(output, tuple) else output + push
+        there = push.to(first(output))
+        return (output[0] + there, *output[1:]) if isinstance(output, tuple) else output + there
 
     return hook
 
 
 def _adding_before(shift: torch.Tensor) -> Any:
-    return lambda _module, inputs: (inputs[0] + shift, *inputs[1:])
+    return lambda _module, inputs: (inputs[0] + shift.to(inputs[0]), *inputs[1:])
 
 
 def check_circuit(lm: LanguageModel) -> None:
@@ -148,7 +151,7 @@ def check_relp(lm: LanguageModel) -> None:
     assert bool(found.isfinite().all()) and bool(found.abs().sum() > 0), lm.name
     block, down = lm.blocks[LAYERS[0]], lm.down_projections[LAYERS[0]]
     mlp = next(module for module in block.modules() if any(child is down for child in module.children()))
-    first = next(part for part in mlp.children() if hasattr(part, "out_features")) if mlp is block else mlp
+    entry = next(part for part in mlp.children() if hasattr(part, "out_features")) if mlp is block else mlp
     inputs: list[torch.Tensor] = []
     neurons: list[torch.Tensor] = []
 
@@ -156,12 +159,13 @@ def check_relp(lm: LanguageModel) -> None:
         inputs.append(arguments[0].detach().requires_grad_())
         return (inputs[0], *arguments[1:])
 
-    ids = torch.tensor([lm.prompt_ids(PROMPTS[0])])
+    ids = torch.tensor([lm.prompt_ids(PROMPTS[0])], device=lm.device)
     with without_biases(mlp), torch.enable_grad(), linearised(lm):
-        with own_hooks([(first, enter), (down, lambda _, given: neurons.append(given[0]))], before=True):
+        with own_hooks([(entry, enter), (down, lambda _, given: neurons.append(given[0]))], before=True):
             lm.decoder(input_ids=ids, use_cache=False)
         (gradient,) = torch.autograd.grad(neurons[0].sum(), inputs[0])
-    assert torch.allclose((gradient * inputs[0]).sum(-1), neurons[0].sum(-1), rtol=1e-3, atol=1e-4), lm.name
+    atol = max(1e-4, 1e-6 * float(neurons[0].detach().abs().sum(-1).max()))
+    assert torch.allclose((gradient * inputs[0]).sum(-1), neurons[0].sum(-1), rtol=1e-3, atol=atol), lm.name
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Texts of similar length in batches of bounded size, and token ids as one tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -22,18 +22,24 @@ def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
 
 
 def length_batches(
-    framed: Sequence[TokenText], budget: int, *, counts: Sequence[int] | None = None, most: int = 0
+    framed: Sequence[TokenText],
+    budget: float,
+    *,
+    cost: Callable[[int], float] = float,
+    counts: Sequence[int] | None = None,
+    most: int = 0,
 ) -> Iterator[list[int]]:
     """Positions of texts in batches of similar length; a batch, padded, holds at most `budget` tokens.
 
-    Where `counts` are given, one for each text, those of a batch add up to at most `most`. A text that is too large by
-    itself is a batch of its own. The longest texts come first: what does not fit into memory shows at once.
+    `cost` says how many tokens a row of some length counts as, by default as many as it has. Where `counts` are given,
+    one for each text, those of a batch add up to at most `most`. A text that is too large by itself is a batch of its
+    own. The longest texts come first: what does not fit into memory shows at once.
     """
     batch: list[int] = []
     counted = 0
     for index in sorted(range(len(framed)), key=lambda position: -len(framed[position].ids)):
         count = counts[index] if counts is not None else 0
-        if batch and ((len(batch) + 1) * len(framed[batch[0]].ids) > budget or counted + count > most):
+        if batch and ((len(batch) + 1) * cost(len(framed[batch[0]].ids)) > budget or counted + count > most):
             yield batch
             batch, counted = [], 0
         batch.append(index)

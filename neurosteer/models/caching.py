@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -79,7 +80,7 @@ def _goes_on(lm: LanguageModel) -> bool:
 
 @torch.inference_mode()
 def read_beginning(lm: LanguageModel, ids: Sequence[int]) -> Cache | None:
-    """Keys and values of one row of token ids, for `repeated`; None for a model of which `can_change` is false."""
+    """Keys and values of one row of token ids, for `gone_on_from`; None for a model of which `can_change` is false."""
     if not can_change(lm):
         return None
     cache = DynamicCache(config=lm.model.config)
@@ -87,8 +88,36 @@ def read_beginning(lm: LanguageModel, ids: Sequence[int]) -> Cache | None:
     return cache
 
 
-def repeated(beginning: Cache, rows: int) -> Cache:
-    """The same keys and values for each of `rows` rows; `beginning` stays as it is."""
-    cache = copy.deepcopy(beginning)
-    cache.batch_repeat_interleave(rows)
+def gone_on_from(beginning: Cache) -> Cache:
+    """A cache with which any number of rows go on from the same beginning, for one pass; `beginning` stays as it is.
+
+    It keeps nothing of the rows: a layer is handed what it would be from a cache of repeated rows, and once it has used
+    that it is gone. So a pass holds one layer's keys and values at a time.
+    """
+    cache = copy.copy(beginning)
+    cache.layers = list[Any](map(_GoneOnFrom, beginning.layers))
     return cache
+
+
+class _GoneOnFrom(DynamicLayer):
+    """One layer's: `layer` holds keys and values of one row, by column (see `can_change`)."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_sliding = layer.is_sliding
+        self.is_initialized = layer.is_initialized
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return _appended(self.layer.keys, key_states), _appended(self.layer.values, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.layer.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        return self.layer.get_seq_length()
+
+
+def _appended(before: Tensor | None, new: Tensor) -> Tensor:
+    """One row's `before` `[1, heads, n, width]`, in front of each row of `new` `[rows, heads, seq, width]`."""
+    return new if before is None else torch.cat([before.expand(len(new), -1, -1, -1), new], dim=-2)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import Module
 
 from neurosteer.errors import ModelError
 from neurosteer.models.framing import FRAMINGS, FramedText, Framer, Framing, Message, Prompt
+from neurosteer.models.offloading import runs_on, stored_weights
 from neurosteer.models.parts import input_width, is_mixture, written_columns
 from neurosteer.models.quantization import quantization_of
 from neurosteer.models.reference import ModelReference
@@ -83,16 +85,17 @@ class LanguageModel(Framer):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where what a pass is given has to be."""
+        found = self.model.device
+        return (runs_on(self.model) or found) if found.type == "meta" else found
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
     def layer_device(self, layer: int) -> torch.device:
-        """Where a block computes: its weights' device, unless they are only fetched for each pass."""
-        weight = next(self.blocks[layer].parameters(), None)
-        return self.device if weight is None or weight.device.type == "meta" else weight.device
+        """Where a block computes: its weights' device, or that to which they are fetched for each pass."""
+        return runs_on(self.blocks[layer]) or self.device
 
     @property
     def pad_id(self) -> int:
@@ -138,7 +141,7 @@ def fingerprint_of(model: Module) -> str:
     """A short hash of a sample of every weight, as bfloat16."""
     digest = hashlib.sha256()
     with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
+        for name, weight in sorted(stored_weights(model), key=itemgetter(0)):
             flat = weight.detach().flatten()
             step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
             sample = flat[::step][:_FINGERPRINT_SAMPLES].to("cpu", torch.bfloat16)

@@ -73,7 +73,7 @@ def load_model(
     if packing is not None or comes_packed(source.folder):  # and neither moves nor is rounded afterwards
         model, tokenizer = _read(source, wanted, "auto" if spread else {"": chosen}, packing)
     elif source.adapter is not None or wanted == torch.float16:
-        model, tokenizer, fingerprint = _read_and_round(source, wanted, "auto" if spread else None)
+        model, tokenizer, fingerprint = _read_and_round(source, wanted, chosen, spread)
     else:
         model, tokenizer = _read(source, wanted, "auto" if spread else _straight_to(source, chosen))
     if not spread and quantization_of(model) is None:
@@ -193,24 +193,38 @@ def _why(source: Source, error: Exception) -> str:
 
 
 def _read_and_round(
-    source: Source, dtype: torch.dtype, device_map: DeviceMap
+    source: Source, dtype: torch.dtype, device: torch.device, spread: bool
 ) -> tuple[PreTrainedModel, Any, str | None]:
     """The model, its tokenizer and, for float16, its fingerprint.
 
     An adapter is merged in float32 and only then rounded, so that the weights, and their fingerprint, do not depend on
     rounding them twice. float16 cannot hold what bfloat16 can, so the fingerprint is taken of what the file holds.
-    Buffers keep the precision that the model gave them.
+    Buffers keep the precision that the model gave them. What a file holds in half precision goes straight to `device`.
     """
     first = torch.float32 if source.adapter is not None or source.gguf_file else "auto"
-    model, tokenizer = _read(source, first, device_map)
+    device_map = _straight_to(source, device) if first == "auto" and _in_half_precision(source) else None
+    model, tokenizer = _read(source, first, "auto" if spread else device_map)
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
     if source.adapter is not None:
+        if offloaded:
+            raise ModelError(f"{source.name} does not fit the GPUs, so its adapter cannot be merged; use device='cpu'.")
         merge_adapter(model, source.adapter)
     fingerprint = fingerprint_of(model) if dtype == torch.float16 else None
+    if offloaded:  # what is fetched for each pass must be rounded where it is kept
+        return *_read(source, dtype, "auto"), fingerprint
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model, tokenizer, fingerprint
+
+
+def _in_half_precision(source: Source) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    except Exception:  # `_read` says what is wrong with it
+        return False
+    return config.dtype in (torch.float16, torch.bfloat16)
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from neurosteer.errors import ModelError
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
+from neurosteer.models.offloading import runs_on, stored
 
 _MIXERS = ("attn", "attention", "mixer", "mamba", "conv", "temporal", "recurrent", "ssm")  # of tokens with others
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -116,15 +117,15 @@ def check_stream(decoder: Module, blocks: Sequence[Module], down: Module | None,
         shapes.append(tuple(hidden.shape))
         raise _Seen
 
-    weight = next(decoder.parameters(), None)
-    if weight is None or weight.is_meta:
+    device = runs_on(decoder)
+    if device is None:
         return True
     hooks: list[Hook] = [OutputHook(blocks[0], look)]
     if down is not None:
         hooks.append(InputHook(down, lambda hidden: neurons.append(hidden.dim())))
     try:
         with torch.no_grad(), hooked(hooks):
-            decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device), use_cache=False)
+            decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     except _Seen:
         pass
     except Exception as error:  # a model's own code fails in its own way
@@ -161,19 +162,19 @@ def written_columns(block: Module, down: Module) -> Tensor:
 @torch.no_grad()
 def _columns(down: Module) -> Tensor:
     """What a linear map makes of one unit of each input alone, float32 `[in, out]`."""
-    weight = getattr(down, "weight", None)
-    if type(down) is Linear and weight is not None and not weight.is_meta:
+    weight = stored(down, "weight")
+    if type(down) is Linear and weight is not None:
         return weight.T.float()
-    if is_conv1d(down):
-        return down.weight.float()  # type: ignore[operator,union-attr]
-    known = next((one for one in down.parameters() if not one.is_meta), torch.empty(0))
+    if is_conv1d(down) and weight is not None:
+        return weight.float()
+    known, device = next(down.parameters(), torch.empty(0)), runs_on(down)
     plain = known.is_floating_point() and known.dtype.itemsize >= 2  # one byte is packed
     dtype = known.dtype if plain else torch.float32
     width = input_width(down)
-    nothing = down(torch.zeros(1, width, device=known.device, dtype=dtype)).float()
+    nothing = down(torch.zeros(1, width, device=device, dtype=dtype)).float()
     pieces = []
     for first in range(0, width, _COLUMNS_AT_ONCE):
-        units = torch.zeros(min(_COLUMNS_AT_ONCE, width - first), width, device=known.device, dtype=dtype)
+        units = torch.zeros(min(_COLUMNS_AT_ONCE, width - first), width, device=device, dtype=dtype)
         units[torch.arange(len(units)), torch.arange(first, first + len(units))] = 1.0
         pieces.append(down(units).float() - nothing)
     return torch.cat(pieces)
@@ -209,8 +210,7 @@ def probe_norm(norm: Module, shape: Sequence[int]) -> NormParts:
     Neither a norm's name nor its weight tells whether the gain is the weight (Llama, Gemma 4), 1 + weight (Gemma 1 to
     3, Qwen3-Next, Nemotron) or nothing at all (OLMo 1). Hooks on the norm don't see the question.
     """
-    weight = next(norm.parameters(), None)
-    ones = torch.ones(*shape, device=None if weight is None or weight.is_meta else weight.device)
+    ones = torch.ones(*shape, device=runs_on(norm))
     ones[..., 1::2] = -1.0
     up, down, shifted = norm_of(norm, torch.stack([ones, -ones, ones + 1.0]))
     centres = torch.allclose(up, shifted, rtol=0.0, atol=0.02 * float(up.abs().max()))
@@ -223,7 +223,7 @@ def norm_of(norm: Module, x: Tensor) -> Tensor:
         return norm.forward(x).float()  # type: ignore[operator]
     except RuntimeError:  # torch's own LayerNorm takes its weights' type only
         weight = next(norm.parameters())
-        return norm.forward(x.to(weight)).float()  # type: ignore[operator]
+        return norm.forward(x.to(weight.dtype)).float()  # type: ignore[operator]
 
 
 # --- projections -----------------------------------------------------------------------------------------------------

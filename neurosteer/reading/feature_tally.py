@@ -19,6 +19,16 @@ class FeatureTally:
         self.strongest = torch.zeros(STRONGEST_TEXTS, width)
         self.places = torch.zeros(2, STRONGEST_TEXTS, width, dtype=torch.int64)  # text, token
         self.rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # what a batch that has not ended adds to
+
+    def begin(self) -> None:
+        """A batch begins; what one that did not end has added is forgotten."""
+        if self.before is not None:
+            self.n_tokens, self.sums, self.strongest, self.places = self.before
+        self.before = self.n_tokens.clone(), self.sums.clone(), self.strongest, self.places
+
+    def end(self) -> None:
+        self.before = None
 
     def add(self, hidden: Tensor, batch: TextBatch) -> None:
         read = batch.read.to(hidden.device)

@@ -1,7 +1,7 @@
 """Texts to activations: the one batched reading loop."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,11 @@ from transformers import Cache
 
 from neurosteer.errors import ExamplesError
 from neurosteer.models.batching import length_batches, padded
-from neurosteer.models.caching import read_beginning, repeated
+from neurosteer.models.caching import gone_on_from, read_beginning
 from neurosteer.models.framing import FramedText, Prompt
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.memory import footprint_of, halving, row_cost
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.reading.request import Request
 from neurosteer.reading.sink import HELD_OUT, NEGATIVE, POSITIVE, Sink, is_readable, read_mask
@@ -25,6 +26,7 @@ from neurosteer.reading.tally import Tally
 
 _MIN_PREFIX = 4  # shorter ones are not worth a cache
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_POOLED_BYTES = 20
 
 
 def read_activations(
@@ -135,12 +137,29 @@ def _read(
     """One pass over the texts, every batch of which `sink` is shown."""
     prefix, framed = _shared_prefix(lm, list(framed))
     done, to_do = 0, sum(len(item.ids) for item in framed)
+
+    def run(indices: list[int]) -> None:
+        check_cancelled(cancel, "Reading activations")
+        _read_batch(lm, sink, framed, indices, prefix)
+
+    batches = _batches(lm, framed, prefix, batch_tokens, bool(neurons))
     with torch.inference_mode(), hooked(_reading_hooks(lm, sink, residual, neurons)):
-        for indices in length_batches(framed, batch_tokens or _BATCH_TOKENS.get(lm.device.type, 4096)):
-            check_cancelled(cancel, "Reading activations")
-            _read_batch(lm, sink, framed, indices, prefix)
+        for indices, _ in halving(lm, batches, run, progress=progress):
             done += sum(len(framed[index].ids) for index in indices)
             progress(f"Reading {len(framed)} texts", done / to_do)
+
+
+def _batches(
+    lm: LanguageModel, framed: Sequence[FramedText], prefix: Cache | None, batch_tokens: int | None, neurons: bool
+) -> Iterator[list[int]]:
+    """As large as the device computes well and, on a GPU, as its memory takes: with the prefix that every row looks
+    back at, and what is pooled of a row (float32, float64, its square)."""
+    if batch_tokens is not None:
+        return length_batches(framed, batch_tokens)
+    tokens = _BATCH_TOKENS.get(lm.device.type, 4096)
+    footprint = footprint_of(lm, row=_POOLED_BYTES * (lm.shape.d_mlp if neurons else lm.shape.d_model))
+    before = 0 if prefix is None else prefix.get_seq_length()
+    return length_batches(framed, tokens, cost=row_cost(lm, footprint, tokens, before=before))
 
 
 def _groups(n_positive: int, n_negative: int, held_positive: Sequence[int], held_negative: Sequence[int]) -> Tensor:
@@ -180,7 +199,7 @@ def _read_batch(
     sink.begin(indices, batch, ids.shape[1], skip_first=prefix is None)
     named: dict[str, Any] = {"use_cache": False}
     if prefix is not None:
-        named = {"cache": repeated(prefix, len(batch)), "use_cache": True}
+        named = {"cache": gone_on_from(prefix), "use_cache": True}
     with suppress(_Finished):
         lm.decoder(input_ids=ids.to(lm.device), **named)
     sink.end()
@@ -202,16 +221,18 @@ class _TokenRows:
     def __init__(self, lm: LanguageModel, layers: Sequence[int]) -> None:
         self.device = lm.device
         self.rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.batch: dict[int, Tensor] = {}
         self.read = torch.empty(0)
 
     def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
         self.read = read_mask(items, longest, skip_first=skip_first).to(self.device)
 
     def add_residual(self, layer: int, hidden: Tensor) -> None:
-        self.rows[layer].append(hidden[self.read.to(hidden.device)])
+        self.batch[layer] = hidden[self.read.to(hidden.device)]
 
     def add_neurons(self, layer: int, hidden: Tensor) -> None:
         raise NotImplementedError("Single neurons are not kept token by token.")
 
     def end(self) -> None:
-        pass
+        for layer, rows in self.batch.items():
+            self.rows[layer].append(rows)

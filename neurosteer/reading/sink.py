@@ -13,7 +13,10 @@ POSITIVE, NEGATIVE, HELD_OUT = 0, 1, 2  # group of a text: its class, plus 2 whe
 
 
 class Sink(Protocol):
-    """What a pass is made for: told of each batch, then of each layer's activations in it, then that it is over."""
+    """What a pass is made for: told of each batch, then of each layer's activations in it, then that it is over.
+
+    A batch that began and did not end ran out of memory: what was added in it counts for nothing, its texts come again.
+    """
 
     def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None: ...
 
@@ -57,3 +60,4 @@ class TextBatch:
     last: Tensor
     starts: Tensor
     norms: dict[int, Tensor] = field(default_factory=dict)
+    sums: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # running ones, and what is added at its end

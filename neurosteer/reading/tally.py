@@ -37,6 +37,8 @@ class Tally:
 
     def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
         device = self.lm.device
+        for tally in self.features.values():
+            tally.begin()
         lengths = torch.tensor([len(item.ids) for item in items])
         read = read_mask(items, longest, skip_first=skip_first)
         weights = read.float() / read.sum(1, keepdim=True).clamp(min=1)
@@ -54,7 +56,7 @@ class Tally:
         batch = self._batch()
         pooled = self._pool(hidden)
         sums = self.residual[layer] = self.residual[layer].to(sum_device(hidden.device))
-        sums.index_add_(0, batch.groups.to(sums.device), pooled.to(sums.device).double())
+        batch.sums.append((sums, _summed(pooled.to(sums.device), batch.groups, 4)))
         batch.norms[layer] = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
         if layer in self.rows:
             self.rows[layer][batch.indices] = pooled.cpu()
@@ -67,13 +69,19 @@ class Tally:
 
     def add_neurons(self, layer: int, hidden: Tensor) -> None:
         sums = self.neurons[layer] = self.neurons[layer].to(sum_device(hidden.device))
-        pooled = self._pool(hidden).to(sums.device).double()
-        classes = self._batch().groups.to(sums.device) % HELD_OUT
-        sums[0].index_add_(0, classes, pooled)
-        sums[1].index_add_(0, classes, pooled.square())
+        batch, pooled = self._batch(), self._pool(hidden).to(sums.device)
+        classes = batch.groups % HELD_OUT
+        batch.sums += [
+            (sums[0], _summed(pooled, classes, 2)),
+            (sums[1], _summed(pooled.double().square_(), classes, 2)),
+        ]
 
     def end(self) -> None:
         batch = self._batch()
+        for sums, added in batch.sums:
+            sums += added
+        for tally in self.features.values():
+            tally.end()
         read = batch.read.cpu()
         for layer, norms in batch.norms.items():
             scaled = (norms.cpu()[read].clamp(min=1e-30).log2() - _HISTOGRAM_LOW) / (_HISTOGRAM_HIGH - _HISTOGRAM_LOW)
@@ -130,6 +138,12 @@ class Tally:
     def _class_rows(self, rows: Tensor, indices: Tensor) -> ClassRows:
         positive = indices < self.n_positive
         return ClassRows(rows[positive], rows[~positive])
+
+
+def _summed(pooled: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Rows added up by the group that each belongs to, `[n, d]` to float64 `[count, d]`."""
+    sums = torch.zeros(count, pooled.shape[1], dtype=torch.float64, device=pooled.device)
+    return sums.index_add_(0, groups.to(pooled.device), pooled.double())
 
 
 def _moments(sums: Tensor, classes: Tensor) -> ClassMoments:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from neurosteer.artifacts.features import Feature, FeatureContext
 from neurosteer.artifacts.vector import unit
+from neurosteer.errors import ModelError
 from neurosteer.examples.files import neutral_prompts
 from neurosteer.models.hooks import OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.logits import last_logits
+from neurosteer.models.offloading import stored
 from neurosteer.models.parts import probe_norm
 from neurosteer.reading.loop import frame_texts
 from neurosteer.reading.request import Request
@@ -109,7 +111,10 @@ def _through_unembedding(lm: LanguageModel, directions: Tensor) -> Tensor:
 
     Models that scale or cap their logits leave their order as it is.
     """
-    head = lm.model.get_output_embeddings().weight.detach()
+    head = stored(lm.model.get_output_embeddings(), "weight")
+    if head is None:
+        raise ModelError(f"{lm.name}: the weights of its LM head are nowhere to be read.")
+    head = head.detach()
     weighed = probe_norm(lm.final_norm, [lm.shape.d_model]).weigh(directions.to(head.device).float())
     return weighed.to(head.dtype).matmul(head.T).float()
 

@@ -11,11 +11,13 @@ from neurosteer.artifacts.recipes import Recipe
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.logits import logits_at
+from neurosteer.models.memory import budget, footprint_of, halving, row_cost
 from neurosteer.progress import check_cancelled
 from neurosteer.steering.plans import applied, compile_plan
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-_MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}  # float32: 128 MB and 1 GB, several times over while they are reduced
+_LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # as float32
+_LOGIT_COPIES = 6  # of that, while logits are made of the head's output and reduced
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,22 @@ def forced_logits(
 
     Raises `Cancelled` ("`what` was cancelled") when `cancel` is set between two batches.
     """
-    kind = lm.device.type if lm.device.type in _BATCH_TOKENS else "cpu"
-    vocabulary = lm.model.config.get_text_config().vocab_size
-    counts = [text.count for text in texts]
-    for places in length_batches(texts, _BATCH_TOKENS[kind], counts=counts, most=_MAX_LOGITS[kind] // vocabulary):
+
+    def run(places: list[int]) -> ForcedLogits:
         check_cancelled(cancel, what)
-        found = _read(lm, [texts[place] for place in places], [recipes[place] for place in places])
+        return _read(lm, [texts[place] for place in places], [recipes[place] for place in places])
+
+    for places, found in halving(lm, _batches(lm, texts), run):
         yield ForcedLogits(torch.tensor(places)[found.rows], found.steps, found.targets, found.logits)
+
+
+def _batches(lm: LanguageModel, texts: Sequence[ForcedText]) -> Iterator[list[int]]:
+    """Bounded by tokens, which all pass through the blocks, and by logits, which only those have that count."""
+    tokens = _BATCH_TOKENS.get(lm.device.type, _BATCH_TOKENS["cpu"])
+    copies = {kind: most * _LOGIT_COPIES for kind, most in _LOGIT_BYTES.items()}
+    logits = budget(lm, copies) // _LOGIT_COPIES // 4 // lm.model.config.get_text_config().vocab_size
+    cost = row_cost(lm, footprint_of(lm), tokens)
+    return length_batches(texts, tokens, cost=cost, counts=[text.count for text in texts], most=logits)
 
 
 def _read(lm: LanguageModel, texts: Sequence[ForcedText], recipes: Sequence[Recipe]) -> ForcedLogits:

@@ -15,6 +15,7 @@ from neurosteer.models.batching import padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.logits import logits_at, where_last
+from neurosteer.models.memory import budget, halving
 from neurosteer.progress import Progress, check_cancelled
 
 Ablation = Literal["zero", "mean", "paired"]
@@ -86,15 +87,17 @@ class Bench:
         """
         pairs = [(place, prompt) for place in range(len(running)) for prompt in range(len(self.ids))]
         sums = torch.zeros(len(running), dtype=torch.float64)
-        for first in range(0, len(pairs), self.rows_at_once):
+
+        def run(rows: list[int]) -> Tensor:
             check_cancelled(cancel, "Measuring faithfulness")
-            progress("Measuring faithfulness", first / len(pairs))
-            batch = pairs[first : first + self.rows_at_once]
-            values = self._metrics(
-                torch.stack([running[place] for place, _ in batch]),
-                torch.tensor([prompt for _, prompt in batch]),
+            progress("Measuring faithfulness", rows[0] / len(pairs))
+            return self._metrics(
+                torch.stack([running[pairs[row][0]] for row in rows]), torch.tensor([pairs[row][1] for row in rows])
             )
-            sums.index_add_(0, torch.tensor([place for place, _ in batch]), values)
+
+        batches = (rows.tolist() for rows in torch.arange(len(pairs)).split(self.rows_at_once))
+        for rows, values in halving(self.lm, batches, run, progress=progress):
+            sums.index_add_(0, torch.tensor([pairs[row][0] for row in rows]), values)
         return (sums / len(self.ids)).tolist()
 
     @torch.inference_mode()
@@ -195,4 +198,4 @@ def _means_by_distance(states: Sequence[Tensor], longest: int) -> Tensor:
 def _batch_tokens(lm: LanguageModel) -> int:
     """As many tokens as a layer's neurons and what ablates them leave within 256 MiB (4 GiB on a GPU)."""
     per_token = 4 * (4 * lm.shape.d_mlp + 8 * lm.shape.d_model) * lm.dtype.itemsize
-    return max(64, _BATCH_BYTES.get(lm.device.type, 256 << 20) // per_token)
+    return max(64, budget(lm, _BATCH_BYTES) // per_token)

@@ -10,6 +10,7 @@ from neurosteer.errors import UsageError
 from neurosteer.models.batching import length_batches
 from neurosteer.models.language_model import LanguageModel, Prompt
 from neurosteer.models.logits import last_logits
+from neurosteer.models.memory import halving
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,12 @@ def likely_choices(lm: LanguageModel, prompts: Sequence[str]) -> tuple[Choice, .
     """
     choices: dict[int, Choice] = {}
     drafts = [Choice(one, tuple(checked_ids(lm, one, raw=True)), NextToken(0, "")) for one in as_prompts(prompts)]
-    for indices in length_batches(drafts, batch_tokens_for(lm)):
-        with torch.inference_mode():
-            best = last_logits(lm, [drafts[index].ids for index in indices]).topk(2).indices.tolist()
+
+    @torch.inference_mode()
+    def run(indices: list[int]) -> list[list[int]]:
+        return last_logits(lm, [drafts[index].ids for index in indices]).topk(2).indices.tolist()
+
+    for indices, best in halving(lm, length_batches(drafts, batch_tokens_for(lm)), run):
         for index, pair in zip(indices, best, strict=True):
             target, other = (NextToken(one, lm.tokenizer.decode([one])) for one in pair)
             choices[index] = replace(drafts[index], target=target, counterfactual=other)

@@ -29,6 +29,7 @@ from neurosteer.models.batching import padded
 from neurosteer.models.hooks import Hook, InputHook, OutputHook, PassHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.logits import logits_at, where_last
+from neurosteer.models.memory import budget
 from neurosteer.models.parts import NormParts, norm_of, output_width, part_of, probe_norm
 from neurosteer.validation import check_option
 
@@ -93,9 +94,10 @@ def linear_pass(
 
 
 def batch_tokens_for(lm: LanguageModel) -> int:
-    """As many tokens as what the backward pass needs of them leaves within a gigabyte (eight on a GPU)."""
+    """As many tokens as what the backward pass needs of them leaves within a gigabyte (on a GPU eight, or what is
+    free)."""
     per_token = lm.n_layers * (6 * lm.shape.d_mlp + 12 * lm.shape.d_model) * lm.dtype.itemsize
-    return max(64, _GRAPH_BYTES.get(lm.device.type, 1 << 30) // per_token)
+    return max(64, budget(lm, _GRAPH_BYTES) // per_token)
 
 
 class _Scaled(torch.autograd.Function):

@@ -13,6 +13,7 @@ from neurosteer.circuits.relp.choices import Choice, NextToken
 from neurosteer.circuits.relp.linearised import Attention, batch_tokens_for, linear_pass
 from neurosteer.models.batching import length_batches
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.memory import halving
 from neurosteer.progress import Progress, check_cancelled, silent
 
 Metric = Literal["difference", "logit"]
@@ -71,11 +72,15 @@ def score_prompts(
 ) -> tuple[PromptAttribution, ...]:
     """Gradient × activation of every neuron for each choice, batches of similar length together; options as for
     `attribute`. Raises `Cancelled` between two batches."""
-    found: dict[int, PromptAttribution] = {}
-    for indices in length_batches(choices, batch_tokens or batch_tokens_for(lm)):
+
+    def run(indices: list[int]) -> Iterator[PromptAttribution]:
         check_cancelled(cancel, "Attribution")
-        batch = [choices[index] for index in indices]
-        found.update(zip(indices, _attribute(lm, batch, metric, attention, per_position, within), strict=True))
+        return _attribute(lm, [choices[index] for index in indices], metric, attention, per_position, within)
+
+    found: dict[int, PromptAttribution] = {}
+    batches = length_batches(choices, batch_tokens or batch_tokens_for(lm))
+    for indices, scored in halving(lm, batches, run, progress=progress):
+        found.update(zip(indices, scored, strict=True))
         progress(f"Attributing {len(choices)} prompts", len(found) / len(choices))
     return tuple(found[index] for index in range(len(choices)))
 

@@ -19,6 +19,7 @@ from neurosteer.examples.files import bundled_lines
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.hooks import InputHook, hooked
 from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.memory import halving
 from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.validation import check_count, check_number
 
@@ -83,9 +84,13 @@ def find_universal(
     progress("Finding universal neurons")
     choices = likely_choices(lm, everyday_prompts() if prompts is None else prompts)
     counts = torch.zeros(lm.n_layers, lm.shape.d_mlp, dtype=torch.int32)
-    for indices in length_batches(choices, batch_tokens_for(lm)):
+
+    def run(indices: list[int]) -> Tensor:
         check_cancelled(cancel, "Finding universal neurons")
-        counts += _among_strongest(lm, [choices[index] for index in indices], top_per_layer)
+        return _among_strongest(lm, [choices[index] for index in indices], top_per_layer)
+
+    for _, among in halving(lm, length_batches(choices, batch_tokens_for(lm)), run, progress=progress):
+        counts += among
     found = (counts >= int(share * len(choices))).nonzero().tolist()
     universal = CommonNeurons(
         neurons=tuple((layer, neuron) for layer, neuron in found),
