@@ -192,7 +192,7 @@ def test_results_are_written_as_json_and_one_line_per_answer(llama: Tiny, tmp_pa
     assert [json.loads(line) for line in samples.read_text().splitlines()] == [dict(row) for row in found.samples]
     assert len(found.samples) == 4
     (tmp_path / "file").write_text("")
-    refused(lambda: write_harness(found, tmp_path / "file" / "new"), UsageError, "--out")
+    refused(lambda: write_harness(found, tmp_path / "file" / "new"), UsageError, "choose another folder")
 
 
 @needs_harness
