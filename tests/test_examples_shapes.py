@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neurosteer.errors import ExamplesError
-from neurosteer.examples import parquet
+from neurosteer.examples import encodings, parquet
 from neurosteer.examples.columns import Columns
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import parse_examples
@@ -227,6 +227,24 @@ def test_finding_the_encoding_of_twenty_megabytes_costs_little(data: bytes) -> N
     before = time.process_time()
     refused(data)
     assert time.process_time() - before < 4
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"a" * 20_000_000 + b"\n\xff\xfe", (b"a" * 820 + b"\r\n") * 24_000 + b"\xe9", b"\xe9\n" + b"a" * 20_000_000],
+)
+def test_long_lines_of_ascii_before_the_first_accent_cost_little(data: bytes) -> None:
+    before = time.process_time()
+    encodings._sample(data)
+    assert time.process_time() - before < 3
+
+
+def test_only_the_lines_with_more_than_ascii_are_looked_at_for_the_encoding() -> None:
+    lines = b"plain\n\xe9t\xe9\r\nplain\r\n\r\nla caf\xe9 l\xe0\rplain\n\xe0"
+    assert encodings._sample(lines) == b"\xe9t\xe9\nla caf\xe9 l\xe0\n\xe0"
+    rows = "".join(f"{'plain words ' * 68},1\nrow {n},0\n" for n in range(150))
+    data = f"text,label\n{rows}un été,1\nd’été,0\n"
+    assert read(data.encode("cp1252")).sha256 == read(data).sha256
 
 
 def test_a_spreadsheet_is_told_what_it_is_and_what_to_save_it_as() -> None:
