@@ -133,6 +133,41 @@ def test_excels_separator_line_is_no_row_of_text_and_keeps_the_numbers_of_rows()
     assert "row 1: the separator ':' is not read" in refused("sep=:\ntext:label\na:1\n")
 
 
+TWO_FILES = {
+    "x.csv": ("review,ask\na,p\nb,q\n", "review,ask\nc,p\nd,q\n"),
+    "x.jsonl": tuple(lines(*({"review": text, "ask": "p"} for text in pair)) for pair in ("ab", "cd")),
+    "x.parquet": tuple(as_parquet({"review": list(pair), "ask": ["p", "q"]}) for pair in ("ab", "cd")),
+}
+
+
+@pytest.mark.parametrize("filename", TWO_FILES)
+def test_of_two_files_too_a_column_that_is_not_there_is_named(filename: str) -> None:
+    data, negative = TWO_FILES[filename]
+    both: dict[str, Any] = {"negative": negative, "negative_filename": filename}
+    found = read(data, filename, columns=Columns(text="Review", prompt="ASK"), **both)
+    assert (found.positive, found.negative) == (("a", "b"), ("c", "d")) and found.positive_prompts[0] == "p"
+    for columns in (Columns(text="reviews"), Columns(text="review", prompt="reviews")):
+        said = refused(data, filename, columns=columns, **both)
+        assert said == f"{filename}: there is no column 'reviews'; there are 'review', 'ask'"
+
+
+@pytest.mark.parametrize("filename", [*TWO_FILES, "x.txt"])
+def test_two_files_have_no_labels_to_name(filename: str) -> None:
+    data, negative = TWO_FILES.get(filename, ("a,1\nb,1\n", "c,0\nd,0\n"))
+    for columns in (Columns("review", "ask"), Columns("review", positive="p"), Columns(label="label", positive="1")):
+        said = refused(data, filename, columns=columns, negative=negative, negative_filename=filename)
+        assert "two files have no labels, each is of one class" in said
+
+
+def test_where_there_are_no_columns_none_can_be_named() -> None:
+    for columns in (Columns(text="text"), Columns(prompt="ask")):
+        said = refused("review,mood\na,b\n", "x.txt", columns=columns, negative="review,mood\nc,d\n")
+        assert said.startswith("x.txt: plain text has no columns: leave the names of columns")
+    lists = json.dumps({"positive": ["a", "b"], "negative": ["c", "d"]})
+    for columns in (Columns(text="text"), Columns(prompt="ask"), Columns(positive="b")):
+        assert "an object of lists has no columns" in refused(lists, "x.json", columns=columns)
+
+
 # --- what is never guessed --------------------------------------------------------------------------------------------
 
 

@@ -46,7 +46,7 @@ def parse_parquet(data: bytes, file: str, columns: Columns, *, one_class: bool =
     footer = _footer(data, file)
     parquet = _opened(data, file)
     names = {fold(name): name for name in parquet.schema_arrow.names}
-    shape = find_one_class(names, columns) if one_class else find_shape(names, columns, file)
+    shape = find_one_class(names, columns, file) if one_class else find_shape(names, columns, file)
     if shape is None:
         refuse_columns(file, names)
     wanted = [names[name] for name in shape.names]

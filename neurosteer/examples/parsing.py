@@ -17,6 +17,7 @@ from neurosteer.examples.columns import (
     KNOWN,
     LABEL,
     TEXTS,
+    USUAL,
     Columns,
     Entry,
     Row,
@@ -36,6 +37,7 @@ from neurosteer.examples.texts import SIDES, clean_text
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv", ".json", *_JSON_LINES)
+_NAMED_TABLES = "CSV, JSON lines or Parquet, by its extension"
 _EXCEL_DELIMITER = re.compile(r'\A"?sep=(.)"?(?=\n)', re.IGNORECASE)
 _NO_RECORD: dict[str, object] = {}
 _MOST_BRACKETS = 1_000_000  # a file of nothing but empty lists would take fifty times its size in memory
@@ -69,6 +71,10 @@ def _of_shape(shape: Shape, rows: Iterable[Row], columns: Columns, file: str, so
 def parse_one_class(data: bytes | str, file: str, side: int, columns: Columns) -> Parsed:
     """A file of texts of one class: plain text, one example a line or a paragraph; or a table, JSON lines or Parquet
     with a column of texts or messages, and no labels."""
+    if columns.label is not None or columns.positive is not None:
+        refuse(
+            file, "two files have no labels, each is of one class: name neither a column of them nor the positive one"
+        )
     suffix = PurePath(file).suffix.lower()
     if isinstance(data, bytes) and data.startswith(MAGIC):
         shape, rows = parse_parquet(data, file, columns, one_class=True)
@@ -76,11 +82,18 @@ def parse_one_class(data: bytes | str, file: str, side: int, columns: Columns) -
     else:
         text, encoding = decode(data, file)
         if suffix not in _TABLES:
+            _refuse_named(columns, file, "plain text has no columns")
             return _parse_plain(text, encoding, file, side)
         shape, rows = _one_class_rows(text, file, columns) or _refuse_table(file)
         source = f"columns {shape.in_words}"
     of_side = (entry._replace(side=side) for entry in entries(shape, rows, columns, file))
     return Parsed(of_side, f"{source}, {encoding}")
+
+
+def _refuse_named(columns: Columns, file: str, why: str) -> None:
+    """What was said of columns where there are none would be passed over, and the texts be others than those meant."""
+    if columns != USUAL:
+        refuse(file, f"{why}: leave the names of columns and the positive label out, or give a table ({_NAMED_TABLES})")
 
 
 def _refuse_table(file: str) -> tuple[Shape, Iterator[Row]]:
@@ -92,10 +105,10 @@ def _one_class_rows(text: str, file: str, columns: Columns) -> tuple[Shape, Iter
     found = _values(text, file) if text.lstrip().startswith(("{", "[")) else None
     if found is not None:
         names, records = _records(found[1], file, columns)
-        shape = find_one_class(names, columns)
+        shape = find_one_class(names, columns, file)
         return (shape, _record_rows(records, shape)) if shape else None
     table = _read_table(text, file, columns)
-    shape = find_one_class(table.names, columns) if table.has_header else None
+    shape = find_one_class(table.names, columns, file) if table.has_header else None
     return (shape, _pick(table.rows, shape, table, file)) if shape else None
 
 
@@ -277,6 +290,7 @@ def _parse_json(text: str, encoding: str, file: str, columns: Columns) -> Parsed
         return None
     kind, values = found
     if isinstance(values, dict):
+        _refuse_named(columns, file, "an object of lists has no columns")
         named = ", ".join((*SIDES, *_PROMPT_LISTS) if _PROMPT_LISTS[0] in values else SIDES)
         return Parsed(
             _from_lists(cast(dict[str, object], values), file),
