@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from neurosteer.examples.columns import Columns, Row, Shape, find_one_class, find_shape, fold, refuse_columns
-from neurosteer.examples.refusing import MAX_BYTES, MAX_ROWS, TOO_LARGE, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.refusing import MAX_BYTES, MAX_COLUMNS, MAX_ROWS, TOO_LARGE, TOO_MANY_ROWS, refuse, short
 from neurosteer.examples.thrift import read_struct
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ MAGIC = b"PAR1"
 MAX_UNPACKED = 64 * 1024 * 1024
 """Bytes, of the columns that are read."""
 
-_MAX_FOOTER, _MAX_COLUMNS, _MAX_DEPTH = 1024 * 1024, 2_000, 12
+_MAX_FOOTER, _MAX_DEPTH = 1024 * 1024, 12
 _AT_ONCE = 1_000  # rows
 _NOT_PARQUET = "is not valid Parquet"
 
@@ -64,8 +64,8 @@ def _footer(data: bytes, file: str) -> dict[int, Any]:
     try:
         footer, _ = read_struct(data[-8 - size : -8], 0)
         schema, has_too_many = footer[_SCHEMA], footer[_N_ROWS] > MAX_ROWS
-        if len(schema) > _MAX_COLUMNS or _depth(schema) > _MAX_DEPTH:
-            refuse(file, f"more than {_MAX_COLUMNS:,} columns, or columns too deeply nested: keep the examples alone")
+        if len(schema) > MAX_COLUMNS or _depth(schema) > _MAX_DEPTH:
+            refuse(file, f"more than {MAX_COLUMNS:,} columns, or columns too deeply nested: keep the examples alone")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         refuse(file, f"{_NOT_PARQUET} (its description {_why(error)}): fetch it again")
     if has_too_many:

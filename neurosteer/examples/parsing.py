@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import PurePath
 from typing import NamedTuple, cast
 
@@ -31,7 +32,7 @@ from neurosteer.examples.columns import (
 )
 from neurosteer.examples.encodings import decode
 from neurosteer.examples.parquet import MAGIC, parse_parquet
-from neurosteer.examples.refusing import MAX_ROWS, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.refusing import MAX_COLUMNS, MAX_ROWS, TOO_MANY_ROWS, refuse, short
 from neurosteer.examples.texts import SIDES, clean_text
 
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
@@ -244,17 +245,22 @@ def _label_column(first: list[str], columns: Columns) -> int | None:
 
 def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[_TableRow]:
     line = ""
+    row = start = end = separators = 0  # of the row, where it starts, and what was read of it
 
     def remembered() -> Iterator[str]:
-        nonlocal line
-        for line in io.StringIO(text):  # noqa: UP028 (the line is to be known while its row is looked at)
+        nonlocal line, end, separators
+        for line in io.StringIO(text):
+            before, separators = separators, separators + line.count(delimiter)
+            if before < MAX_COLUMNS <= separators:
+                _check_cells(text, start, delimiter, f"{file}, row {row + 1}")
+            end += len(line)
             yield line
 
     reader = csv.reader(remembered(), delimiter=delimiter, strict=True, skipinitialspace=True)
-    row = 0
     try:
         for row, cells in enumerate(reader, start=1):
             _check_row(row, file)
+            start, separators = end, 0
             yield _TableRow(row, cells, delimiter != "\t" and f"{delimiter} " in line and '"' not in line)
     except csv.Error as error:
         problem = "text after a closing quote: write a quote inside a quoted text twice"
@@ -263,6 +269,14 @@ def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[_TableRow]:
         elif "field larger" in str(error):
             problem = f"a cell has over {csv.field_size_limit():,} characters: shorten it, or close its quote"
         refuse(f"{file}, row {row + 1}", problem)
+
+
+def _check_cells(text: str, start: int, delimiter: str, where: str) -> None:
+    """That the row which starts there has not too many cells, before all of them are made: a million of them would
+    take fifty times the row's bytes. Separators within quotes part no cells."""
+    cell = re.compile(rf' *+(?:"[^"]*+(?:""[^"]*+)*+"?+)?+[^{delimiter}\n]*+({re.escape(delimiter)}?+)')
+    if all(one[1] for one in islice(cell.finditer(text, start), MAX_COLUMNS)):
+        refuse(where, f"more than {MAX_COLUMNS:,} cells: keep the columns of the examples alone")
 
 
 def _pick(rows: Iterable[_TableRow], shape: Shape, table: _Table, file: str) -> Iterator[Row]:
