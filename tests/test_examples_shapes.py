@@ -552,6 +552,70 @@ def test_a_damaged_parquet_file_is_refused_in_one_line() -> None:
                 assert str(error).isprintable()
 
 
+def chunks(*sizes: int, at: int = 4, path: tuple[bytes, ...] = (b"text",)) -> dict[int, Any]:
+    """A description of row groups with a column of texts each, all of which begin at the same place."""
+    return {4: [{1: [{3: {3: list(path), 7: size, 9: at}}]} for size in sizes]}
+
+
+NOTHING = b"\x15\0\x15\0\x15\0\x2c\x15\0\0\0"  # the header of a page of no values, in no bytes
+
+
+def pages_refused(data: bytes, footer: dict[int, Any]) -> str:
+    before = time.process_time()
+    with pytest.raises(ExamplesError) as caught:
+        parquet._check_pages(data, footer, {b"text"}, "x")
+    assert time.process_time() - before < 6
+    return str(caught.value)
+
+
+def test_pages_of_nothing_and_long_headers_are_counted_over_the_whole_file() -> None:
+    many = b"PAR1" + NOTHING * 1_500_000
+    assert "more than 50,000 pages" in pages_refused(many, chunks(len(many) - 4))
+    assert "more than 50,000 pages" in pages_refused(many, chunks(*[len(many) // 300] * 300))
+    noted = NOTHING[:-1] + b"\x99\xf5\xbf\x03" + b"\1" * 0xDFF5 + b"\0"  # and a list of nothing in particular
+    long = b"PAR1" + noted * 200
+    assert "more than 50,000 pages" in pages_refused(long, chunks(len(long) - 4))
+    longer = b"PAR1" + NOTHING[:-1] + b"\x99\xf5\xff\xff\x04" + b"\1" * 12_000_000
+    assert "a page ends in the middle" in pages_refused(longer, chunks(len(longer) - 4))
+    few = b"PAR1" + NOTHING * 40_000
+    assert parquet._check_pages(few, chunks(len(few) - 4), {b"text"}, "x") == 0
+
+
+def test_row_groups_that_lie_at_the_same_place_are_refused() -> None:
+    data = b"PAR1" + NOTHING * 40_000
+    for sizes in ([len(data) - 4] * 2_000, [1_000_000, -1_000_000], [len(data) + 1]):
+        assert "a page lies where another one does" in pages_refused(data, chunks(*sizes))
+    assert "ends in the middle" in pages_refused(data, chunks(*[5] * 1_000)), "a header ends where its column does"
+
+
+def test_a_column_within_a_column_is_looked_at_where_its_dotted_name_is_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parquet, "_rows", lambda *_: pytest.fail("unpacked before it was looked at"))
+    inner = pa.array([{"b": "x" * 70_000_000}, {"b": "y"}])
+    data = as_parquet({"a": inner, "a.b": ["c", "d"], "label": [1, 0]}, compression="zstd", use_dictionary=False)
+    assert "unpacks to more than 64 MB" in refused(data, "x.parquet", columns=Columns(text="a.b"))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1, 0], pa.date32()),
+        pa.array([2**62, 0], pa.timestamp("us")),
+        pa.array([2**62, 0], pa.timestamp("ms")),
+        pa.array([1, 0], pa.timestamp("ns")),
+        pa.array([0, 1], pa.timestamp("us", tz="No/Where")),
+        pa.array([2**62, 0], pa.duration("s")),
+        pa.array([[{"content": 2**31 - 1}]] * 2, pa.list_(pa.struct({"content": pa.date32()}))),
+    ],
+    ids=lambda column: str(column.type),
+)
+@pytest.mark.parametrize("at", ["text", "label", "prompt"])
+def test_values_that_python_has_no_room_for_are_refused_in_one_line(at: str, column: Any) -> None:
+    columns = {"text": ["a", "b"], "label": ["1", "0"], "prompt": ["p", "q"], at: column}
+    assert "\n" not in refused(as_parquet(columns), "x.parquet")
+
+
 HOSTILE: dict[str, Callable[[int], bytes]] = {
     "a description of zeros": lambda n: b"PAR1" + b"\0" * n + (n).to_bytes(4, "little") + b"PAR1",
     "lists in lists": lambda n: b"PAR1" + b"\x19" * n + (n).to_bytes(4, "little") + b"PAR1",
