@@ -231,9 +231,10 @@ def _sniff(text: str, delimiters: str, file: str, columns: Columns) -> tuple[str
         if _is_header(names, columns) or _label_column(first.cells, columns) is not None:
             return delimiter, first
         firsts[delimiter] = first
-    if not firsts:
+    delimiter, first = max(firsts.items(), key=lambda item: len(item[1].cells), default=("", _TableRow(1, [], False)))
+    if problems and len(first.cells) < 2:  # no separator parts anything, but where it is not read
         raise problems[0]
-    return max(firsts.items(), key=lambda item: len(item[1].cells))
+    return delimiter, first
 
 
 def _label_column(first: list[str], columns: Columns) -> int | None:
