@@ -8,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Run
 from hub_server import FakeHub, File
+from huggingface_hub import scan_cache_dir
 
 from neurosteer.errors import HubError, HubUnreachable, NeuroSteerError, UsageError
 from neurosteer.examples.columns import Columns
 from neurosteer.examples.reading import parse_examples
 from neurosteer.hub.datasets import is_dataset, parse_dataset, read_dataset
+from neurosteer.hub.pulling import cache_folder
 
 ROWS = {"sentence": ["good", "fine", "bad", "poor"], "label": [1, 1, 0, 0], "idx": [0, 1, 2, 3]}
 PAIRS = b"prompt,chosen,rejected\np,a,b\nq,c,d\n"
@@ -77,6 +79,47 @@ def test_what_was_read_before_is_read_without_the_hub(sst2: FakeHub, monkeypatch
     with pytest.raises(HubUnreachable):
         read_dataset("some/sst2", token="hf_bob")
     assert len(sst2.requests) == asked
+
+
+@pytest.mark.parametrize("named", ["some/files", "some/files:train", "hf://datasets/some/files@{commit}"])
+def test_another_file_in_the_cache_is_never_taken_for_the_split_that_is_meant(
+    hub: FakeHub, quick: list[float], named: str
+) -> None:
+    other = PAIRS.replace(b"a,b", b"other,b")
+    commit = hub.put("datasets/some/files", {"train.csv": PAIRS, "test.csv": other, "v2/train.csv": other}).head.oid
+    named = named.format(commit=commit)
+    for path in ("test.csv", "v2/train.csv"):
+        assert read_dataset(f"hf://datasets/some/files/{path}@{commit}").positive == ("other", "c")
+        read_dataset(f"hf://datasets/some/files/{path}")
+        with pytest.raises(HubUnreachable, match="was not read before, so it cannot be read offline"):
+            read_dataset(named, offline=True)
+    hub.fail("info", status=503, times=9)
+    with pytest.raises(HubUnreachable):
+        read_dataset(named)
+    hub.faults.clear()
+    with pytest.raises(HubError, match="'train' of some/files has 2 files"):
+        read_dataset(named)
+
+
+def test_a_reference_without_a_path_is_the_file_that_it_was_even_after_others_were_read(hub: FakeHub) -> None:
+    commit = hub.put("datasets/some/files", {"train.csv": PAIRS, "test.csv": PAIRS.replace(b"a,b", b"t,b")}).head.oid
+    names = ("some/files", "some/files:test", f"hf://datasets/some/files@{commit}")
+    first = [read_dataset(name) for name in names]
+    assert [one.positive[0] for one in first] == ["a", "t", "a"]
+    asked = len(hub.requests)
+    assert read_dataset(names[2]) == first[2] and len(hub.requests) == asked, "a commit's files never change"
+    hub.put("datasets/some/files", {"train.csv": PAIRS.replace(b"a,b", b"new,b")})
+    assert read_dataset("hf://datasets/some/files/train.csv").positive[0] == "new"
+    assert [read_dataset(name, offline=True) for name in names] == first
+    assert read_dataset("some/files").positive[0] == read_dataset("some/files", offline=True).positive[0] == "new"
+
+
+def test_the_clients_own_look_at_the_cache_finds_nothing_wrong(sst2: FakeHub) -> None:
+    read_dataset("some/sst2")
+    read_dataset("some/sst2:validation")
+    found = scan_cache_dir(cache_folder())
+    assert not found.warnings
+    assert [one.nb_files for one in found.repos if one.repo_id == "some/sst2"] == [2]
 
 
 def test_a_hub_that_fails_is_done_without_where_the_file_is_there(sst2: FakeHub, quick: list[float]) -> None:

@@ -357,7 +357,8 @@ def test_missing_columns_are_refused_with_those_found_and_those_needed() -> None
     )
     assert "found columns 'text'; needed" in refusal("text\na\nb\n")
     assert "found columns 'text'; needed" in refusal('{"text": "a"}\n', "x.jsonl")
-    assert "'c7', …;" in refusal(",".join(f"c{i}" for i in range(5000)))
+    assert "'c7', …;" in refusal(",".join(f"c{i}" for i in range(2000)))
+    assert "row 1: more than 2,000 cells" in refusal(",".join(f"c{i}" for i in range(2001)))
 
 
 def test_an_unclosed_quote_is_refused_with_the_row_it_opens_in() -> None:

@@ -245,6 +245,10 @@ HOSTILE: dict[str, Callable[[int], object]] = {  # each of about so many bytes
     "brackets": lambda n: parse_examples("[" * n, filename="a.json"),
     "an open quote": lambda n: parse_examples('"' + "a\n" * (n // 2), filename="a.csv"),
     "separators": lambda n: parse_examples("," * n, filename="a.csv"),
+    "all separators": lambda n: parse_examples(",;|\t" * (n // 4), filename="a.csv"),
+    "separators between quotes": lambda n: parse_examples('a"' + ",;|\t" * (n // 4), filename="a.csv"),
+    "separators after a header": lambda n: parse_examples("text,label\n" + ",a" * (n // 2), filename="a.csv"),
+    "a row of many lines": lambda n: parse_examples('"' + (',,,,"\n"' * (n // 7)) + '"', filename="a.csv"),
     "one long text": lambda n: paste_examples("a " * (n // 2) + "\nb", "c\nd"),
 }
 
@@ -265,6 +269,33 @@ def test_a_megabyte_of_anything_costs_little_time_and_memory(what: str) -> None:
 def test_too_many_rows_and_too_many_brackets_are_refused_in_words() -> None:
     assert "more than 200,000 rows" in said(lambda: paste_examples("\n" * 500_000, "c\nd"))
     assert "lists and objects" in said(lambda: parse_examples("[" + "[]," * 1_000_000 + "[]]", filename="a.json"))
+
+
+def test_more_than_two_thousand_cells_are_refused_before_they_are_made() -> None:
+    for data in (",;|\t" * 500_000, "x,;|\t y" * 50_000):
+        tracemalloc.start()
+        assert "row 1: more than 2,000 cells" in said(lambda data=data: parse_examples(data, filename="a.csv"))
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+        tracemalloc.stop()
+    header = "text,label\n"
+    assert "a.csv, row 3: more than 2,000 cells" in said(
+        lambda: parse_examples(f"{header}a,1\n" + "b," * 2_001, filename="a.csv")
+    )
+    spread = '\n"' + "," * 900 + '"'  # a row of several lines
+    assert "row 2: more than 2,000 cells" in said(
+        lambda: parse_examples(f'{header}"a{spread}b{spread}c{spread}d{spread}', filename="a.csv")
+    )
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|", "\t"])
+def test_any_number_of_separators_may_stand_in_quotes_and_two_thousand_cells_in_a_row(delimiter: str) -> None:
+    numbers = delimiter.join(map(str, range(5_000)))
+    rows = [f'"{side} {n} ""quoted"" {numbers}\n{numbers}"{delimiter} {side}' for side in (1, 0) for n in range(2)]
+    found = parse_examples("\n".join(rows), filename="a.csv")
+    assert found.positive[0].startswith('1 0 "quoted" 0') and len(found.negative) == 2
+    wide = delimiter.join(["text", "label", *(f"c{n}" for n in range(1_998))])
+    rows = [delimiter.join([f"text {n}", str(n % 2), *"9" * 1_998]) for n in range(4)]
+    assert parse_examples("\n".join([wide, *rows]), filename="a.csv").positive == ("text 1", "text 3")
 
 
 def test_a_text_is_kept_to_twenty_thousand_characters() -> None:

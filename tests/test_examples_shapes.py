@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neurosteer.errors import ExamplesError
-from neurosteer.examples import parquet
+from neurosteer.examples import encodings, parquet
 from neurosteer.examples.columns import Columns
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import parse_examples
@@ -133,6 +133,41 @@ def test_excels_separator_line_is_no_row_of_text_and_keeps_the_numbers_of_rows()
     assert "row 1: the separator ':' is not read" in refused("sep=:\ntext:label\na:1\n")
 
 
+TWO_FILES = {
+    "x.csv": ("review,ask\na,p\nb,q\n", "review,ask\nc,p\nd,q\n"),
+    "x.jsonl": tuple(lines(*({"review": text, "ask": "p"} for text in pair)) for pair in ("ab", "cd")),
+    "x.parquet": tuple(as_parquet({"review": list(pair), "ask": ["p", "q"]}) for pair in ("ab", "cd")),
+}
+
+
+@pytest.mark.parametrize("filename", TWO_FILES)
+def test_of_two_files_too_a_column_that_is_not_there_is_named(filename: str) -> None:
+    data, negative = TWO_FILES[filename]
+    both: dict[str, Any] = {"negative": negative, "negative_filename": filename}
+    found = read(data, filename, columns=Columns(text="Review", prompt="ASK"), **both)
+    assert (found.positive, found.negative) == (("a", "b"), ("c", "d")) and found.positive_prompts[0] == "p"
+    for columns in (Columns(text="reviews"), Columns(text="review", prompt="reviews")):
+        said = refused(data, filename, columns=columns, **both)
+        assert said == f"{filename}: there is no column 'reviews'; there are 'review', 'ask'"
+
+
+@pytest.mark.parametrize("filename", [*TWO_FILES, "x.txt"])
+def test_two_files_have_no_labels_to_name(filename: str) -> None:
+    data, negative = TWO_FILES.get(filename, ("a,1\nb,1\n", "c,0\nd,0\n"))
+    for columns in (Columns("review", "ask"), Columns("review", positive="p"), Columns(label="label", positive="1")):
+        said = refused(data, filename, columns=columns, negative=negative, negative_filename=filename)
+        assert "two files have no labels, each is of one class" in said
+
+
+def test_where_there_are_no_columns_none_can_be_named() -> None:
+    for columns in (Columns(text="text"), Columns(prompt="ask")):
+        said = refused("review,mood\na,b\n", "x.txt", columns=columns, negative="review,mood\nc,d\n")
+        assert said.startswith("x.txt: plain text has no columns: leave the names of columns")
+    lists = json.dumps({"positive": ["a", "b"], "negative": ["c", "d"]})
+    for columns in (Columns(text="text"), Columns(prompt="ask"), Columns(positive="b")):
+        assert "an object of lists has no columns" in refused(lists, "x.json", columns=columns)
+
+
 # --- what is never guessed --------------------------------------------------------------------------------------------
 
 
@@ -227,6 +262,24 @@ def test_finding_the_encoding_of_twenty_megabytes_costs_little(data: bytes) -> N
     before = time.process_time()
     refused(data)
     assert time.process_time() - before < 4
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"a" * 20_000_000 + b"\n\xff\xfe", (b"a" * 820 + b"\r\n") * 24_000 + b"\xe9", b"\xe9\n" + b"a" * 20_000_000],
+)
+def test_long_lines_of_ascii_before_the_first_accent_cost_little(data: bytes) -> None:
+    before = time.process_time()
+    encodings._sample(data)
+    assert time.process_time() - before < 3
+
+
+def test_only_the_lines_with_more_than_ascii_are_looked_at_for_the_encoding() -> None:
+    lines = b"plain\n\xe9t\xe9\r\nplain\r\n\r\nla caf\xe9 l\xe0\rplain\n\xe0"
+    assert encodings._sample(lines) == b"\xe9t\xe9\nla caf\xe9 l\xe0\n\xe0"
+    rows = "".join(f"{'plain words ' * 68},1\nrow {n},0\n" for n in range(150))
+    data = f"text,label\n{rows}un été,1\nd’été,0\n"
+    assert read(data.encode("cp1252")).sha256 == read(data).sha256
 
 
 def test_a_spreadsheet_is_told_what_it_is_and_what_to_save_it_as() -> None:
@@ -497,6 +550,70 @@ def test_a_damaged_parquet_file_is_refused_in_one_line() -> None:
                 read(damaged, "x.parquet")
             except ExamplesError as error:
                 assert str(error).isprintable()
+
+
+def chunks(*sizes: int, at: int = 4, path: tuple[bytes, ...] = (b"text",)) -> dict[int, Any]:
+    """A description of row groups with a column of texts each, all of which begin at the same place."""
+    return {4: [{1: [{3: {3: list(path), 7: size, 9: at}}]} for size in sizes]}
+
+
+NOTHING = b"\x15\0\x15\0\x15\0\x2c\x15\0\0\0"  # the header of a page of no values, in no bytes
+
+
+def pages_refused(data: bytes, footer: dict[int, Any]) -> str:
+    before = time.process_time()
+    with pytest.raises(ExamplesError) as caught:
+        parquet._check_pages(data, footer, {b"text"}, "x")
+    assert time.process_time() - before < 6
+    return str(caught.value)
+
+
+def test_pages_of_nothing_and_long_headers_are_counted_over_the_whole_file() -> None:
+    many = b"PAR1" + NOTHING * 1_500_000
+    assert "more than 50,000 pages" in pages_refused(many, chunks(len(many) - 4))
+    assert "more than 50,000 pages" in pages_refused(many, chunks(*[len(many) // 300] * 300))
+    noted = NOTHING[:-1] + b"\x99\xf5\xbf\x03" + b"\1" * 0xDFF5 + b"\0"  # and a list of nothing in particular
+    long = b"PAR1" + noted * 200
+    assert "more than 50,000 pages" in pages_refused(long, chunks(len(long) - 4))
+    longer = b"PAR1" + NOTHING[:-1] + b"\x99\xf5\xff\xff\x04" + b"\1" * 12_000_000
+    assert "a page ends in the middle" in pages_refused(longer, chunks(len(longer) - 4))
+    few = b"PAR1" + NOTHING * 40_000
+    assert parquet._check_pages(few, chunks(len(few) - 4), {b"text"}, "x") == 0
+
+
+def test_row_groups_that_lie_at_the_same_place_are_refused() -> None:
+    data = b"PAR1" + NOTHING * 40_000
+    for sizes in ([len(data) - 4] * 2_000, [1_000_000, -1_000_000], [len(data) + 1]):
+        assert "a page lies where another one does" in pages_refused(data, chunks(*sizes))
+    assert "ends in the middle" in pages_refused(data, chunks(*[5] * 1_000)), "a header ends where its column does"
+
+
+def test_a_column_within_a_column_is_looked_at_where_its_dotted_name_is_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parquet, "_rows", lambda *_: pytest.fail("unpacked before it was looked at"))
+    inner = pa.array([{"b": "x" * 70_000_000}, {"b": "y"}])
+    data = as_parquet({"a": inner, "a.b": ["c", "d"], "label": [1, 0]}, compression="zstd", use_dictionary=False)
+    assert "unpacks to more than 64 MB" in refused(data, "x.parquet", columns=Columns(text="a.b"))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1, 0], pa.date32()),
+        pa.array([2**62, 0], pa.timestamp("us")),
+        pa.array([2**62, 0], pa.timestamp("ms")),
+        pa.array([1, 0], pa.timestamp("ns")),
+        pa.array([0, 1], pa.timestamp("us", tz="No/Where")),
+        pa.array([2**62, 0], pa.duration("s")),
+        pa.array([[{"content": 2**31 - 1}]] * 2, pa.list_(pa.struct({"content": pa.date32()}))),
+    ],
+    ids=lambda column: str(column.type),
+)
+@pytest.mark.parametrize("at", ["text", "label", "prompt"])
+def test_values_that_python_has_no_room_for_are_refused_in_one_line(at: str, column: Any) -> None:
+    columns = {"text": ["a", "b"], "label": ["1", "0"], "prompt": ["p", "q"], at: column}
+    assert "\n" not in refused(as_parquet(columns), "x.parquet")
 
 
 HOSTILE: dict[str, Callable[[int], bytes]] = {

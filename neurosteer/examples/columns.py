@@ -88,8 +88,7 @@ def fold(name: str) -> str:
 def find_shape(names: Collection[str], columns: Columns, file: str) -> Shape | None:
     """What a file with columns of these (folded) names holds; None where that cannot be told. Raises `ExamplesError`
     for a column that was asked for and is not there."""
-    for name in sorted(columns.named - set(names)):
-        refuse(file, f"there is no column {short(name)}; there are {listed(names)}")
+    _check_named(names, columns, file)
     prompts = (fold(columns.prompt),) if columns.prompt is not None else PROMPTS
     prompt = next((name for name in prompts if name in names), None)
     text = fold(columns.text) if columns.text is not None else next((name for name in TEXTS if name in names), None)
@@ -102,12 +101,18 @@ def find_shape(names: Collection[str], columns: Columns, file: str) -> Shape | N
     return Shape(pair, None, prompt) if pair is not None else None
 
 
-def find_one_class(names: Collection[str], columns: Columns) -> Shape | None:
+def find_one_class(names: Collection[str], columns: Columns, file: str) -> Shape | None:
     """As `find_shape`, for a file that holds the texts of one class."""
+    _check_named(names, columns, file)
     text = fold(columns.text) if columns.text is not None else next((name for name in TEXTS if name in names), None)
     prompts = (fold(columns.prompt),) if columns.prompt is not None else PROMPTS
     prompt = next((name for name in prompts if name in names and name != text), None)
-    return Shape((text,), None, prompt) if text is not None and text in names and LABEL not in names else None
+    return Shape((text,), None, prompt) if text is not None and LABEL not in names else None
+
+
+def _check_named(names: Collection[str], columns: Columns, file: str) -> None:
+    for name in sorted(columns.named - set(names)):
+        refuse(file, f"there is no column {short(name)}; there are {listed(names)}")
 
 
 def refuse_columns(file: str, found: Collection[str]) -> NoReturn:

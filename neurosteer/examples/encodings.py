@@ -13,6 +13,7 @@ _CANDIDATES = (
 )  # fmt: skip
 _IN_WORDS = {"gb18030": "GBK", "cp932": "Shift-JIS"}
 _RUNS = re.compile(rb"[\x80-\xff]+")
+_LINE_END = re.compile(rb"[\n\r]")
 _WESTERN = re.compile("[À-ÏÑ-Üß-ïñ-üÿŒœŠšŽžŸ‘’‚“”„‹›«»–—…•€£¢¥§°·´¨¸¿¡©®™²³¹ªºµ¼½¾×÷±\xa0\xad]")
 _SIGN_IN_A_WORD = re.compile("[A-Za-zÀ-ÿ][¢£¥§°´¨¸¿¡©®²³¹ªºµ¼½¾×÷±¦¤][A-Za-zÀ-ÿ]")
 _OFTEN_CHINESE = re.compile("[的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得好很没]")
@@ -86,12 +87,13 @@ def _decode_8_bit(data: bytes, file: str) -> tuple[str, str]:
 def _sample(data: bytes) -> bytes:
     """The beginnings of lines that hold more than ASCII; cut at line ends and commas, which are part of no character of
     any encoding told apart here."""
-    found, size = [], 0
-    for line in re.finditer(rb"[^\n\r]*[\x80-\xff][^\n\r]*", data):
-        found.append(line[0][: _SAMPLE_BYTES - size])
+    found, size, at = [], 0, 0
+    while size < _SAMPLE_BYTES and (high := _RUNS.search(data, at)):
+        start = max(at, data.rfind(b"\n", at, high.start()) + 1, data.rfind(b"\r", at, high.start()) + 1)
+        end = _LINE_END.search(data, high.end())
+        at = end.start() if end else len(data)
+        found.append(data[start : min(at, start + _SAMPLE_BYTES - size)])
         size += len(found[-1]) + 1
-        if size >= _SAMPLE_BYTES:
-            break
     sample = b"\n".join(found)
     return sample if size < _SAMPLE_BYTES else re.sub(rb"(?<=[,\n])[^,\n]*\Z", b"", sample)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from neurosteer.examples.columns import Columns, Row, Shape, find_one_class, find_shape, fold, refuse_columns
-from neurosteer.examples.refusing import MAX_BYTES, MAX_ROWS, TOO_LARGE, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.refusing import MAX_BYTES, MAX_COLUMNS, MAX_ROWS, TOO_LARGE, TOO_MANY_ROWS, refuse, short
 from neurosteer.examples.thrift import read_struct
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ MAGIC = b"PAR1"
 MAX_UNPACKED = 64 * 1024 * 1024
 """Bytes, of the columns that are read."""
 
-_MAX_FOOTER, _MAX_COLUMNS, _MAX_DEPTH = 1024 * 1024, 2_000, 12
+_MAX_FOOTER, _MAX_DEPTH = 1024 * 1024, 12
+_MAX_PAGES, _MAX_HEADER, _HEADER_BYTES = 50_000, 64 * 1024, 64  # a page with a longer header counts more than once
 _AT_ONCE = 1_000  # rows
 _NOT_PARQUET = "is not valid Parquet"
 
@@ -46,7 +47,7 @@ def parse_parquet(data: bytes, file: str, columns: Columns, *, one_class: bool =
     footer = _footer(data, file)
     parquet = _opened(data, file)
     names = {fold(name): name for name in parquet.schema_arrow.names}
-    shape = find_one_class(names, columns) if one_class else find_shape(names, columns, file)
+    shape = find_one_class(names, columns, file) if one_class else find_shape(names, columns, file)
     if shape is None:
         refuse_columns(file, names)
     wanted = [names[name] for name in shape.names]
@@ -64,8 +65,8 @@ def _footer(data: bytes, file: str) -> dict[int, Any]:
     try:
         footer, _ = read_struct(data[-8 - size : -8], 0)
         schema, has_too_many = footer[_SCHEMA], footer[_N_ROWS] > MAX_ROWS
-        if len(schema) > _MAX_COLUMNS or _depth(schema) > _MAX_DEPTH:
-            refuse(file, f"more than {_MAX_COLUMNS:,} columns, or columns too deeply nested: keep the examples alone")
+        if len(schema) > MAX_COLUMNS or _depth(schema) > _MAX_DEPTH:
+            refuse(file, f"more than {MAX_COLUMNS:,} columns, or columns too deeply nested: keep the examples alone")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         refuse(file, f"{_NOT_PARQUET} (its description {_why(error)}): fetch it again")
     if has_too_many:
@@ -89,34 +90,52 @@ def _depth(schema: Sequence[dict[int, Any]]) -> int:
 
 def _check_pages(data: bytes, footer: dict[int, Any], wanted: set[bytes], file: str) -> int:
     """The most bytes that a column of a row group unpacks to. Page by page: what the description says of them is only
-    a claim. Raises `ExamplesError` where all come to more than `MAX_UNPACKED`."""
-    total = largest = 0
+    a claim. Raises `ExamplesError` where all come to more than `MAX_UNPACKED`, or take too long to look at."""
+    total = largest = cost = 0
     try:
-        for group in footer[_ROW_GROUPS]:
-            for chunk in group[_CHUNKS]:
-                about = chunk[_CHUNK]
-                if about[_PATH][0] in wanted:
-                    unpacked = _unpacked(data, about, MAX_UNPACKED - total)
-                    total, largest = total + unpacked, max(largest, unpacked)
+        for about in _wanted_chunks(data, footer, wanted):
+            before = total
+            for header, unpacked in _pages(data, about):
+                total, cost = total + unpacked, cost + 1 + header // _HEADER_BYTES
                 if total > MAX_UNPACKED:
                     refuse(file, f"unpacks to more than {MAX_UNPACKED // 1024**2} MB: keep fewer or shorter texts")
+                if cost > _MAX_PAGES:
+                    refuse(file, f"more than {_MAX_PAGES:,} pages: write it again with larger ones")
+            largest = max(largest, total - before)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         refuse(file, f"{_NOT_PARQUET} (a page {_why(error)}): fetch it again")
     return largest
 
 
-def _unpacked(data: bytes, about: dict[int, Any], most: int) -> int:
-    """The bytes that the pages of one column in one row group unpack to, or more than `most`."""
+def _wanted_chunks(data: bytes, footer: dict[int, Any], wanted: set[bytes]) -> list[dict[int, Any]]:
+    """What is said of the columns that are read, in each row group. None may lie where another one does, or a small
+    file would be looked at, and unpacked, as often as it has row groups."""
+    chunks = [chunk[_CHUNK] for group in footer[_ROW_GROUPS] for chunk in group[_CHUNKS]]
+    chunks = [about for about in chunks if _is_wanted(about[_PATH], wanted)]
+    sizes = [about[_PACKED_BYTES] for about in chunks]
+    if min(sizes, default=0) < 0 or sum(sizes) > len(data):
+        raise ValueError("lies where another one does")
+    return chunks
+
+
+def _is_wanted(path: Sequence[bytes], wanted: set[bytes]) -> bool:
+    """As pyarrow takes names: a dot in one may stand for a column within a column."""
+    dotted = b".".join(path) + b"."
+    return any(dotted.startswith(name + b".") for name in wanted)
+
+
+def _pages(data: bytes, about: dict[int, Any]) -> Iterator[tuple[int, int]]:
+    """The bytes of the header of each page of one column in one row group, and those that the page unpacks to."""
     at = min(place for place in (about.get(_DICTIONARY_AT), about[_DATA_AT]) if place)
-    end, total = at + about[_PACKED_BYTES], 0
-    while at < end and total <= most:
-        page, body = read_struct(data, at)
+    end = at + about[_PACKED_BYTES]
+    while at < end:
+        page, body = read_struct(data, at, min(end, at + _MAX_HEADER))
         packed, unpacked = page[_PAGE_PACKED], page[_PAGE_UNPACKED]
         values = sum(page[kind][_N_VALUES] for kind in _PAGE_KINDS if kind in page)
         if min(packed, unpacked, values) < 0:
             raise ValueError("has a negative size")
-        at, total = body + packed, total + unpacked + values * _VALUE_BYTES
-    return total
+        yield body - at, unpacked + values * _VALUE_BYTES
+        at = body + packed
 
 
 def _opened(data: bytes, file: str) -> "pq.ParquetFile":
@@ -147,7 +166,7 @@ def _rows(parquet: "pq.ParquetFile", wanted: list[str], largest: int, file: str)
                 if row > MAX_ROWS:
                     refuse(file, TOO_MANY_ROWS)
                 yield row, values
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:  # also from odd dates
         refuse(file, f"{_NOT_PARQUET} ({_why(error)}): fetch it again")
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import PurePath
 from typing import NamedTuple, cast
 
@@ -17,6 +18,7 @@ from neurosteer.examples.columns import (
     KNOWN,
     LABEL,
     TEXTS,
+    USUAL,
     Columns,
     Entry,
     Row,
@@ -30,12 +32,13 @@ from neurosteer.examples.columns import (
 )
 from neurosteer.examples.encodings import decode
 from neurosteer.examples.parquet import MAGIC, parse_parquet
-from neurosteer.examples.refusing import MAX_ROWS, TOO_MANY_ROWS, refuse, short
+from neurosteer.examples.refusing import MAX_COLUMNS, MAX_ROWS, TOO_MANY_ROWS, refuse, short
 from neurosteer.examples.texts import SIDES, clean_text
 
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv", ".json", *_JSON_LINES)
+_NAMED_TABLES = "CSV, JSON lines or Parquet, by its extension"
 _EXCEL_DELIMITER = re.compile(r'\A"?sep=(.)"?(?=\n)', re.IGNORECASE)
 _NO_RECORD: dict[str, object] = {}
 _MOST_BRACKETS = 1_000_000  # a file of nothing but empty lists would take fifty times its size in memory
@@ -69,6 +72,10 @@ def _of_shape(shape: Shape, rows: Iterable[Row], columns: Columns, file: str, so
 def parse_one_class(data: bytes | str, file: str, side: int, columns: Columns) -> Parsed:
     """A file of texts of one class: plain text, one example a line or a paragraph; or a table, JSON lines or Parquet
     with a column of texts or messages, and no labels."""
+    if columns.label is not None or columns.positive is not None:
+        refuse(
+            file, "two files have no labels, each is of one class: name neither a column of them nor the positive one"
+        )
     suffix = PurePath(file).suffix.lower()
     if isinstance(data, bytes) and data.startswith(MAGIC):
         shape, rows = parse_parquet(data, file, columns, one_class=True)
@@ -76,11 +83,18 @@ def parse_one_class(data: bytes | str, file: str, side: int, columns: Columns) -
     else:
         text, encoding = decode(data, file)
         if suffix not in _TABLES:
+            _refuse_named(columns, file, "plain text has no columns")
             return _parse_plain(text, encoding, file, side)
         shape, rows = _one_class_rows(text, file, columns) or _refuse_table(file)
         source = f"columns {shape.in_words}"
     of_side = (entry._replace(side=side) for entry in entries(shape, rows, columns, file))
     return Parsed(of_side, f"{source}, {encoding}")
+
+
+def _refuse_named(columns: Columns, file: str, why: str) -> None:
+    """What was said of columns where there are none would be passed over, and the texts be others than those meant."""
+    if columns != USUAL:
+        refuse(file, f"{why}: leave the names of columns and the positive label out, or give a table ({_NAMED_TABLES})")
 
 
 def _refuse_table(file: str) -> tuple[Shape, Iterator[Row]]:
@@ -92,10 +106,10 @@ def _one_class_rows(text: str, file: str, columns: Columns) -> tuple[Shape, Iter
     found = _values(text, file) if text.lstrip().startswith(("{", "[")) else None
     if found is not None:
         names, records = _records(found[1], file, columns)
-        shape = find_one_class(names, columns)
+        shape = find_one_class(names, columns, file)
         return (shape, _record_rows(records, shape)) if shape else None
     table = _read_table(text, file, columns)
-    shape = find_one_class(table.names, columns) if table.has_header else None
+    shape = find_one_class(table.names, columns, file) if table.has_header else None
     return (shape, _pick(table.rows, shape, table, file)) if shape else None
 
 
@@ -217,9 +231,10 @@ def _sniff(text: str, delimiters: str, file: str, columns: Columns) -> tuple[str
         if _is_header(names, columns) or _label_column(first.cells, columns) is not None:
             return delimiter, first
         firsts[delimiter] = first
-    if not firsts:
+    delimiter, first = max(firsts.items(), key=lambda item: len(item[1].cells), default=("", _TableRow(1, [], False)))
+    if problems and len(first.cells) < 2:  # no separator parts anything, but where it is not read
         raise problems[0]
-    return max(firsts.items(), key=lambda item: len(item[1].cells))
+    return delimiter, first
 
 
 def _label_column(first: list[str], columns: Columns) -> int | None:
@@ -231,17 +246,22 @@ def _label_column(first: list[str], columns: Columns) -> int | None:
 
 def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[_TableRow]:
     line = ""
+    row = start = end = separators = 0  # of the row, where it starts, and what was read of it
 
     def remembered() -> Iterator[str]:
-        nonlocal line
-        for line in io.StringIO(text):  # noqa: UP028 (the line is to be known while its row is looked at)
+        nonlocal line, end, separators
+        for line in io.StringIO(text):
+            before, separators = separators, separators + line.count(delimiter)
+            if before < MAX_COLUMNS <= separators:
+                _check_cells(text, start, delimiter, f"{file}, row {row + 1}")
+            end += len(line)
             yield line
 
     reader = csv.reader(remembered(), delimiter=delimiter, strict=True, skipinitialspace=True)
-    row = 0
     try:
         for row, cells in enumerate(reader, start=1):
             _check_row(row, file)
+            start, separators = end, 0
             yield _TableRow(row, cells, delimiter != "\t" and f"{delimiter} " in line and '"' not in line)
     except csv.Error as error:
         problem = "text after a closing quote: write a quote inside a quoted text twice"
@@ -250,6 +270,14 @@ def _csv_rows(text: str, delimiter: str, file: str) -> Iterator[_TableRow]:
         elif "field larger" in str(error):
             problem = f"a cell has over {csv.field_size_limit():,} characters: shorten it, or close its quote"
         refuse(f"{file}, row {row + 1}", problem)
+
+
+def _check_cells(text: str, start: int, delimiter: str, where: str) -> None:
+    """That the row which starts there has not too many cells, before all of them are made: a million of them would
+    take fifty times the row's bytes. Separators within quotes part no cells."""
+    cell = re.compile(rf' *+(?:"[^"]*+(?:""[^"]*+)*+"?+)?+[^{delimiter}\n]*+({re.escape(delimiter)}?+)')
+    if all(one[1] for one in islice(cell.finditer(text, start), MAX_COLUMNS)):
+        refuse(where, f"more than {MAX_COLUMNS:,} cells: keep the columns of the examples alone")
 
 
 def _pick(rows: Iterable[_TableRow], shape: Shape, table: _Table, file: str) -> Iterator[Row]:
@@ -277,6 +305,7 @@ def _parse_json(text: str, encoding: str, file: str, columns: Columns) -> Parsed
         return None
     kind, values = found
     if isinstance(values, dict):
+        _refuse_named(columns, file, "an object of lists has no columns")
         named = ", ".join((*SIDES, *_PROMPT_LISTS) if _PROMPT_LISTS[0] in values else SIDES)
         return Parsed(
             _from_lists(cast(dict[str, object], values), file),

@@ -8,6 +8,7 @@ from neurosteer.text import cut, printable
 
 MAX_BYTES = 20 * 1024 * 1024
 MAX_ROWS = 200_000
+MAX_COLUMNS = 2_000
 TOO_LARGE = f"larger than {MAX_BYTES // 1024**2} MB: keep fewer or shorter texts"
 TOO_MANY_ROWS = f"more than {MAX_ROWS:,} rows: keep fewer, and leave blank ones out"
 

@@ -7,18 +7,18 @@ _DEEPEST = 24
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12
 
 
-def read_struct(data: bytes, start: int) -> tuple[dict[int, Any], int]:
-    """The struct that begins at `start`, its values by field number, and where it ends."""
-    reader = _Reader(data, start)
+def read_struct(data: bytes, start: int, end: int | None = None) -> tuple[dict[int, Any], int]:
+    """The struct that begins at `start`, its values by field number, and where it ends: before `end` at the latest."""
+    reader = _Reader(data, start, len(data) if end is None else min(end, len(data)))
     return reader.struct(0), reader.at
 
 
 class _Reader:
-    def __init__(self, data: bytes, at: int) -> None:
-        self.data, self.at = data, at
+    def __init__(self, data: bytes, at: int, end: int) -> None:
+        self.data, self.at, self.end = data, at, end
 
     def byte(self) -> int:
-        if not 0 <= self.at < len(self.data):
+        if not 0 <= self.at < self.end:
             raise ValueError("ends in the middle")
         self.at += 1
         return self.data[self.at - 1]
@@ -37,7 +37,7 @@ class _Reader:
         return (value >> 1) ^ -(value & 1)
 
     def skipped(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
+        if count > self.end - self.at:
             raise ValueError("ends in the middle")
         self.at += count
         return self.data[self.at - count : self.at]
@@ -68,6 +68,6 @@ class _Reader:
             raise ValueError(f"holds a value of kind {kind}")
         header = self.byte()
         count = header >> 4 if header >> 4 < 15 else self.varint()
-        if count > len(self.data) - self.at:  # every value takes a byte at least
+        if count > self.end - self.at:  # every value takes a byte at least
             raise ValueError("ends in the middle")
         return [self.value(header & 0x0F, depth + 1) for _ in range(count)]

@@ -17,7 +17,7 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.reading import parse_examples
 from neurosteer.examples.refusing import MAX_BYTES
 from neurosteer.hub.client import Hub, Token, connect, is_offline
-from neurosteer.hub.pulling import cache_folder, download, remember
+from neurosteer.hub.pulling import cache_folder, download, note, remember
 from neurosteer.hub.repos import MAIN, RemoteFile, is_commit, remote_files
 from neurosteer.progress import Progress, silent
 
@@ -167,6 +167,8 @@ def _fetch(hub: Hub, wanted: DatasetReference, progress: Progress) -> Path:
     progress(f"Fetching {file.path} of {wanted.repo}", 0.0)
     path = download(hub, wanted.repo, commit, file, repo_type=DATASET)
     remember(wanted.repo, wanted.revision, commit, repo_type=DATASET)
+    if wanted.path is None:
+        note(wanted.repo, _choice(wanted), f"{commit}/{file.path}", repo_type=DATASET)
     return path
 
 
@@ -233,14 +235,23 @@ def _shown(paths: Collection[str]) -> str:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
+def _choice(wanted: DatasetReference) -> str:
+    """Where it is noted which file a reference without a path was: what happens to lie in the cache does not tell, for
+    it may be another split."""
+    return f".neurosteer/{wanted.revision or MAIN}/{wanted.split or ''}.file"
+
+
 def _kept(wanted: DatasetReference) -> Path | None:
-    """The file in the cache, if it was read before."""
+    """The file in the cache, if it was read before by this reference or, where it has a path, by another."""
     folder = cache_folder() / repo_folder_name(repo_id=wanted.repo, repo_type=DATASET)
     try:
-        known = wanted.revision if is_commit(wanted.revision) else None
-        commit = known or (folder / "refs" / (wanted.revision or MAIN)).read_text(encoding="utf-8").strip()
-        snapshot = folder / "snapshots" / commit
-        paths = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-        return snapshot / _chosen(wanted, paths)
-    except (OSError, ValueError, HubError):
+        if wanted.path is None:
+            found = (folder / _choice(wanted)).read_text(encoding="utf-8")
+        else:
+            known = wanted.revision if is_commit(wanted.revision) else None
+            commit = known or (folder / "refs" / (wanted.revision or MAIN)).read_text(encoding="utf-8").strip()
+            found = f"{commit}/{wanted.path}"
+        file = folder / "snapshots" / found
+        return file if file.is_file() else None
+    except (OSError, ValueError):
         return None

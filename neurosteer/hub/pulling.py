@@ -268,14 +268,17 @@ def _kept_folder(wanted: repos.Reference) -> Path | None:
 
 def remember(repo: str, revision: str | None, commit: str, *, repo_type: str = "model") -> None:
     """Note which commit a branch or tag was, as the client does, so that it is found again offline."""
-    if revision == commit:
-        return
-    folder = cache_folder() / repo_folder_name(repo_id=repo, repo_type=repo_type)
-    note = folder / "refs" / (revision or repos.MAIN)
-    temporary = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}.tmp")
+    if revision != commit:
+        note(repo, f"refs/{revision or repos.MAIN}", commit, repo_type=repo_type)
+
+
+def note(repo: str, name: str, text: str, *, repo_type: str = "model") -> None:
+    """Keep a line of text as the file `name` beside what the cache holds of `repo`."""
+    file = cache_folder() / repo_folder_name(repo_id=repo, repo_type=repo_type) / name
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(commit, encoding="utf-8")
-        temporary.replace(note)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
     except OSError as error:
         logger.warning("%s was fetched, but is not found offline: its revision could not be noted (%s).", repo, error)
