@@ -242,7 +242,9 @@ def _look_at_mlps(lm: LanguageModel) -> list[_Mlp]:
         lm.decoder(input_ids=torch.tensor([[0, 1]], device=lm.device), use_cache=False)
     found = [_mlp_of(activation, parts, seen) for activation, parts in zip(activations, maps, strict=True)]
     for place, (mlp, parent, down) in enumerate(zip(found, parents, lm.down_projections, strict=True)):
-        if mlp is not None and not _makes(mlp, parent, given[mlp.activation], seen.get(mlp.up), seen[down]):
+        if mlp is not None and not _makes(
+            mlp, parent, given[mlp.activation], None if mlp.up is None else seen[mlp.up], seen[down]
+        ):
             found[place] = None
     for layer, (mlp, parent) in enumerate(zip(found, parents, strict=True)):
         if mlp is None:
