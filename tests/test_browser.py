@@ -517,13 +517,17 @@ def test_from_a_description_to_a_slider(page: Any, tmp_path: Path) -> None:
     page.locator("#instruct textarea").fill(f"Write in a very positive, delighted tone. {HOSTILE}")
     page.locator("#against textarea").fill("Write in a very negative, disappointed tone.")
     page.locator("#describe").click()
-    page.locator("#answers").get_by_text("Tell me about a walk through a small town.").first.wait_for()
+    written = page.locator("#answers").get_by_text("Tell me about a walk through a small town.").first
+    written.wait_for(timeout=3 * PATIENCE_MS)  # 128 answers
     page.locator("#preview").get_by_text("They are read as answers to").wait_for()
     with page.expect_download() as download:
         page.locator("#download-answers").click()
     saved = tmp_path / "answers.csv"
     download.value.save_as(saved)
     assert saved.read_text(encoding="utf-8").startswith("prompt,chosen,rejected")
+    page.get_by_role("button", name="Advanced").click()
+    page.locator("#calibrate input").uncheck()  # which other tests do, and takes a while
+    page.get_by_label("Layers", exact=True).fill("16")
     page.locator("#build").click()
     page.locator("#try-it").wait_for()
     assert "answers-caa is ready" in page.locator("#built").inner_text()
