@@ -527,7 +527,6 @@ def test_from_a_description_to_a_slider(page: Any, tmp_path: Path) -> None:
     assert saved.read_text(encoding="utf-8").startswith("prompt,chosen,rejected")
     page.get_by_role("button", name="Advanced").click()
     page.locator("#calibrate input").uncheck()  # which other tests do, and takes a while
-    page.get_by_label("Layers", exact=True).fill("16")
     page.locator("#build").click()
     page.locator("#try-it").wait_for()
     assert "answers-caa is ready" in page.locator("#built").inner_text()
