@@ -47,10 +47,9 @@ SLOW_MODULES = {
     "test_visitors",
 }
 SLOW_FIXTURES = {"page"}  # one in a process of its own or in a browser
-PRODUCTS = {"test_batches", "test_layer_profile"}
-"""Modules whose products of tests and architectures are run of a few by default: of one without a sliding window, one
-with it and with norms after the blocks, and one with biases and learned positions."""
 USUAL = {"llama", "gemma3", "gpt2"}
+"""Of products of tests and architectures these are run by default: one without a sliding window, one with it and with
+norms after the blocks, and one with biases and learned positions."""
 BY_THE_CLOCK = {"browser"}
 BY_THE_CLOCK_MODULES = {"test_gpu", "test_serving", "test_strangers", "test_visitors"}
 """Whose tests need the machine for themselves: run one after another (`-m clock -n 0`)."""
@@ -69,8 +68,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_further_architecture(item: pytest.Item) -> bool:
-    if item.path.stem not in PRODUCTS:
-        return False
     values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
     return any(value in ARCHITECTURES and value not in USUAL for value in values if isinstance(value, str))
 
