@@ -230,6 +230,13 @@ def test_an_mlp_of_an_unknown_kind_is_refused() -> None:
     refused(lambda: linear_pass(this.lm, [[1, 2]]), ModelError, "block 2", "LlamaMLP")
 
 
+def test_an_mlp_that_adds_instead_of_multiplying_is_refused() -> None:
+    this = make_tiny("llama")
+    mlp = this.model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) + mlp.up_proj(x))
+    refused(lambda: linear_pass(this.lm, [[1, 2]]), ModelError, "block 1", "LlamaMLP")
+
+
 def test_attention_that_has_no_queries_cannot_be_frozen_but_differentiated() -> None:
     this = make_tiny("llama")
     attention = this.model.model.layers[0].self_attn

@@ -98,6 +98,22 @@ def test_an_artifact_of_the_plain_model_is_taken_with_one_line_and_the_other_way
         assert Session(other).generate(PROMPTS[0], Recipe.of(build(one, EXAMPLES, layers=LAYERS)), max_new_tokens=2)
 
 
+def test_weights_that_come_packed_are_neither_rounded_nor_packed_again(
+    packed: tuple[str, LanguageModel], tmp_path: Path
+) -> None:
+    kind, lm = packed
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    again = load_model(tmp_path, device="cpu", dtype="float16" if kind == "4bit" else "float32")
+    assert again.reference.quantization == NAMES[kind] and again.shape == lm.shape
+    ids = torch.tensor([lm.prompt_ids(PROMPTS[2])])
+    with torch.no_grad():
+        mine, theirs = (one.model(input_ids=ids, use_cache=False).logits.float() for one in (lm, again))
+    assert torch.allclose(mine, theirs, atol=0.05 * float(mine.std()))
+    with pytest.raises(UsageError, match="comes quantised; leave quantize out"):
+        load_model(tmp_path, quantize=kind)
+
+
 def test_another_way_to_quantise_and_weights_that_are_packed_already_are_refused(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ class Worth:
         if self.judge_right < WEAK_BELOW:
             found.append("The model hardly does what it is told, so this says little: give examples instead.")
         elif self.steered[1.0].low <= self.steered[-1.0].high:
-            found.append("That is no clear effect: more answers (--samples), other words, or examples may do better.")
+            found.append("That is no clear effect: more answers, other words, or examples may do better.")
         return tuple(found)
 
 
