@@ -7,6 +7,7 @@ from typing import Literal
 
 from neurosteer.artifacts.circuit import NeuronCircuit
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
+from neurosteer.building.described import asked_to
 
 Kind = Literal["steered", "unsteered", "again", "random", "permuted", "instruction"]
 TwinKind = Literal["random", "permuted"]
@@ -51,7 +52,7 @@ class Group:
 
     def ask(self, prompt: str) -> str:
         """What the model is given."""
-        return f"{self.instruction} {prompt}" if self.instruction else prompt
+        return asked_to(self.instruction, prompt) if self.instruction else prompt
 
 
 def groups(
