@@ -366,19 +366,26 @@ def compared(name: str, layers: int, shifts: list[float], *, kl: float | None = 
 
 
 def test_of_choices_within_one_standard_error_the_simplest_is_taken() -> None:
-    spread = compared("spread", 4, [0.1, 0.2, 0.3, 0.4])
+    spread = compared("spread", 4, [1.1, 1.2, 1.3, 1.4])
     # Both lie as far below on average: one on every text, the other on some, above on others, which may be chance.
-    always = compared("always", 1, [0.05, 0.15, 0.25, 0.35])
-    at_times = compared("at times", 1, [-0.1, 0.3, 0.1, 0.5])
+    always = compared("always", 1, [1.05, 1.15, 1.25, 1.35])
+    at_times = compared("at times", 1, [0.9, 1.3, 1.1, 1.5])
     assert always.effect == pytest.approx(at_times.effect) and spread.effect - always.effect == pytest.approx(0.1)
     assert pick([spread, always]) is spread and pick([always, spread]) is spread
     assert pick([spread, at_times]) is at_times and pick([at_times, spread, always]) is at_times
-    better = compared("better", 1, [-0.1, 0.35, 0.15, 0.5])
+    better = compared("better", 1, [0.9, 1.35, 1.15, 1.5])
     assert pick([spread, at_times, better]) is better  # as simple, and does more
     said = reason([at_times, spread, always])
-    assert "at times: the fewest layers within one standard error of the largest effect at equal KL" in said
-    assert "+0.400 ± " in said and "spread +0.500" in said and "chosen by it" in said
+    assert "at times: the fewest layers that do as much as any but for chance at equal KL" in said
+    assert "+2.400 ± " in said and "spread +2.500" in said and "chosen by it" in said
     assert "spread: the largest effect at equal KL" in reason([spread, always])
+
+
+def test_what_texts_cannot_tell_apart_is_not_given_away() -> None:
+    spread = compared("spread", 4, [0.1, 0.2, 0.3, 0.4])
+    one = compared("one", 1, [-0.8, 1.1, -0.9, 1.2])  # two fifths less on average, and as uncertain as can be
+    assert spread.preference.error_of_difference(one.preference) > spread.effect - one.effect > 0.05 * spread.effect
+    assert pick([spread, one]) is spread
 
 
 @pytest.mark.parametrize("kl", [1.16, None])

@@ -58,9 +58,9 @@ def build(
         method: `caa`, `pca`, `probe`, `sae` or `cna`.
         layers: `auto`, `all`, a number, a range (`"10-18"` or `range(10, 19)`) or a list. With `auto`, a few choices
             (single layers that separate held-out examples well, spreads over many layers) are brought to the same KL
-            and measured on held-out texts; of those within one standard error of the largest effect, the one with the
-            fewest layers is taken. Without `calibrate`, or with fewer than 50 texts of a class, the layer of the middle
-            20 to 80% that separates held-out examples best. For `cna`, the layers
+            and measured on held-out texts; of those within one standard error and a twentieth of the largest effect,
+            the one with the fewest layers is taken. Without `calibrate`, or with fewer than 50 texts of a class, the
+            layer of the middle 20 to 80% that separates held-out examples best. For `cna`, the layers
             searched for neurons; with `rank="write"` the last of them is the reference layer. For `sae`, those of its
             SAEs.
         framing: `raw`, `prompt` or `answer` (see `LanguageModel.frame`); by default `answer` for chat models. Examples

@@ -340,8 +340,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     # A model that remembers it came from GGUF refuses to be saved, so a clean one takes over its weights.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    clean.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    clean.load_state_dict(loaded.state_dict(), assign=True)
+    clean.tie_weights()
     clean.generation_config = loaded.generation_config
     clean.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

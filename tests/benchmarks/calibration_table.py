@@ -1,6 +1,6 @@
 """Does strength 1 mean the same everywhere? KL of the released artifacts before and after calibration.
 
-    python tests/benchmarks/calibration_table.py [--vectors vectors] [--gemma FOLDER]
+    python tests/benchmarks/calibration_table.py [--vectors vectors]
 
 For every artifact the 95th percentile of the per-token KL from the unsteered model, in nats, at strength −1 and +1: at
 the default amounts (before) and at the calibrated ones (after), on the 40 neutral prompts, none of which calibration
@@ -11,8 +11,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from gemma import NAME as GEMMA
-from gemma import load_gemma
+from packaged import load_any
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.cards import layers_text
@@ -23,7 +22,6 @@ from neurosteer.examples.files import neutral_prompts
 from neurosteer.measuring.calibration import N_TOKENS, PERCENTILE
 from neurosteer.measuring.divergence import UnsteeredTexts, divergences, kl_percentile, unsteered_texts
 from neurosteer.models.language_model import LanguageModel
-from neurosteer.models.loading import load_model
 
 LOW, HIGH = 0.6, 1.6
 
@@ -38,14 +36,13 @@ def four_figures(lm: LanguageModel, texts: UnsteeredTexts, artifact: Artifact) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vectors", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
-    parser.add_argument("--gemma", type=Path, help="a folder with Gemma-3-270M as transformers reads it")
     arguments = parser.parse_args()
     artifacts = [load(config.parent) for config in sorted(arguments.vectors.glob("*/config.json"))]
     print("| artifact | model | method | layers | before: −1 / +1 | after: −1 / +1 |\n|---|---|---|---|---|---|")
     within = {"before": 0, "after": 0}
     measured = 0
     for name in sorted({artifact.model.name for artifact in artifacts}):
-        lm = load_gemma(arguments.gemma) if name == GEMMA else load_model(name.removeprefix("HuggingFaceTB/"))
+        lm = load_any(name.removeprefix("HuggingFaceTB/"))
         texts = unsteered_texts(lm, neutral_prompts(), N_TOKENS)
         for artifact in (one for one in artifacts if one.model.name == name):
             found = four_figures(lm, texts, artifact)

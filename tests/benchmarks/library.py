@@ -1,6 +1,6 @@
 """Build the released library, `vectors/`, with calibration, receipts and cards.
 
-    python tests/benchmarks/library.py DATA [--out vectors] [--only sentiment,politeness] [--gemma FOLDER] [--samples 6]
+    python tests/benchmarks/library.py DATA [--out vectors] [--only sentiment,politeness] [--samples 6]
         [--measure-again]
 
 DATA holds a folder per behaviour with `train.csv` (built from) and `judge.csv` (the judge's own texts), and `refusal/`
@@ -10,18 +10,18 @@ the one that moves the judge most is kept (what they came to is printed); circui
 receipt on other prompts: five strengths, ten random twins, one built from shuffled labels and the instruction in plain
 words, 16 neutral prompts × `--samples` texts of 30 tokens (refusal: every fourth JailbreakBench goal
 and ordinary request, once each). `--measure-again` keeps the artifacts as they are and gives them a new receipt.
-Gemma-3-270M comes from the package index (`gemma.py`), or from a folder.
+Gemma-3-270M comes from the package index (`packaged.py`).
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma import NAME as GEMMA
-from gemma import load_gemma
+from packaged import GEMMA, load_any
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
@@ -32,7 +32,6 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import neutral_prompts, sweep_prompts
 from neurosteer.examples.reading import read_examples
 from neurosteer.models.language_model import LanguageModel
-from neurosteer.models.loading import load_model
 from neurosteer.steering.session import Session
 
 BUNDLED = ("formality", "gratitude")
@@ -54,7 +53,7 @@ class Item:
 
 CAA, SAE, CNA = {"method": "caa"}, {"method": "sae", "contexts": 0}, {"method": "cna"}
 LAST_TOKEN = {"method": "caa", "layers": "all", "tokens": "last"}
-_VECTORS = {
+VECTORS = {
     "sentiment": "Delighted (+) or disappointed (−). From film-review sentences.",
     "politeness": "Polite (+) or blunt (−). From requests on Wikipedia and Stack Exchange, rated by people.",
     "stance": "For (+) or against (−) what is discussed. From arguments on debated motions.",
@@ -66,11 +65,11 @@ _CIRCUITS = ("sentiment", "politeness", "stance")
 ITEMS = (
     *(
         Item(name, name, description, (CAA,) if name in BUNDLED else (CAA, SAE, LAST_TOKEN))
-        for name, description in _VECTORS.items()
+        for name, description in VECTORS.items()
     ),
-    *(Item(f"{name}-circuit", name, f"{_VECTORS[name]} As a circuit of MLP neurons.", (CNA,)) for name in _CIRCUITS),
+    *(Item(f"{name}-circuit", name, f"{VECTORS[name]} As a circuit of MLP neurons.", (CNA,)) for name in _CIRCUITS),
     *(
-        Item(f"{name}-gemma-3-270m", name, f"{_VECTORS[name]} For Gemma-3-270M.", (CAA,), GEMMA)
+        Item(f"{name}-gemma-3-270m", name, f"{VECTORS[name]} For Gemma-3-270M.", (CAA,), GEMMA.name)
         for name in ("sentiment", "politeness")
     ),
     Item(
@@ -162,11 +161,7 @@ def release(lm: LanguageModel, item: Item, data: Path, out: Path, samples: int, 
         write_evaluation(found, out.parent / "build" / item.name)
     choice = f"; chosen by {said}" if said else ""
     print(f"{item.name}: {artifact.method}, {artifact.provenance.layer_choice}{choice}; "
-          f"{time.monotonic() - started:.0f} s, {folder}", flush=True)  # fmt: skip
-
-
-def model_of(item: Item, gemma: Path | None) -> LanguageModel:
-    return load_gemma(gemma) if item.model == GEMMA else load_model(item.model or None)
+          f"{time.monotonic() - started:.0f} s, {folder}", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -174,7 +169,6 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
     parser.add_argument("--only", default=",".join(item.name for item in ITEMS))
-    parser.add_argument("--gemma", type=Path, help="a folder with Gemma-3-270M as transformers reads it")
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--measure-again", action="store_true", help="new receipts of the artifacts as they are")
     arguments = parser.parse_args()
@@ -183,7 +177,7 @@ def main() -> None:
     again = arguments.measure_again
     for item in (item for item in ITEMS if item.name in wanted):
         if item.model not in models:
-            models[item.model] = model_of(item, arguments.gemma)
+            models[item.model] = load_any(item.model)
         release(models[item.model], item, arguments.data, arguments.out, arguments.samples, again=again)
 
 

@@ -77,15 +77,19 @@ def line(artifact: Artifact) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vectors", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
-    arguments = parser.parse_args()
+def print_table(vectors: Path) -> None:
+    """The artifacts in a folder that have a receipt."""
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    for config in sorted(arguments.vectors.glob("*/config.json")):
+    for config in sorted(vectors.glob("*/config.json")):
         artifact = load(config.parent)
         if artifact.receipts:
             print(line(artifact))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vectors", type=Path, default=Path(__file__).parent.parent.parent / "vectors")
+    print_table(parser.parse_args().vectors)
 
 
 if __name__ == "__main__":

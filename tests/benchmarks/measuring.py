@@ -61,6 +61,8 @@ def seconds(work: Callable[[], object]) -> float:
     """How long `work` takes by the clock."""
     started = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -94,11 +96,12 @@ def unsteered_continuation(lm: LanguageModel, prompts: Sequence[str], tokens: in
     for row, prompt in enumerate(encoded):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
     with torch.inference_mode():
         full = lm.model.generate(
             ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
         )
-    mask = torch.cat([mask, torch.ones(len(encoded), full.shape[1] - width, dtype=torch.long)], 1)
+    mask = torch.cat([mask, mask.new_ones(len(encoded), full.shape[1] - width)], 1)
     return Continuation(full, mask, width, _logprobs(lm, full, mask, width, None))
 
 

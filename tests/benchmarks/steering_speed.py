@@ -1,6 +1,6 @@
 """Cost of steering against plain generation.
 
-    python tests/benchmarks/steering_speed.py [--tokens 64] [--rounds 5]
+    python tests/benchmarks/steering_speed.py [--tokens 64] [--model qwen] [--rounds 5]
 
 The floor is one unsteered `generate` of one prompt and the same number of tokens. Against it: unsteered and steered as
 one streamed pair, and a sweep of 16 strengths. They take turns in one process; medians of the ratios are printed.
@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 from measuring import seconds
+from packaged import load_any
 
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.building.build import build
 from neurosteer.examples.files import neutral_prompts
 from neurosteer.examples.reading import read_examples
 from neurosteer.models.language_model import LanguageModel
-from neurosteer.models.loading import load_model
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session, sweep_rows
 
@@ -27,7 +27,7 @@ STRENGTHS = [x / 4 - 2 for x in range(16)]
 
 def plain(lm: LanguageModel, prompt: str, tokens: int) -> Callable[[], object]:
     """transformers' own greedy generate, end tokens ignored so that the length is fixed."""
-    ids = torch.tensor([lm.prompt_ids(prompt)])
+    ids = torch.tensor([lm.prompt_ids(prompt)], device=lm.device)
 
     def run() -> object:
         with torch.inference_mode():
@@ -42,8 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", help="a name in packaged.py, or what a model is loaded by (the embedded one)")
     arguments = parser.parse_args()
-    lm = load_model()
+    lm = load_any(arguments.model)
     vector = build(lm, read_examples("sentiment"), layers=16, framing="raw", calibrate=False)
     circuit = build(lm, read_examples("sentiment"), method="cna", layers="2-16", framing="raw", calibrate=False)
     session, prompt = Session(lm), neutral_prompts()[0]
