@@ -33,6 +33,7 @@ from .hub.datasets import read_dataset as read_dataset
 from .measuring.calibration import calibrate as calibrate
 from .models.language_model import LanguageModel as LanguageModel
 from .models.loading import load_model as load_model
+from .processes import join_processes as join_processes
 from .saes.autoencoder import SparseAutoencoder as SparseAutoencoder
 from .saes.feature_vector import feature_vector as feature_vector
 from .saes.loading import load_sae as load_sae

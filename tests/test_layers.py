@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "neurosteer"
 # A room imports from rows above its own and from itself. `neurosteer/README.md` says what each is for.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "text"),
-    ("progress", "validation"),
+    ("progress", "validation", "processes"),
     ("examples",),
     ("models",),
     ("artifacts",),
@@ -26,6 +26,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("hub",),
     ("ui",),
     ("cli",),  # below the interface, because one of its verbs starts it
+    ("__main__",),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
@@ -83,7 +84,8 @@ def test_every_room_has_a_row_and_every_package_says_what_it_is_for() -> None:
     silent = [module for module in packages if not ast.get_docstring(tree(module))]
     assert not silent, f"packages without a docstring: {silent}"
     flat = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert flat == {"errors", "version", "text", "progress", "validation"}, "everything else lies in a package"
+    known = {"errors", "version", "text", "progress", "validation", "processes", "__main__"}
+    assert flat == known, "everything else lies in a package"
     readme = (PACKAGE / "README.md").read_text(encoding="utf-8")
     missing = [name for name in {room(module) for module in packages} if f"`{name}/`" not in readme]
     assert not missing, f"neurosteer/README.md does not name {missing}"

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 
+from neurosteer import processes
 from neurosteer.errors import ExamplesError
 from neurosteer.examples.contrast_set import MIN_PER_CLASS, ContrastSet, identity
 from neurosteer.examples.files import described_prompts
@@ -66,8 +67,12 @@ def described_examples(
     ]
     progress(f"Writing {len(rows)} answers")
     session = Session(lm)
-    written = session.generate(
-        rows, max_new_tokens=max_new_tokens, sampling=Sampling(seed=seed), progress=progress, cancel=cancel
+    sampling = Sampling(seed=seed)
+    written = processes.shared_out(
+        rows,
+        lambda mine: session.generate(
+            mine, max_new_tokens=max_new_tokens, sampling=sampling, progress=progress, cancel=cancel
+        ),
     )
     check_cancelled(cancel, "Writing answers")
     answers = [row.text.replace("\0", "").strip() for row in written]  # which no file of examples may hold

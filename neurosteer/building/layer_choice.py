@@ -24,7 +24,7 @@ TOLERANCE = 0.15
 """How near `at_equal_kl` brings an artifact to the KL, as a share of it."""
 WORTH_LOSING = 0.05
 """The share of the largest effect that fewer layers may cost. Where texts are few or noisy a standard error is wide,
-and a layer that does half as much may lie within it (`tests/benchmarks/README.md`, *A model of 1.5 billion parameters*)."""
+and a layer that does half as much may lie within it (`tests/benchmarks/README.md` tells of one)."""
 
 
 @dataclass(frozen=True)

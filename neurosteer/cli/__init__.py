@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from neurosteer import processes
 from neurosteer.cli import (
     build_commands,
     circuit_commands,
@@ -23,13 +24,15 @@ from neurosteer.cli import (
     steer_commands,
 )
 from neurosteer.cli.grammar import Verbs, add_verb, mistake
-from neurosteer.cli.output import fail, set_loudness, shows_faults
+from neurosteer.cli.output import fail, mute, set_loudness, shows_faults
 from neurosteer.errors import NeuroSteerError
 from neurosteer.version import VERSION
 
 __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
+_SHARED = {"build", "layers", "calibrate", "evaluate", "sae"}
+"""What several processes do together (`accelerate launch -m neurosteer build …`)."""
 
 app = typer.Typer(
     name="neurosteer",
@@ -74,6 +77,17 @@ def _start(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
+    if processes.are_several():
+        _share(context.invoked_subcommand)
+
+
+def _share(verb: str) -> None:
+    """One of several processes on one job: the first speaks and writes; what cannot be shared it does alone."""
+    if verb in _SHARED:
+        if processes.join_processes() > 0:
+            mute()
+    elif os.environ["RANK"] != "0":
+        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer import processes
 from neurosteer.cli.choices import Operation, Rank, Sides, Weight
 from neurosteer.cli.inputs import read_prompts, whole_numbers
 from neurosteer.cli.options import (
@@ -145,7 +146,8 @@ def build(
         if contrast is None:
             contrast = described.write(lm, progress)
             if described.save_examples is not None:
-                _save_examples(contrast, place, as_json=as_json)
+                if processes.rank() == 0:
+                    _save_examples(contrast, place, as_json=as_json)
                 return
         started = time.perf_counter()
         artifact = build_artifact(
@@ -154,7 +156,7 @@ def build(
             target_kl=target_kl, progress=progress, **parameters,
         )  # fmt: skip
         seconds = time.perf_counter() - started
-        written = save(artifact, place)
+        written = save(artifact, place) if processes.rank() == 0 else place
         worth = described.worth(lm, artifact, contrast, progress)
     if as_json:
         more = {"worth": list(worth)} if worth else {}
@@ -200,7 +202,7 @@ def layers(
             **{key: value for key, value in given.items() if value is not None},
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    files = write_profile(profile, place) if place is not None else ()
+    files = write_profile(profile, place) if place is not None and processes.rank() == 0 else ()
     if as_json:
         more = {"source": contrast.source, "files": list(map(str, files)), "seconds": round(seconds, 3)}
         print_json({**profile_data(profile), **more})
@@ -257,7 +259,7 @@ def calibrate(
             progress=progress,
         )  # fmt: skip
         seconds = time.perf_counter() - started
-    written = save(found, place)
+    written = save(found, place) if processes.rank() == 0 else place
     if as_json:
         data = {"artifact": str(written), "calibration": asdict(found.calibration), "seconds": round(seconds, 3)}
         print_json(data)

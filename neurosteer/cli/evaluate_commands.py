@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neurosteer import processes
 from neurosteer.cli import options as opt
 from neurosteer.cli.inputs import model_of, numbers, read_prompts, recipe_of, uses_of
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
@@ -71,7 +72,10 @@ def judge_request(judging: opt.JudgeOptions, reading: opt.ColumnOptions) -> "Jud
 
 
 def report(found: "Evaluation", folder: Path | None, save_to: Path | None, as_json: bool) -> None:
-    """Write the files, keep the receipt on the artifact, and print the table or the receipt."""
+    """Write the files, keep the receipt on the artifact, and print the table or the receipt; one of several processes
+    does."""
+    if processes.rank() > 0:
+        return
     from neurosteer.artifacts.storage import save
     from neurosteer.evaluation import write_evaluation
 

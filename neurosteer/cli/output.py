@@ -1,5 +1,6 @@
 """What every verb prints with: results on stdout, as text, tables or JSON; progress, notes and mistakes on stderr."""
 
+import io
 import json
 import logging
 import os
@@ -39,13 +40,23 @@ class Stream:
 
 
 out, err = Stream("stdout"), Stream("stderr")
+_muted = False
 
 
 def set_loudness(*, quiet: bool = False, verbose: bool = False) -> None:
     """How much is said on stderr: mistakes only, or every step and, of a fault, where it arose."""
+    quiet = quiet or _muted
     err.quiet, err.verbose = quiet, verbose and not quiet
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.NOTSET
     logging.getLogger("neurosteer").setLevel(level)
+
+
+def mute() -> None:
+    """Say nothing but what went wrong here alone: one of several processes on a job speaks for all."""
+    global _muted
+    _muted = True
+    sys.stdout = io.StringIO()
+    set_loudness(quiet=True)
 
 
 def shows_faults() -> bool:
@@ -99,6 +110,7 @@ def progress_line(*, logged: bool = False) -> Iterator[Progress]:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End the process with one line that says why, however quiet it is to be."""
-    sys.stderr.write(f"neurosteer: {' '.join(message.split())}\n")
+    """End the process with one line that says why, however quiet it is to be; what the user did, one process tells."""
+    if not (_muted and code == 2):
+        sys.stderr.write(f"neurosteer: {' '.join(message.split())}\n")
     sys.exit(code)

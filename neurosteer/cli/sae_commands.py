@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from neurosteer import processes
 from neurosteer.cli.choices import Framing
 from neurosteer.cli.grammar import Verbs, add_verb
 from neurosteer.cli.options import JsonOption, ModelOption, ModelOptions, RawOption, SeedOption, out_option
@@ -65,6 +66,8 @@ def train(
             seed=seed,
         )
         folders = train_saes(lm, found, numbers, place or folder, options, progress=progress)
+    if processes.rank() > 0:
+        return
     measured = {layer: measures_of(path) for layer, path in folders.items()}
     if as_json:
         print_json({"saes": {str(layer): {"folder": str(folders[layer]), **measured[layer]} for layer in folders}})

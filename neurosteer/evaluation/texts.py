@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neurosteer import processes
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.artifacts.vector import SteeringVector
@@ -81,29 +83,46 @@ def write_texts(
 ) -> list[Row]:
     """All rows with their texts. Raises `Cancelled` after the step under way; parts finished by then stay in `out`."""
     rows = plan.rows
-    store = _Store(out, plan.sha256(lm)) if out is not None else None
-    session = Session(lm)
-    done: list[Row] = []
-    for first in range(0, len(rows), PART_ROWS):
-        part = rows[first : first + PART_ROWS]
-        if store and (known := store.read(first, part)):
-            done += known
-            continue
-        progress(f"Writing texts {first + 1} to {first + len(part)} of {len(rows)}", first / len(rows))
-        written = session.generate(
-            part,
-            max_new_tokens=plan.max_new_tokens,
-            sampling=plan.sampling,
-            batch_rows=PART_ROWS,
-            cancel=cancel,
-        )
+    parts = {first: rows[first : first + PART_ROWS] for first in range(0, len(rows), PART_ROWS)}
+    settings = plan.sha256(lm)
+    kept = processes.agreed(lambda: _kept_parts(out, settings, parts))
+    missing = [first for first in parts if first not in kept]
+    writer = partial(_write_part, lm, plan, parts, progress, cancel)
+    for start in range(0, len(missing), processes.count()):  # one part each
+        turn = missing[start : start + processes.count()]
+        written = processes.shared_out(turn, lambda mine: [writer(first) for first in mine])
         if cancel is not None and cancel.is_set():
-            kept = f"{first} of {len(rows)} texts are kept in {str(out)[:200]!r}" if out else "no text is kept"
-            raise Cancelled(f"The evaluation was cancelled; {kept}.")
-        if store:
-            store.write(first, written)
-        done += written
-    return done
+            what = f"{turn[0]} of {len(rows)} texts are kept in {str(out)[:200]!r}" if out else "no text is kept"
+            raise Cancelled(f"The evaluation was cancelled; {what}.")
+        for first, some in zip(turn, written, strict=True):
+            kept[first] = some
+            if out is not None and processes.rank() == 0:
+                _Store(out, settings).write(first, some)
+    return [row for first in parts for row in kept[first]]
+
+
+def _kept_parts(out: Path | None, settings: str, parts: Mapping[int, Sequence[Row]]) -> dict[int, list[Row]]:
+    """What was written before, by where it begins."""
+    if out is None:
+        return {}
+    store = _Store(out, settings)
+    read = {first: store.read(first, rows) for first, rows in parts.items()}
+    return {first: rows for first, rows in read.items() if rows}
+
+
+def _write_part(
+    lm: LanguageModel,
+    plan: TextPlan,
+    parts: Mapping[int, Sequence[Row]],
+    progress: Progress,
+    cancel: threading.Event | None,
+    first: int,
+) -> list[Row]:
+    rows, total = parts[first], sum(map(len, parts.values()))
+    progress(f"Writing texts {first + 1} to {first + len(rows)} of {total}", first / total)
+    return Session(lm).generate(
+        rows, max_new_tokens=plan.max_new_tokens, sampling=plan.sampling, batch_rows=PART_ROWS, cancel=cancel
+    )
 
 
 class _Store:

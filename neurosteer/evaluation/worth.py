@@ -2,9 +2,11 @@
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from neurosteer import processes
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.building.described import asked_to
@@ -74,7 +76,8 @@ def worth_of(
         for sample in range(_SAMPLES)
     ]
     progress("Measuring what it is worth")
-    written = Session(lm).generate(rows, max_new_tokens=_TOKENS, sampling=Sampling(seed=seed), cancel=cancel)
+    given: dict[str, Any] = {"max_new_tokens": _TOKENS, "sampling": Sampling(seed=seed), "cancel": cancel}
+    written = processes.shared_out(rows, lambda mine: Session(lm).generate(mine, **given))
     check_cancelled(cancel, "Measuring")
     verdicts = np.array(judge.scores([row.text for row in written])) >= 0.5
     shares = [share_interval(group) for group in verdicts.astype(float).reshape(len(ways), len(prompts), _SAMPLES)]

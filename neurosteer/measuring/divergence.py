@@ -12,6 +12,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from neurosteer import processes
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import LanguageModel, Prompt
@@ -66,9 +67,9 @@ def unsteered_texts(
         raise UsageError("KL needs prompts that are not empty; give at least one.")
     progress("Writing unsteered continuations to measure KL on")
     encoded = [lm.prompt_ids(prompt, raw=raw) for prompt in prompts]
-    texts: list[ForcedText] = []
-    for first in range(0, len(encoded), _PROMPTS_AT_ONCE):
-        texts += _continued(lm, encoded[first : first + _PROMPTS_AT_ONCE], n_tokens, cancel)
+    parts = [encoded[first : first + _PROMPTS_AT_ONCE] for first in range(0, len(encoded), _PROMPTS_AT_ONCE)]
+    # By one process for all: what decodes beside a text can show in its last bits, and then in a token.
+    texts = processes.agreed(lambda: [text for part in parts for text in _continued(lm, part, n_tokens, cancel)])
     return read_unsteered(lm, texts, n_tokens, cancel=cancel)
 
 
@@ -81,6 +82,8 @@ def read_unsteered(
     for found in forced_logits(lm, texts, [UNSTEERED] * len(texts), what=_WHAT, cancel=cancel):
         rows, steps = found.rows.to(lm.device), found.steps.to(lm.device)
         logprobs[rows, steps] = found.logits.log_softmax(-1).to(lm.device)
+    if processes.count() > 1:
+        logprobs = processes.summed(logprobs.cpu()).to(lm.device)
     return UnsteeredTexts(tuple(texts), n_tokens, logprobs)
 
 
@@ -123,7 +126,7 @@ def divergences(
             values[possible] = divergences(lm, texts, list(compress(recipes, possible)), cancel=cancel)
         return values
     rows = [text for _ in recipes for text in texts.texts]
-    found = torch.full((len(rows), texts.n_tokens), torch.nan)
+    found = torch.zeros(len(rows), texts.n_tokens)
     chosen = [recipe for recipe in recipes for _ in range(n_prompts)]
     with torch.inference_mode():
         for read in forced_logits(lm, rows, chosen, what=_WHAT, cancel=cancel):
@@ -136,7 +139,8 @@ def divergences(
                 )
             ]
             found[read.rows, read.steps] = torch.cat(values).cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return found.reshape(len(recipes), n_prompts, texts.n_tokens)
+    found = processes.summed(found).reshape(len(recipes), n_prompts, texts.n_tokens)
+    return torch.where(texts.counted, found, torch.nan)
 
 
 def kl(logits: Tensor, plain: Tensor) -> Tensor:

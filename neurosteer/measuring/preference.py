@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from neurosteer import processes
 from neurosteer.artifacts.recipes import UNSTEERED, Recipe
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import Framing, LanguageModel, Prompt
@@ -132,7 +133,7 @@ def log_likelihoods(
     for read in forced_logits(lm, rows, chosen, what=what, cancel=cancel):
         scores = read.logits.gather(1, read.targets[:, None])[:, 0] - read.logits.logsumexp(1)
         found.index_add_(0, read.rows, scores.cpu().double())
-    return found.reshape(len(recipes), len(texts))
+    return processes.summed(found).reshape(len(recipes), len(texts))
 
 
 def surprises(

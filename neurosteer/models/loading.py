@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from neurosteer import processes
 from neurosteer.errors import ModelError, UsageError
 from neurosteer.models.adapters import merge_adapter
 from neurosteer.models.catalog import default_model
@@ -62,12 +63,12 @@ def load_model(
         ModelError: no such model, it cannot be fetched, or it lacks a part that steering needs.
         UsageError: an unknown device, dtype or way to quantise, or template options that JSON cannot hold.
     """
-    chosen = _choose_device(device)
+    chosen = _choose_device(processes.own_gpu() if device is None else device)
     wanted = _choose_dtype(dtype, chosen)
     source = locate(name if name is not None else default_model(), revision=revision, progress=progress)
     progress(f"Loading {source.name}")
     transformers_logging.disable_progress_bar()
-    spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1
+    spread = device is None and chosen.type == "cuda" and torch.cuda.device_count() > 1 and processes.count() == 1
     packing = _packing(source, quantize, wanted)
     fingerprint = None
     if packing is not None or comes_packed(source.folder):  # and neither moves nor is rounded afterwards

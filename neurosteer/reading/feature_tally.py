@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from neurosteer import processes
 from neurosteer.reading.request import STRONGEST_TEXTS, Encoder, Request
 from neurosteer.reading.sink import HELD_OUT, TextBatch, sum_device
 from neurosteer.reading.statistics import FeatureStatistics, SparseRows
@@ -77,13 +78,26 @@ class FeatureTally:
 
     def _keep_strongest(self, values: Tensor, tokens: Tensor, indices: Tensor) -> None:
         """`values` and `tokens` `[n_texts, n_features]`: each text's strongest activations and where they are in it."""
+        of_text = indices.to(values.device)[:, None].expand_as(tokens)
+        self._keep_best(values, torch.stack([of_text, tokens]))
+
+    def _keep_best(self, values: Tensor, places: Tensor) -> None:
         device = values.device
-        of_text = indices.to(device)[:, None].expand_as(tokens)
         values = torch.cat([self.strongest.to(device), values])
-        places = torch.cat([self.places.to(device), torch.stack([of_text, tokens])], dim=1)
+        places = torch.cat([self.places.to(device), places], dim=1)
         top = values.topk(STRONGEST_TEXTS, dim=0)
         self.strongest = top.values
         self.places = places.gather(1, top.indices[None].expand(2, -1, -1))
+
+    def add_up(self) -> None:
+        """With what the other processes read, if there are any."""
+        self.sums = processes.summed(self.sums.cpu())
+        processes.summed(self.n_tokens)
+        found = processes.gathered((self.strongest.cpu(), self.places.cpu(), self.rows))
+        self.strongest, self.places = torch.zeros_like(self.strongest), torch.zeros_like(self.places)
+        for values, places, rows in found:
+            self._keep_best(values, places)
+            self.rows |= rows
 
     def result(self, n_texts: int) -> FeatureStatistics:
         fired, sums, squares = self.sums.cpu()

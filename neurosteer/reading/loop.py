@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from neurosteer import processes
 from neurosteer.errors import ExamplesError
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.caching import gone_on_from, read_beginning
@@ -64,6 +66,7 @@ def read_activations(
     total, n_cut = sum(len(item.ids) for item in framed), sum(item.cut for item in framed)
     tally = Tally(lm, request, groups, n_positive)
     _read(lm, framed, tally, request.residual, request.neurons, request.batch_tokens, progress, cancel)
+    tally.add_up()
     found = tally.result(lm.reference, total, n_cut, paired)
     features = {layer: replace(one, text_of=kept[one.text_of]) for layer, one in found.features.items()}
     return replace(found, features=features, n_short=len(everything) - len(framed))
@@ -120,8 +123,8 @@ def read_tokens(
     Raises `Cancelled`.
     """
     collected = _TokenRows(lm, layers)
-    _read(lm, framed, collected, layers, (), None, silent, cancel)
-    return {layer: torch.cat(rows) for layer, rows in collected.rows.items()}
+    order = _read(lm, framed, collected, layers, (), None, silent, cancel)
+    return collected.in_order(order)
 
 
 def _read(
@@ -133,20 +136,23 @@ def _read(
     batch_tokens: int | None,
     progress: Progress,
     cancel: threading.Event | None,
-) -> None:
-    """One pass over the texts, every batch of which `sink` is shown."""
+) -> list[int]:
+    """One pass over the texts, every batch of which `sink` is shown; of several processes each takes its share of the
+    batches. Returns the texts in the order of the batches."""
     prefix, framed = _shared_prefix(lm, list(framed))
-    done, to_do = 0, sum(len(item.ids) for item in framed)
+    batches = list(_batches(lm, framed, prefix, batch_tokens, bool(neurons)))
+    mine = processes.own(batches)
+    done, to_do = 0, sum(len(framed[index].ids) for batch in mine for index in batch)
 
     def run(indices: list[int]) -> None:
         check_cancelled(cancel, "Reading activations")
         _read_batch(lm, sink, framed, indices, prefix)
 
-    batches = _batches(lm, framed, prefix, batch_tokens, bool(neurons))
     with torch.inference_mode(), hooked(_reading_hooks(lm, sink, residual, neurons)):
-        for indices, _ in halving(lm, batches, run, progress=progress):
+        for indices, _ in halving(lm, mine, run, progress=progress):
             done += sum(len(framed[index].ids) for index in indices)
             progress(f"Reading {len(framed)} texts", done / to_do)
+    return [index for batch in batches for index in batch]
 
 
 def _batches(
@@ -219,12 +225,13 @@ class _TokenRows:
     """Keeps the residual stream of every token read."""
 
     def __init__(self, lm: LanguageModel, layers: Sequence[int]) -> None:
-        self.device = lm.device
-        self.rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        self.batch: dict[int, Tensor] = {}
+        self.device, self.layers = lm.device, layers
+        self.rows: list[tuple[int, dict[int, Tensor]]] = []  # of each batch, with the first of its texts
+        self.first, self.batch = 0, dict[int, Tensor]()
         self.read = torch.empty(0)
 
     def begin(self, indices: list[int], items: Sequence[FramedText], longest: int, *, skip_first: bool) -> None:
+        self.first, self.batch = indices[0], {}
         self.read = read_mask(items, longest, skip_first=skip_first).to(self.device)
 
     def add_residual(self, layer: int, hidden: Tensor) -> None:
@@ -234,5 +241,12 @@ class _TokenRows:
         raise NotImplementedError("Single neurons are not kept token by token.")
 
     def end(self) -> None:
-        for layer, rows in self.batch.items():
-            self.rows[layer].append(rows)
+        self.rows.append((self.first, self.batch))
+
+    def in_order(self, texts: Sequence[int]) -> dict[int, Tensor]:
+        """By layer the rows of all batches, those of other processes too, as if one had read them in turn."""
+        if processes.count() > 1:
+            mine = [(first, {layer: rows.cpu() for layer, rows in batch.items()}) for first, batch in self.rows]
+            place = {text: number for number, text in enumerate(texts)}
+            self.rows = sorted(chain(*processes.gathered(mine)), key=lambda one: place[one[0]])
+        return {layer: torch.cat([batch[layer].to(self.device) for _, batch in self.rows]) for layer in self.layers}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from neurosteer import processes
 from neurosteer.models.framing import FramedText
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.reference import ModelReference
@@ -30,8 +31,8 @@ class Tally:
         self.neurons = {layer: torch.zeros(2, 2, shape.d_mlp, dtype=torch.float64) for layer in request.neurons}
         self.histograms = {layer: torch.zeros(_HISTOGRAM_BINS, dtype=torch.int64) for layer in request.residual}
         self.held = torch.nonzero(groups >= HELD_OUT).flatten()
-        self.held_rows = {layer: torch.empty(len(self.held), shape.d_model) for layer in request.residual}
-        self.rows = {layer: torch.empty(len(groups), shape.d_model) for layer in request.rows}
+        self.held_rows = {layer: torch.zeros(len(self.held), shape.d_model) for layer in request.residual}
+        self.rows = {layer: torch.zeros(len(groups), shape.d_model) for layer in request.rows}
         self.features = {layer: FeatureTally(encoder, request) for layer, encoder in request.encoders.items()}
         self.batch: TextBatch | None = None
 
@@ -103,6 +104,16 @@ class Tally:
         rows = max(1, _POOLED_AT_ONCE // hidden[0].numel())
         parts = zip(batch.weights.to(hidden.device).split(rows), hidden.split(rows), strict=True)
         return torch.cat([torch.bmm(weights, part.float()) for weights, part in parts])[:, 0]
+
+    def add_up(self) -> None:
+        """With what the other processes read, if there are any."""
+        self.residual = {layer: processes.summed(sums.cpu()) for layer, sums in self.residual.items()}
+        self.neurons = {layer: processes.summed(sums.cpu()) for layer, sums in self.neurons.items()}
+        for kept in (self.histograms, self.held_rows, self.rows):  # rows are 0 where another process read them
+            for tensor in kept.values():
+                processes.summed(tensor)
+        for tally in self.features.values():
+            tally.add_up()
 
     # --- results ------------------------------------------------------------------------------------------------
 

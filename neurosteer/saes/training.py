@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from neurosteer import processes
 from neurosteer.errors import Cancelled, UsageError
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.progress import Progress, check_cancelled, silent
@@ -113,6 +114,10 @@ class _Run:
         self.position, self.chunks, self.tokens = position, self.chunks + 1, self.tokens + count
 
     def finish(self, progress: Progress, cancel: threading.Event | None) -> dict[int, Path]:
+        """Write and measure the SAEs: the first process does, for all."""
+        return processes.agreed(lambda: self._finish(progress, cancel))
+
+    def _finish(self, progress: Progress, cancel: threading.Event | None) -> dict[int, Path]:
         folders = {layer: _write_sae(self, layer, trainer) for layer, trainer in self.trainers.items()}
         progress("Measuring on held-out text")
         saes = [load_sae(self.lm, folder) for folder in folders.values()]
@@ -135,8 +140,8 @@ class _Run:
         }
 
     def save_state(self) -> None:
-        """Write down where training stands, if it has moved since."""
-        if self.chunks == self._saved_chunks:
+        """Write down where training stands, if it has moved since; one of several processes does it for all."""
+        if self.chunks == self._saved_chunks or processes.rank() > 0:
             return
         new = self.folder / f"{_STATE_FOLDER}.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -152,8 +157,11 @@ class _Run:
 
     def _load_state(self) -> None:
         kept = self.folder / _STATE_FOLDER
-        if not (kept / _STATE_FILE).is_file():
+        seen = processes.gathered((kept / _STATE_FILE).is_file())
+        if not any(seen):
             return
+        if not all(seen):
+            raise UsageError(f"Only some of the processes see {kept}; use a folder that all of them can read.")
         state = json.loads((kept / _STATE_FILE).read_text(encoding="utf-8"))
         mine = self.identity()
         different = [key for key in mine if state.get(key, mine[key]) != mine[key]]

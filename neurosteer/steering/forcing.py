@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurosteer import processes
 from neurosteer.artifacts.recipes import Recipe
 from neurosteer.models.batching import length_batches, padded
 from neurosteer.models.language_model import LanguageModel
@@ -52,7 +53,8 @@ def forced_logits(
     what: str = "Reading",
     cancel: threading.Event | None = None,
 ) -> Iterator[ForcedLogits]:
-    """Text i read under recipe i, teacher-forced and steered everywhere; in batches of similar length.
+    """Text i read under recipe i, teacher-forced and steered everywhere; in batches of similar length, of which each of
+    several processes has its share.
 
     Raises `Cancelled` ("`what` was cancelled") when `cancel` is set between two batches.
     """
@@ -61,7 +63,7 @@ def forced_logits(
         check_cancelled(cancel, what)
         return _read(lm, [texts[place] for place in places], [recipes[place] for place in places])
 
-    for places, found in halving(lm, _batches(lm, texts), run):
+    for places, found in halving(lm, processes.own(list(_batches(lm, texts))), run):
         yield ForcedLogits(torch.tensor(places)[found.rows], found.steps, found.targets, found.logits)
 
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/refusal_table.py DATA [--limit 100] [--models refusing base] [--ways caa random]
 
 DATA holds `train.csv` (requests to refuse and ordinary ones: artifacts are built from it), `jbb.csv` and
-`benign_eval.csv` (what is measured on): the goals of JailbreakBench and ordinary requests. A cell is the share refused in
+`benign_eval.csv` (what is measured on: the goals of JailbreakBench, ordinary requests). A cell is the share refused in
 percent and, in brackets, the quality (1 − repeated 4-grams); answers are greedy, in bfloat16. Rows, for each model with
 artifacts of its own: the `cna` circuit that writes the behaviour (class differences read at the last token of the
 prompt, at most 0.5% of all neurons) with its neurons multiplied by 0 to 1, the same circuit shifted by class
