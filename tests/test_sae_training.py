@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from neurosteer.saes import corpus as sae_corpus
 from neurosteer.saes import measuring as sae_measuring
 from neurosteer.saes import training as sae_training
 from neurosteer.saes.autoencoder import SparseAutoencoder
-from neurosteer.saes.corpus import TrainingOptions, TrainingText, read_training_texts
+from neurosteer.saes.corpus import Corpus, TrainingOptions, TrainingText, read_training_texts
 from neurosteer.saes.loading import load_sae
 from neurosteer.saes.measuring import SaeMeasures, measure_saes
 from neurosteer.saes.training import measures_of, train_saes
@@ -537,19 +539,43 @@ def test_texts_are_read_from_json_lines_tables_and_plain_files(tmp_path: Path, n
             )
         else:
             file.write("ein Löwe\r\n\n  \ntwo lines\n3")
-    found = read_training_texts([path])
+    found = list(read_training_texts([path]))
     if name in ("some.jsonl", "some.csv"):
         assert found == [TrainingText("ein Löwe", "Was?"), TrainingText("two\nlines"), TrainingText("3")]
     else:
         assert found == [TrainingText("ein Löwe"), TrainingText("two lines"), TrainingText("3")]
-    assert read_training_texts([path, str(path)]) == found * 2
+    assert list(read_training_texts([path, str(path)])) == found * 2
 
 
 def test_a_table_with_a_very_long_text_is_read(tmp_path: Path) -> None:
     long = "word " * 40_000
     with (tmp_path / "long.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["text"], [long]])
-    assert read_training_texts([tmp_path / "long.csv"]) == [TrainingText(long)]
+    assert list(read_training_texts([tmp_path / "long.csv"])) == [TrainingText(long)]
+
+
+def test_texts_larger_than_memory_are_read_one_at_a_time(llama: Tiny, tmp_path: Path) -> None:
+    line = "the cat runs " * 60
+    with (tmp_path / "many.txt").open("w") as file:
+        file.writelines(f"{number} {line}\n" for number in range(40_000))
+    size = (tmp_path / "many.txt").stat().st_size
+    tracemalloc.start()
+    try:
+        found = read_training_texts([tmp_path / "many.txt"])
+        corpus = Corpus(llama.lm, found, OPTIONS)
+        corpus.take(0, 400)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size > 30e6 and peak < size / 5
+    assert len(found) == 40_000 and found[-1].text.startswith("39999 the") and found[3:5] == [found[3], found[4]]
+    whole = Corpus(llama.lm, list(found), OPTIONS)  # the same order and hash as from memory
+    assert (
+        whole.sha256
+        == corpus.sha256
+        == hashlib.sha256(json.dumps([(one.text, None) for one in found]).encode()).hexdigest()
+    )
+    assert [one.ids for one in whole.take(0, 400)[0]] == [one.ids for one in corpus.take(0, 400)[0]]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import overload
 
 from neurosteer.errors import UsageError
 from neurosteer.models.language_model import FRAMINGS, FramedText, Framing, LanguageModel
@@ -53,10 +56,45 @@ class TrainingOptions:
             raise UsageError(f"framings is {self.framings!r}; use some of {', '.join(FRAMINGS)}.")
 
 
-def read_training_texts(paths: Sequence[str | Path]) -> list[TrainingText]:
+class TextsOnDisk(Sequence[TrainingText]):
+    """Texts in a temporary file, read when they are asked for: in memory a text takes 8 bytes, however long it is.
+
+    Raises `UsageError` where the disk is full.
+    """
+
+    def __init__(self, texts: Iterable[TrainingText]) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
+        self._starts = array("q", [0])
+        try:
+            for text in texts:
+                self._file.write(json.dumps(astuple(text)).encode())
+                self._starts.append(self._file.tell())
+            self._file.flush()
+        except OSError as error:
+            raise UsageError(
+                f"The texts could not be kept in {tempfile.gettempdir()} ({error.strerror or error}); make room there, "
+                "or set TMPDIR to another folder."
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> TrainingText: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TrainingText]: ...
+    def __getitem__(self, place: int | slice) -> TrainingText | list[TrainingText]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        number = range(len(self))[place]
+        self._file.seek(self._starts[number])
+        return TrainingText(*json.loads(self._file.read(self._starts[number + 1] - self._starts[number])))
+
+
+def read_training_texts(paths: Sequence[str | Path]) -> TextsOnDisk:
     """Texts from `.jsonl` (objects with `text` and perhaps `prompt`), `.csv` (those columns) or plain files (one text
-    a line). Raises `UsageError` naming the file and line that cannot be read."""
-    found = [text for path in paths for text in _texts_of(Path(path)) if text.text.strip()]
+    a line), which may be larger than memory. Raises `UsageError` naming the file and line that cannot be read."""
+    found = TextsOnDisk(text for path in paths for text in _texts_of(Path(path)) if text.text.strip())
     if not found:
         raise UsageError(f"{', '.join(map(str, paths)) or 'no file'} holds no text; give files with texts to train on.")
     return found
@@ -109,9 +147,10 @@ class Corpus:
 
     def __init__(self, lm: LanguageModel, texts: Sequence[TrainingText], options: TrainingOptions) -> None:
         self.lm, self.options = lm, options
-        self.texts = list(texts)
-        self.sha256 = hashlib.sha256(json.dumps([astuple(item) for item in texts]).encode()).hexdigest()
-        random.Random(options.seed).shuffle(self.texts)
+        self.texts = texts
+        self.sha256 = _sha256(texts)
+        self.order = array("q", range(len(texts)))
+        random.Random(options.seed).shuffle(self.order)
         self.held_out: list[FramedText] = []
         first, kept = 0, 0
         while kept < options.held_out_tokens and first < len(self.texts):
@@ -143,7 +182,7 @@ class Corpus:
     def _frame(self, places: Sequence[int]) -> list[FramedText]:
         kinds: dict[tuple[Framing, bool], list[TrainingText]] = {}
         for place in places:
-            item = self.texts[place]
+            item = self.texts[self.order[place]]
             prompted = item.prompt is not None and self.lm.chat
             turn: Framing = self.options.framings[place % len(self.options.framings)]
             kinds.setdefault(("answer" if prompted else turn, prompted), []).append(item)
@@ -154,3 +193,12 @@ class Corpus:
                 [item.text for item in items], framing, max_tokens=self.options.max_tokens, prompts=prompts
             )
         return [item for item in framed if len(item.ids) > item.start + 1]
+
+
+def _sha256(texts: Iterable[TrainingText]) -> str:
+    """Of the texts as one JSON list, a text at a time."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(texts):
+        digest.update(f"{', ' if number else ''}{json.dumps(astuple(item))}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
