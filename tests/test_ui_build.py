@@ -336,12 +336,32 @@ def test_a_description_becomes_a_table_that_is_built_from_as_it_stands(building:
     built = building.build(
         who, told, source("described", answers=rows), Settings(layers="2", calibrate=False), mix_of({}, [])
     )
-    assert built["error"] == "" and "answers-caa" in built["latest"]
+    assert built["error"] == "" and "answers-caa" in built["latest"] and "worth" not in built["result"]
+    kept = describing.keep(who, rows)["download"]["value"]  # what was edited is what is downloaded
+    assert parse_examples(Path(kept).read_bytes(), filename="answers.csv").positive == examples.positive
+
+
+@pytest.mark.slow
+def test_what_a_description_is_worth_is_told_with_the_build(building: BuildHandlers) -> None:
+    who = visitor()
+    rows = [
+        [f"{word} {number}?", f"happy {word} {number}", f"red {number}"] for number in range(6) for word in ("a", "b")
+    ]
+    asked = (source("described", answers=rows), Settings(layers="2"), mix_of({}, []), "Be happy.", "Be red.")
+    found = building.build(who, told, *asked)
+    assert found["error"] == "" and "for other prompts, as described: " in found["result"]
+    broken = building.build(who, told, *asked[:3], "", "")
+    assert broken["error"] == "" and "answers-caa" in broken["latest"]
 
 
 @pytest.mark.parametrize(
     ("instruct", "against", "said"),
-    [("", "x", "instruct is empty"), ("x", "X", "the same"), ("x" * 2000, "y", "2,000")],
+    [
+        ("", "x", "Fill in both lines"),
+        ("x", " ", "Fill in both lines"),
+        ("x", "X", "the same"),
+        ("x" * 2000, "y", "2,000"),
+    ],
 )
 def test_a_description_that_says_nothing_is_one_line(
     building: BuildHandlers, instruct: str, against: str, said: str

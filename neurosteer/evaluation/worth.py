@@ -19,7 +19,8 @@ from neurosteer.progress import Progress, check_cancelled, silent
 from neurosteer.steering.decoding import Sampling
 from neurosteer.steering.session import Row, Session
 
-_PROMPTS, _SAMPLES, _TOKENS = 8, 2, 40
+_PROMPTS, _SAMPLES, TEXT_TOKENS = 8, 2, 40
+N_TEXTS = 5 * _PROMPTS * _SAMPLES
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def worth_of(
         for sample in range(_SAMPLES)
     ]
     progress("Measuring what it is worth")
-    given: dict[str, Any] = {"max_new_tokens": _TOKENS, "sampling": Sampling(seed=seed), "cancel": cancel}
+    given: dict[str, Any] = {"max_new_tokens": TEXT_TOKENS, "sampling": Sampling(seed=seed), "cancel": cancel}
     written = processes.shared_out(rows, lambda mine: Session(lm).generate(mine, **given))
     check_cancelled(cancel, "Measuring")
     verdicts = np.array(judge.scores([row.text for row in written])) >= 0.5

@@ -105,13 +105,14 @@ def _shortened(text: str) -> str:
 # --- artifacts -------------------------------------------------------------------------------------------------------
 
 
-def built(artifact: "Artifact", label: str, seconds: float, examples: ContrastSet) -> str:
-    """What was built, from what, at which layers and why; what was left out; what to be wary of."""
+def built(artifact: "Artifact", label: str, seconds: float, examples: ContrastSet, worth: Sequence[str] = ()) -> str:
+    """What was built, from what, at which layers and why; what it is worth; what was left out; what to be wary of."""
     source = artifact.provenance
     lines = [
         f"<p class='ns-done'><b>{escape(label)}</b> is ready: {escape(what_it_is(artifact))}, built in "
         f"{seconds:.1f} s from {source.n_positive:,} + {source.n_negative:,} texts{escape(calibrated(artifact))}.</p>"
     ]
+    lines += [f"<p>{escape(sentence)}</p>" for sentence in worth]
     if reason := why_these_layers(artifact):
         lines.append(f"<p>{escape(reason)}</p>")
     if dropped := left_out(source.dropped, source.n_cut):

@@ -109,19 +109,30 @@ class BuildHandlers(Startable):
         return render.hint(NOTHING_YET[source.kind]) if examples is None else render.examples_read(examples)
 
     def build(
-        self, request: gr.Request, progress: gr.Progress, source: Source, settings: Settings, mix: Mix
+        self,
+        request: gr.Request,
+        progress: gr.Progress,
+        source: Source,
+        settings: Settings,
+        mix: Mix,
+        instruct: str = "",
+        against: str = "",
     ) -> Updates:
-        """Build, and put the result on the visitor's shelf. Whatever goes wrong becomes one line, inputs stay."""
+        """Build, and put the result on the visitor's shelf; of answers to a description, say what they are worth.
+        Whatever goes wrong becomes one line, inputs stay."""
         try:
             examples = read_source(source)
             if examples is None:
                 raise UsageError(f"There are no examples yet. {NOTHING_YET[source.kind]}")
             cancel = self.jobs.current(request.session_hash, KIND)
             artifact, seconds = self.make(examples, settings, in_words(progress), cancel, mix.model)
+            worth: tuple[str, ...] = ()
+            if source.kind == "described" and settings.calibrate:
+                worth = self.worth(artifact, examples, (instruct, against), in_words(progress), cancel, mix.model)
             shelf, label = put(mix.shelf, artifact)
             self.jobs.remove_later(request.session_hash, zip_file(artifact))
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
-            return {**ended(), **_result(artifact, label, seconds, examples), **mixed}
+            return {**ended(), **_result(artifact, label, seconds, examples, worth), **mixed}
         except Cancelled:
             return ended(note=render.note_line("Cancelled: nothing was built, what you entered is still here."))
         except Exception as error:
@@ -148,16 +159,40 @@ class BuildHandlers(Startable):
             artifact = session.run(build, examples, progress=progress, cancel=cancel, **options)
         return artifact, time.monotonic() - started
 
+    def worth(
+        self,
+        artifact: "Artifact",
+        examples: ContrastSet,
+        described: tuple[str, str],
+        progress: Progress,
+        cancel: threading.Event,
+        model: str | None = None,
+    ) -> tuple[str, ...]:
+        """Sentences that say what answers to a description are worth as examples; nothing of it undoes the build."""
+        try:
+            with at_most(cancel, "evaluate it later"):
+                session = self.models.holder(model).wait(progress, cancel)
+                from neurosteer.evaluation.worth import worth_of
+
+                given = {"progress": progress, "cancel": cancel}
+                return session.run(worth_of, artifact, examples, *described, **given).sentences
+        except Cancelled:
+            return ("What it is worth was not measured; the Evaluate tab does that.",)
+        except Exception as error:
+            return (f"What it is worth could not be measured: {problem(error)}",)
+
     def try_it(self, label: str, mix: Mix) -> Updates:
         """To the Steer tab, with the newest artifact alone."""
         return {"tabs": gr.update(selected="steer"), **mix.choosing(mix.shelf, [label]).updates()}
 
 
-def _result(artifact: "Artifact", label: str, seconds: float, examples: ContrastSet) -> Updates:
+def _result(
+    artifact: "Artifact", label: str, seconds: float, examples: ContrastSet, worth: tuple[str, ...] = ()
+) -> Updates:
     source = artifact.provenance
     figure = layer_figure(source.separation, artifact.layers, source.candidates)
     return {
-        "result": render.built(artifact, label, seconds, examples),
+        "result": render.built(artifact, label, seconds, examples, worth),
         "features": render.made_of(artifact),
         "plot": gr.update(value=figure, visible=figure is not None),
         "download": gr.update(value=zip_file(artifact), visible=True),

@@ -4,14 +4,14 @@ from typing import Any
 
 import gradio as gr
 
-from neurosteer.errors import Cancelled
-from neurosteer.ui.jobs import problem
+from neurosteer.errors import Cancelled, UsageError
+from neurosteer.ui.jobs import guarded, problem
 from neurosteer.ui.limits import MAX_BUILDS
 from neurosteer.ui.show import html as render
 from neurosteer.ui.source import answers_csv
 from neurosteer.ui.tabs.startable import Startable, ended, wire_work
-from neurosteer.ui.wiring import Parts, Updates
-from neurosteer.ui.work import at_most, in_words
+from neurosteer.ui.wiring import Parts, Updates, bound
+from neurosteer.ui.work import QUIET, at_most, in_words
 
 HEADERS = ["Prompt", "Told to", "Told otherwise"]
 _LONGEST = 1000
@@ -27,6 +27,8 @@ class DescribeHandlers(Startable):
     ) -> Updates:
         """The model's answers, as a table to look at and edit. Whatever goes wrong becomes one line."""
         try:
+            if not instruct.strip() or not against.strip():
+                raise UsageError("Fill in both lines: what the model is told to show it, and to not show it.")
             cancel = self.jobs.current(request.session_hash, self.kind)
             with at_most(cancel, "describe it in fewer words"):
                 told = in_words(progress)
@@ -35,14 +37,17 @@ class DescribeHandlers(Startable):
 
                 found = session.run(described_examples, instruct, against, samples=1, progress=told, cancel=cancel)
             rows = [list(row) for row in zip(found.positive_prompts, found.positive, found.negative, strict=True)]
-            path = self.jobs.folder(request.session_hash) / "answers.csv"
-            path.write_text(answers_csv(rows), encoding="utf-8", errors="replace", newline="")
-            table, file = gr.update(value=rows, visible=True), gr.update(value=str(path), visible=True)
-            return {**ended(), "answers": table, "download": file}
+            return {**ended(), "answers": gr.update(value=rows, visible=True), **self.keep(request, rows)}
         except Cancelled:
             return ended(note=render.note_line("Cancelled: no answers were written."))
         except Exception as error:
             return ended(error=render.error_line(problem(error)))
+
+    def keep(self, request: gr.Request, rows: list[list[str]]) -> Updates:
+        """The table as it stands, as a file."""
+        path = self.jobs.folder(request.session_hash) / "answers.csv"
+        path.write_text(answers_csv(rows), encoding="utf-8", errors="replace", newline="")
+        return {"download": gr.update(value=str(path), visible=True)}
 
 
 def lay_out(tab: Parts) -> None:
@@ -70,7 +75,7 @@ def lay_out(tab: Parts) -> None:
         headers=HEADERS, type="array", interactive=True, wrap=True, visible=False, max_height=320, show_label=False,
         elem_id="answers",
     )  # fmt: skip
-    parts.download = gr.DownloadButton("Download the answers as written", visible=False, elem_id="download-answers")
+    parts.download = gr.DownloadButton("Download the answers", visible=False, elem_id="download-answers")
     tab.describing = parts
 
 
@@ -81,3 +86,4 @@ def wire(tab: Parts, model: Any, handlers: DescribeHandlers) -> None:
     given = [parts.instruct, parts.against, model]
     wire_work(parts, [parts.start.click], handlers, handlers.write, given, outputs, at_once=MAX_BUILDS,
               shown_on=parts.note)  # fmt: skip
+    tab.answers.input(*bound(guarded(handlers.keep), [tab.answers], {"download": parts.download}), **QUIET)
