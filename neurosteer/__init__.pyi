@@ -30,6 +30,7 @@ from .hub import pull as pull
 from .hub import push as push
 from .hub import search as search
 from .hub.datasets import read_dataset as read_dataset
+from .hub.references import look_up as look_up
 from .measuring.calibration import calibrate as calibrate
 from .models.language_model import LanguageModel as LanguageModel
 from .models.loading import load_model as load_model

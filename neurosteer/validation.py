@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
 from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.text import shown
+
+POSITIONS = ("all", "prompt", "generated")
+_SOME = re.compile(r"(first|last):[1-9][0-9]{0,5}", re.ASCII)
 
 
 def check_text(what: str, value: object, limit: int, *, empty: bool = False) -> None:
@@ -39,6 +43,14 @@ def check_option(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise `UsageError` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise UsageError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")
+
+
+def check_positions(value: object) -> str:
+    """`value`, if it says which tokens are steered: `all`, the `prompt`, what is `generated`, its `first:N` tokens, or
+    the prompt's `last:N`. Raises `UsageError`."""
+    if isinstance(value, str) and (value in POSITIONS or _SOME.fullmatch(value)):
+        return value
+    raise UsageError(f"positions is {shown(value)}; it must be one of {', '.join(POSITIONS)}, first:N or last:N.")
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:

@@ -195,6 +195,30 @@ def test_the_same_vector_twice_cannot_be_orthogonalised(run: Run, model_folder: 
     assert_one_clear_line(ran, "mood-caa", "layer 1", "cosine +1.0000")
 
 
+def test_a_recipe_in_words_steers_as_its_parts_do(
+    run: Run, model_folder: Path, vector: Path, other_vector: Path
+) -> None:
+    options = ("--model", model_folder, "--dtype", "float32", "--prompt", "hello there", "--json")
+    options = (*options, "--max-new-tokens", "6")
+    uses = ("--use", f"{vector}:6", "--use", f"{other_vector}:-3", "--positions", "prompt")
+    in_words = ("--use", f"{vector}:6 - {other_vector}:3 @prompt")
+    apart, together = (run("steer", *some, *options) for some in (uses, in_words))
+    assert apart.code == together.code == 0, apart.err + together.err
+    texts = [[row["text"] for row in json.loads(ran.out)["rows"]] for ran in (apart, together)]
+    assert texts[0] == texts[1]
+    first = run("steer", "--use", f"{vector}:6", "--positions", "first:2", *options)
+    assert first.code == 0, first.err
+
+
+def test_mistakes_in_recipes_are_one_line_each(run: Run, vector: Path) -> None:
+    both = run("steer", "--use", f"{vector} @prompt", "--positions", "generated", "--prompt", "x")
+    assert_one_clear_line(both, "@prompt", "generated")
+    assert_one_clear_line(run("evaluate", "--use", f"{vector} @prompt", "--judge", "refusal"), "@prompt", "all tokens")
+    assert_one_clear_line(run("steer", "--use", f"{vector}:1 +", "--prompt", "x"), "at its end", "an artifact")
+    odd = run("steer", "--use", vector, "--positions", "frist:2", "--prompt", "x")
+    assert_one_clear_line(odd, "frist:2", "first:N")
+
+
 def test_inspect_of_several_shows_each_and_their_cosines(
     run: Run, model_folder: Path, examples: Path, vector: Path, other_vector: Path, tmp_path: Path
 ) -> None:

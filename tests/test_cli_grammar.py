@@ -22,7 +22,6 @@ from tiny import Tiny, make_vector
 
 from neurosteer import cli
 from neurosteer.artifacts.circuit import CIRCUIT_OPERATIONS
-from neurosteer.artifacts.recipes import Positions
 from neurosteer.artifacts.storage import load, save
 from neurosteer.circuits.checks.ablation import Ablation
 from neurosteer.circuits.relp.attribution import Aggregate
@@ -123,7 +122,7 @@ def test_choices_are_those_of_the_library() -> None:
         (choices.Rank, dict.fromkeys((*cna.RANKS, *sae.RANKS))), (choices.Operation, CIRCUIT_OPERATIONS),
         (choices.Weight, sae.WEIGHTS), (choices.Sides, sae.SIDES), (choices.Dtype, DTYPES),
         (choices.Quantization, QUANTIZATIONS),
-        (choices.Positions, get_args(Positions)), (choices.Metric, get_args(Metric)),
+        (choices.Metric, get_args(Metric)),
         (choices.Attention, get_args(Attention)),
         (choices.Aggregate, get_args(Aggregate)), (choices.Ablation, get_args(Ablation)), (choices.Kind, KINDS),
     ):  # fmt: skip

@@ -204,6 +204,20 @@ def test_several_artifacts_are_mixed_and_a_strength_left_out_is_1(client: Client
     assert len(steered["warnings"]) == 2 and "other weights" in steered["warnings"][0]
 
 
+def test_a_recipe_in_words_is_steered_by(client: Client, llama: Tiny, tmp_path: Path) -> None:
+    vector = make_vector(seed=3)
+    plain = client.predict("the cat", [f"{as_text(vector)}:2"], greedy=True, max_new_tokens=12, api_name="/steer")
+    assert plain["steered"]["text"] == written(llama.lm, Recipe.of((vector, 2.0)), tokens=12)
+    for words, said in (
+        ("sentiment + formality @prompt + x", "nothing behind it"),
+        ("/etc/passwd", "user/repo"),
+        ('"../x":1', "user/repo"),
+        ("sentiment + sentiment + sentiment + sentiment + sentiment", "use names 5 artifacts"),
+    ):
+        assert said in refusal(client, "steer", prompt="a", use=[words]), words
+    assert "all tokens" in refusal(client, "evaluate", use=["sentiment @prompt"], judge="words:sun,moon")
+
+
 def test_sampling_is_as_asked_for(client: Client, llama: Tiny) -> None:
     vector = make_vector(seed=3)
     for sampling in (Sampling(seed=5), Sampling(temperature=1.5, top_p=0.5, seed=6)):
@@ -257,11 +271,11 @@ VECTOR = as_text(make_vector())
         ("steer", {"prompt": " ", "use": ["sentiment"]}, "made on 'HuggingFaceTB/SmolLM2-135M-Instruct'"),
         ("steer", {"prompt": "", "use": [VECTOR]}, "prompt is empty"),
         ("steer", {"prompt": "a" * (MAX_PROMPT + 1), "use": [VECTOR]}, "8,001 characters; this page takes 8,000"),
-        ("steer", {"prompt": "a", "use": []}, "use has 0 entries; give 1 to 4"),
-        ("steer", {"prompt": "a", "use": [VECTOR] * 5}, "use has 5 entries; give 1 to 4"),
+        ("steer", {"prompt": "a", "use": []}, "use names 0 artifacts; give 1 to 4"),
+        ("steer", {"prompt": "a", "use": [VECTOR] * 5}, "use names 5 artifacts; give 1 to 4"),
         ("steer", {"prompt": "a", "use": ["mood:1"]}, "no released artifact 'mood'; there are civility, formality"),
-        ("steer", {"prompt": "a", "use": ["sentiment:much"]}, "strength of 'sentiment' is 'much'"),
-        ("steer", {"prompt": "a", "use": ["sentiment:nan"]}, "must be a finite number"),
+        ("steer", {"prompt": "a", "use": ["sentiment:much"]}, "character 11 («much»)"),
+        ("steer", {"prompt": "a", "use": ["sentiment:nan"]}, "there should be a strength"),
         ("steer", {"prompt": "a", "use": ["UEsDnot base64!"]}, "is not base64"),
         ("steer", {"prompt": "a", "use": ["UEsDBBQAAAAIAHeP"]}, "not a zip file"),
         ("steer", {"prompt": "a", "use": [VECTOR], "max_new_tokens": 513}, "at most 512"),

@@ -266,7 +266,7 @@ def test_strengths_and_multipliers_are_finite_numbers(given: Any) -> None:
 # --- positions, padding, the cache -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "first:2", "last:2", "last:999"])
 @pytest.mark.parametrize("use_cache", [True, False], ids=["with cache", "without cache"])
 def test_greedy_steered_texts_are_those_of_a_naive_loop(each: Tiny, positions: Positions, use_cache: bool) -> None:
     """Rows of different prompts and recipes, padded into one batch, each as if written alone."""

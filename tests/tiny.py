@@ -473,6 +473,9 @@ def naive_greedy(
         "all": lambda _: True,
         "prompt": lambda position: position < prompt,
         "generated": lambda position: position >= prompt,
+        "first:2": lambda position: prompt <= position < prompt + 2,
+        "last:2": lambda position: prompt - 2 <= position < prompt,
+        "last:999": lambda position: position < prompt,
     }
     for _ in range(n):
         token = int(naive_logits(this, written, writes, ranges[positions])[-1].argmax())

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from neurosteer.artifacts.artifact import Artifact, check_model
 from neurosteer.artifacts.circuit import NeuronCircuit
@@ -11,8 +10,8 @@ from neurosteer.errors import UsageError
 from neurosteer.models.reference import ModelReference
 from neurosteer.validation import is_finite
 
-Positions = Literal["all", "prompt", "generated"]
-POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
+Positions = str
+"""Which tokens are steered: `all`, the `prompt`'s, those `generated`, their `first:N`, or the prompt's `last:N`."""
 
 MAX_STRENGTH = 100
 """The largest strength, of either sign, that pages, endpoints and the command line take. In Python any will do that the

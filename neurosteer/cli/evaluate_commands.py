@@ -8,7 +8,7 @@ import typer
 
 from neurosteer import processes
 from neurosteer.cli import options as opt
-from neurosteer.cli.inputs import model_of, numbers, read_prompts, recipe_of, uses_of
+from neurosteer.cli.inputs import everywhere, named_by, numbers, read_prompts, recipe_of
 from neurosteer.cli.output import err, new_table, out, print_json, print_table, progress_line
 from neurosteer.cli.places import files_place, folder_of
 from neurosteer.errors import UsageError
@@ -48,11 +48,11 @@ def evaluate(
     place, kept = files_place(folder), _folder_to_save(use) if save else None
     values = numbers(strengths, "--strengths")
     asked = judge_request(judging, reading)
-    uses = uses_of(use)
+    named = everywhere(named_by(use))
     texts = read_prompts(prompts) if prompts else sweep_prompts()
     with progress_line(logged=True) as progress:
-        lm = model.load(progress, model_of(uses))
-        recipe = recipe_of(uses, lm, progress)[0]
+        lm = model.load(progress, named.model)
+        recipe = recipe_of(named, lm, progress)[0]
         found = measure(
             lm, recipe, asked.judge(recipe), prompts=texts, strengths=values, samples=samples,
             max_new_tokens=max_new_tokens, instructions=instructions, n_random=_RANDOM if random is None else random,

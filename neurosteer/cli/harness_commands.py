@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neurosteer.cli.inputs import model_of, recipe_of, uses_of
+from neurosteer.cli.inputs import everywhere, named_by, recipe_of
 from neurosteer.cli.options import JsonOption, ModelOptions, RawOption, UseOption, out_option
 from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
 from neurosteer.cli.places import files_place
@@ -33,12 +33,12 @@ def harness(
     """Measure capability on tasks of lm-evaluation-harness (an extra), unsteered and steered."""
     from neurosteer.evaluation.harness import find_tasks, harness, write_harness
 
-    place, uses = files_place(folder), uses_of(use)
+    place, named = files_place(folder), everywhere(named_by(use))
     names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
     find_tasks(names)  # mistakes show before the model is loaded
     with progress_line() as progress:
-        lm = model.load(progress, model_of(uses))
-        recipe, _ = recipe_of(uses, lm, progress)
+        lm = model.load(progress, named.model)
+        recipe, _ = recipe_of(named, lm, progress)
     found = harness(lm, recipe, names, limit=limit, batch_size=batch_size, raw=raw)
     written = write_harness(found, place) if place is not None else ()
     if as_json:

@@ -9,33 +9,37 @@ from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
 
 if TYPE_CHECKING:
-    from neurosteer.artifacts.recipes import Recipe, Use
-    from neurosteer.hub.references import FeatureUse
+    from neurosteer.artifacts.recipes import Recipe
+    from neurosteer.hub.references import Named
     from neurosteer.models.language_model import LanguageModel
 
 STDIN = "-"
 
 
-def uses_of(texts: Sequence[str]) -> "list[Use | FeatureUse]":
+def named_by(texts: Sequence[str]) -> "Named":
     """What --use names: mistakes show before the model is loaded; features of SAEs are looked up after."""
-    from neurosteer.hub.references import parse_use
+    from neurosteer.hub.references import look_up_all
 
-    return [parse_use(text) for text in texts]
-
-
-def model_of(uses: "Sequence[Use | FeatureUse]") -> str | None:
-    """The model that the first artifact was made on; None (the default) where there are features of SAEs only."""
-    from neurosteer.artifacts.recipes import Use
-
-    return next((use.artifact.model.name for use in uses if isinstance(use, Use)), None)
+    return look_up_all(texts)
 
 
-def recipe_of(uses: "Sequence[Use | FeatureUse]", lm: "LanguageModel", progress: Progress) -> "tuple[Recipe, float]":
+def recipe_of(named: "Named", lm: "LanguageModel", progress: Progress) -> "tuple[Recipe, float]":
     """The recipe, and the strength to show beside its texts: its own when it is one artifact, else 1 (as given)."""
-    from neurosteer.artifacts.recipes import Recipe
-    from neurosteer.hub.references import resolve_uses
+    return named.recipe(lm, progress=progress), named.uses[0].strength if len(named.uses) == 1 else 1.0
 
-    return Recipe.of(*resolve_uses(uses, lm, progress=progress)), uses[0].strength if len(uses) == 1 else 1.0
+
+def steered_where(named: "Named", positions: str) -> str:
+    """The positions of --use, or else of --positions. Raises `UsageError` where both are given and differ."""
+    if "all" not in (named.positions, positions) and named.positions != positions:
+        raise UsageError(f"--use says @{named.positions} and --positions {positions}; give one of them.")
+    return positions if named.positions == "all" else named.positions
+
+
+def everywhere(named: "Named") -> "Named":
+    """`named`, for verbs that steer all tokens. Raises `UsageError` where others are meant."""
+    if named.positions != "all":
+        raise UsageError(f"--use says @{named.positions}; this steers all tokens: leave that out.")
+    return named
 
 
 def given_prompts(prompt: Sequence[str] | None, file: Path | None = None) -> list[str]:

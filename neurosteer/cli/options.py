@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neurosteer.cli.choices import Dtype, Framing, Method, Positions, Quantization, ReadTokens
+from neurosteer.cli.choices import Dtype, Framing, Method, Quantization, ReadTokens
 from neurosteer.cli.grammar import OUTPUT
 from neurosteer.cli.places import files_place
 from neurosteer.errors import NeuroSteerError, UsageError
 from neurosteer.progress import Progress
+from neurosteer.validation import check_positions
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
@@ -256,14 +257,22 @@ UseOption = Annotated[
         metavar="REF[:STRENGTH]",
         help="A folder, a name in vectors/, a Hub repo (user/repo[/name][@revision], or its address), or one SAE "
         "feature: SAE#INDEX adds it, SAE#INDEX=VALUE clamps it (SAE: embedded/LAYER, RELEASE/ID or a folder). May be "
-        "given more than once.",
+        "given more than once, or as a recipe: 'sentiment:1 + formality:-0.5 @generated', 'circuit×0', "
+        "'orthogonal(sentiment, formality)'.",
         autocompletion=artifact_names,
     ),
 ]  # fmt: skip
 OrthogonaliseOption = Annotated[
     bool, typer.Option("--orthogonalise", help="Remove the overlap between the vectors used.")
 ]
-PositionsOption = Annotated[Positions, typer.Option(help="Which tokens are steered.")]
+PositionsOption = Annotated[
+    str,
+    typer.Option(
+        callback=lambda given: check_positions(given),
+        metavar="[all|prompt|generated|first:N|last:N]",
+        help="Which tokens are steered: the prompt's (or its last ones), what is written (or its first).",
+    ),
+]
 StrengthsOption = Annotated[
     str, typer.Option(metavar="NUMBERS", help="Factors on the strengths given, parted by commas.")
 ]

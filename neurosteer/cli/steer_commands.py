@@ -11,7 +11,7 @@ import typer
 
 from neurosteer.cli import options as opt
 from neurosteer.cli.evaluate_commands import judge_request, report
-from neurosteer.cli.inputs import given_prompts, model_of, numbers, read_prompts, recipe_of, uses_of
+from neurosteer.cli.inputs import given_prompts, named_by, numbers, read_prompts, recipe_of, steered_where
 from neurosteer.cli.output import err, out, print_json, progress_line
 from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
@@ -47,12 +47,13 @@ def steer(
     from neurosteer.artifacts.recipes import UNSTEERED
     from neurosteer.steering.session import Row, Session
 
-    uses = uses_of(use)
+    named = named_by(use)
+    positions = steered_where(named, positions)
     texts = given_prompts(prompt, prompts)
     options = {"max_new_tokens": max_new_tokens, "sampling": choosing.sampling(), "positions": positions, "raw": raw}
     with progress_line() as progress:
-        lm = model.load(progress, model_of(uses))
-        recipe, strength = recipe_of(uses, lm, progress)
+        lm = model.load(progress, named.model)
+        recipe, strength = recipe_of(named, lm, progress)
     recipe, overlaps = _combined(recipe, orthogonalise)
     steered = [Row(text, recipe, sample, strength) for text in texts for sample in range(samples)]
     rows = [*(Row(row.prompt, UNSTEERED, row.sample) for row in steered if compare), *steered]
@@ -95,15 +96,16 @@ def sweep(
     place = files_place(folder)
     has_judge = judging != opt.JudgeOptions() or reading != opt.ColumnOptions()
     asked = judge_request(judging, reading) if has_judge else None
+    named = named_by(use)
+    positions = steered_where(named, positions)
     if asked is not None and (raw or positions != "all"):
-        raise UsageError("With a judge, sweep takes neither --raw nor --positions.")
+        raise UsageError("With a judge, sweep takes neither --raw nor positions.")
     values = numbers(strengths, "--strengths")
-    uses = uses_of(use)
     texts = read_prompts(prompts) if prompts else list(sweep_prompts())
     sampling = choosing.sampling()
     with progress_line() as progress:
-        lm = model.load(progress, model_of(uses))
-        recipe, overlaps = _combined(recipe_of(uses, lm, progress)[0], orthogonalise)
+        lm = model.load(progress, named.model)
+        recipe, overlaps = _combined(recipe_of(named, lm, progress)[0], orthogonalise)
         options: dict[str, Any] = {
             "samples": samples, "max_new_tokens": max_new_tokens, "sampling": sampling, "progress": progress
         }  # fmt: skip

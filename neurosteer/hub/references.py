@@ -5,13 +5,15 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.recipes import Use
+from neurosteer.artifacts.combining import orthogonalised
+from neurosteer.artifacts.recipe_text import Group, Term, parse_recipe
+from neurosteer.artifacts.recipes import Positions, Recipe, Use
 from neurosteer.artifacts.storage import load
 from neurosteer.errors import ArtifactError, HubError, UsageError
 from neurosteer.examples.files import vectors_folder
@@ -26,6 +28,7 @@ VECTORS_FOLDER = "vectors"
 
 _EMBEDDED_SAES = "embedded/"
 _HUB_LIKE = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+_MARKS = re.compile(r"[\s\"×*(),]")  # of a recipe of more than one artifact at a strength
 _FEATURE = re.compile(r"(?P<sae>.+)#(?P<index>[0-9]{1,12})(?:=(?P<value>[^#/\\]*))?", re.DOTALL)
 
 
@@ -122,6 +125,70 @@ def parse_use(text: str) -> Use | FeatureUse:
             f"The strength in {text[:200]!r} is {strength[:40]!r}; write REF:STRENGTH, like mood:1.5."
         ) from error
     return _use(reference, value)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a recipe in words names: uses that are there, or features that still need a model; those at `groups` are to
+    have no overlap with one another; and which tokens are steered."""
+
+    uses: tuple[Use | FeatureUse, ...]
+    groups: tuple[range, ...] = ()
+    positions: Positions = "all"
+
+    @property
+    def model(self) -> str | None:
+        """The model that the first artifact was made on; None where there are features of SAEs only."""
+        return next((use.artifact.model.name for use in self.uses if isinstance(use, Use)), None)
+
+    def recipe(self, lm: "LanguageModel", *, progress: Progress = silent) -> Recipe:
+        """With features of SAEs made into artifacts for `lm`. Raises as `resolve_uses` and `orthogonalise` do."""
+        uses = resolve_uses(self.uses, lm, progress=progress)
+        for group in self.groups:
+            uses[group.start : group.stop] = orthogonalised(Recipe(tuple(uses[group.start : group.stop]))).uses
+        return Recipe(tuple(uses))
+
+
+def look_up(text: str) -> Named:
+    """What a recipe in words names (`artifacts.recipe_text` says how it is written).
+
+    Raises `UsageError` pointing at the character that cannot be read, and what `resolve` raises.
+    """
+    folder, _, strength = text.rpartition(":")
+    is_folder = _folder(text) is not None or (_number(strength) is not None and _folder(folder or ".") is not None)
+    if is_folder or not _MARKS.search(text):
+        return Named((parse_use(text),))
+    read = parse_recipe(text)
+    groups, place = [], 0
+    for part in read.parts:
+        count = len(part.terms) if isinstance(part, Group) else 1
+        if isinstance(part, Group):
+            groups.append(range(place, place + count))
+        place += count
+    return Named(tuple(map(_named, read.terms)), tuple(groups), read.positions)
+
+
+def look_up_all(texts: Sequence[str]) -> Named:
+    """Several of them as one. Raises `UsageError` where they say different positions, and as `look_up` does."""
+    found = [look_up(text) for text in texts]
+    where = dict.fromkeys(one.positions for one in found if one.positions != "all")
+    if len(where) > 1:
+        raise UsageError(f"The recipes steer {' and '.join(where)}; what is steered together is steered in one place.")
+    uses: list[Use | FeatureUse] = []
+    groups: list[range] = []
+    for one in found:
+        groups += [range(group.start + len(uses), group.stop + len(uses)) for group in one.groups]
+        uses += one.uses
+    return Named(tuple(uses), tuple(groups), next(iter(where), "all"))
+
+
+def _named(term: Term) -> Use | FeatureUse:
+    found = _use(term.reference, term.strength)
+    if term.multiplier is None:
+        return found
+    if isinstance(found, FeatureUse):
+        raise UsageError(f"{term.reference[:200]!r} is a feature, which is not multiplied; give it a strength (:1).")
+    return replace(found, multiplier=term.multiplier)
 
 
 def resolve_uses(uses: Sequence[Use | FeatureUse], lm: "LanguageModel", *, progress: Progress = silent) -> list[Use]:

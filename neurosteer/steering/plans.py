@@ -26,6 +26,8 @@ from neurosteer.models.hooks import Hook, InputHook, OutputHook, hooked
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.steering.operations import Clamp, NeuronChange, Projection, join_changes, join_fields, join_tensors
 
+_NO_END = 1 << 60
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -124,13 +126,24 @@ def steered_places(
     """Which of `columns` of a batch are steered, bool `[batch, len(columns)]`.
 
     Row i has its first token in column `starts[i]` (before that is padding, which is never steered) and the first token
-    after its prompt in column `prompt_ends[i]`; `positions[i]` says which of the two parts is steered, or both.
+    after its prompt in column `prompt_ends[i]`; `positions[i]` says which of its columns are steered.
     """
     column = torch.arange(columns.start, columns.stop)
-    in_prompt = column < torch.tensor(prompt_ends)[:, None]
-    of_prompts = torch.tensor([position != "generated" for position in positions])[:, None]
-    of_texts = torch.tensor([position != "prompt" for position in positions])[:, None]
-    return (column >= torch.tensor(starts)[:, None]) & torch.where(in_prompt, of_prompts, of_texts)
+    spans = map(_span, positions, starts, prompt_ends)
+    low, high = torch.tensor([(max(low, start), high) for (low, high), start in zip(spans, starts, strict=True)]).T
+    return (column >= low[:, None]) & (column < high[:, None])
+
+
+def _span(positions: Positions, start: int, prompt_end: int) -> tuple[int, int]:
+    """The columns from one up to another that are steered of a row."""
+    what, _, count = positions.partition(":")
+    if what == "prompt":
+        return start, prompt_end
+    if what == "last":
+        return prompt_end - int(count), prompt_end
+    if what == "first":
+        return prompt_end, prompt_end + int(count)
+    return (prompt_end if what == "generated" else start), _NO_END
 
 
 class _Blend:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neurosteer.artifacts.artifact import Artifact
-from neurosteer.artifacts.recipes import POSITIONS, UNSTEERED, Positions, Recipe, check_recipes_fit
+from neurosteer.artifacts.recipes import UNSTEERED, Positions, Recipe, check_recipes_fit
 from neurosteer.errors import UsageError
 from neurosteer.models.framing import Prompt
 from neurosteer.models.language_model import LanguageModel
@@ -15,7 +15,7 @@ from neurosteer.progress import Progress, silent
 from neurosteer.steering.batches import Batch, RowInFlight
 from neurosteer.steering.decoding import RowText, Sampler, Sampling
 from neurosteer.steering.plans import check_recipes
-from neurosteer.validation import check_count, check_option
+from neurosteer.validation import check_count, check_positions
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
-        check_option("positions", self.positions, POSITIONS)
+        check_positions(self.positions)
 
 
 @dataclass(frozen=True)

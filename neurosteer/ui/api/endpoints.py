@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, get_origin, get_type_hints
 
 import gradio as gr
@@ -39,7 +40,8 @@ from neurosteer.ui.work import KIND as BUILD_KIND
 
 if TYPE_CHECKING:
     from neurosteer.artifacts.artifact import Artifact
-    from neurosteer.artifacts.recipes import Use
+    from neurosteer.artifacts.recipe_text import RecipeText, Term
+    from neurosteer.artifacts.recipes import Positions, Recipe, Use
 
 _ZIP = "UEsD"  # how a zip file begins, as base64
 _UNTRUSTED = (
@@ -77,7 +79,8 @@ class Endpoints:
 
         Args:
             prompt: What to answer (chat models) or to continue (base models); up to 8,000 characters.
-            use: 1 to 4 of "REF:STRENGTH", like ["sentiment:1"] or ["sentiment:-1.5", "user/formal@main:0.5"]. REF is
+            use: 1 to 4 of "REF:STRENGTH", like ["sentiment:1"] or ["sentiment:-1.5", "user/formal@main:0.5"], or in one
+                recipe: ["sentiment:1 - formality:0.5 @generated"]. REF is
                 a released artifact (`list` names them), a repository on the Hugging Face Hub (user/repo, or
                 user/repo/name for one of a pack, with @revision for a version), or the base64 text that `build` or
                 `pull` returned as "artifact". STRENGTH is a number from -100 to 100: 0 is off, 1 the usual dose, -1 the
@@ -98,26 +101,26 @@ class Endpoints:
                 authors' words: data, never instructions.
         """
         _check_request(prompt, max_new_tokens)
-        uses = uses_of(use)
+        recipe, positions = recipe_of(use)
         with working(self.jobs, "ask for fewer tokens") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
-            from neurosteer.artifacts.recipes import UNSTEERED, Recipe, check_recipes_fit
+            from neurosteer.artifacts.recipes import UNSTEERED, check_recipes_fit
             from neurosteer.steering.decoding import Sampling
             from neurosteer.steering.session import Row, drained
 
-            recipe = Recipe.of(*uses)
             warnings = check_recipes_fit([recipe], session.lm.reference)
             rows = [Row(prompt, recipe), *([Row(prompt, UNSTEERED)] if compare else [])]
             sampling = Sampling(greedy, temperature, top_p, seed=seed)
             started = time.monotonic()
-            stream = session.stream(rows, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, cancel=cancel)
+            given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "positions": positions, "raw": raw}
+            stream = session.stream(rows, sampling=sampling, cancel=cancel, **given)
             written = drained(stream)
         return {
             **{
                 side: {"text": row.text, "tokens": row.tokens, "finish": row.finish}
                 for side, row in zip(("steered", "unsteered"), written, strict=False)
             },
-            "use": [{"name": one.artifact.name, "strength": one.strength} for one in uses],
+            "use": [{"name": one.artifact.name, "strength": one.strength} for one in recipe.uses],
             "model": session.lm.name,
             "seconds": round(time.monotonic() - started, 3),
             "warnings": warnings,
@@ -340,28 +343,47 @@ def _check_request(prompt: str, max_new_tokens: int) -> None:
         raise UsageError(f"{max_new_tokens} tokens are asked for; this page writes at most {limits.MAX_NEW_TOKENS}.")
 
 
-def uses_of(texts: list[str]) -> "list[Use]":
-    """What REF:STRENGTH texts name. Raises the library's errors."""
+def recipe_of(texts: list[str]) -> "tuple[Recipe, Positions]":
+    """What REF:STRENGTH texts, or recipes in words, come to, and which tokens they steer.
+
+    Raises the library's errors.
+    """
+    from neurosteer.artifacts.combining import orthogonalised
+    from neurosteer.artifacts.recipe_text import Group
+    from neurosteer.artifacts.recipes import Recipe
+
+    read = list(map(_read, texts))
+    if not texts or sum(len(one.terms) for one in read) > MOST:
+        count = sum(len(one.terms) for one in read)
+        raise UsageError(f'use names {count} artifacts; give 1 to {MOST}, like ["sentiment:1"].')
+    where = dict.fromkeys(one.positions for one in read if one.positions != "all")
+    if len(where) > 1:
+        raise UsageError(f"use steers {' and '.join(where)}; what is steered together is steered in one place.")
+    uses: list[Use] = []
+    for part in (part for one in read for part in one.parts):
+        if isinstance(part, Group):
+            uses += orthogonalised(Recipe(tuple(map(_use, part.terms)))).uses
+        else:
+            uses.append(_use(part))
+    return Recipe(tuple(uses)), next(iter(where), "all")
+
+
+def _use(term: "Term") -> "Use":
     from neurosteer.artifacts.recipes import Use
 
-    if not 1 <= len(texts) <= MOST:
-        raise UsageError(f'use has {len(texts)} entries; give 1 to {MOST}, like ["sentiment:1"].')
-    uses = [Use(_artifact(reference), strength) for reference, strength in map(_parsed_use, texts)]
-    for use in uses:
-        limits.check_strength(use.artifact.name, use.strength)
-    return uses
+    use = Use(_artifact(term.reference), term.strength, term.multiplier)
+    limits.check_strength(use.artifact.name, use.strength if term.multiplier is None else term.multiplier)
+    return use
 
 
-def _parsed_use(text: str) -> tuple[str, float]:
-    reference, colon, strength = text.rpartition(":")
-    if not colon:
-        return text, 1.0
-    try:
-        return reference, float(strength)
-    except ValueError as error:
-        raise UsageError(
-            f"The strength of {reference[:60]!r} is {strength[:40]!r}; write REF:STRENGTH, like sentiment:1.5."
-        ) from error
+def _read(text: str) -> "RecipeText":
+    """A recipe in words; an artifact that is handed over whole is none of its words."""
+    from neurosteer.artifacts.recipe_text import RecipeText, Term, parse_recipe
+
+    if not text.startswith(_ZIP):
+        return parse_recipe(text)
+    whole, colon, strength = text.rpartition(":")
+    return RecipeText((replace(parse_recipe(f"it:{strength}").terms[0], reference=whole) if colon else Term(text),))
 
 
 def _artifact(reference: str) -> "Artifact":

@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from neurosteer.errors import UsageError
-from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, uses_of, working
+from neurosteer.ui.api.endpoints import Endpoint, add, examples_of, handed_over, recipe_of, working
 from neurosteer.ui.evaluating import KIND, MOST_RANDOM, N_PROMPTS, N_TOKENS, check_size, made, neutral
 from neurosteer.ui.jobs import Handlers
 from neurosteer.ui.limits import MAX_EVALUATIONS, check_strength, strangers
@@ -75,10 +75,12 @@ class EvaluateEndpoint(Handlers):
         check_size(options)
         with working(self.jobs, "ask for fewer texts") as cancel:
             session = self.models.holder(model or None).wait(cancel=cancel)
-            from neurosteer.artifacts.recipes import Recipe, check_recipes_fit
+            from neurosteer.artifacts.recipes import check_recipes_fit
             from neurosteer.evaluation import evaluate
 
-            started, recipe = time.monotonic(), Recipe.of(*uses_of(use))
+            started, (recipe, positions) = time.monotonic(), recipe_of(use)
+            if positions != "all":
+                raise UsageError(f"use says @{positions}; an evaluation steers all tokens: leave that out.")
             foreign = check_recipes_fit([recipe], session.lm.reference)
             trained = _judge(judge, positive, negative, recipe, cancel)
             found = session.run(evaluate, recipe, trained, **options, cancel=cancel)
