@@ -7,11 +7,12 @@ here does anything.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from neurosteer.errors import UsageError
+from neurosteer.errors import NeuroSteerError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,16 +21,18 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 _NAMED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_A_MOMENT = timedelta(seconds=5)
 _PATIENCE = timedelta(hours=6)  # the first one may train a judge, or wait for a download, while the others wait
 
 
 @dataclass
 class _State:
-    """Who this process is; `group` is None for one that is alone."""
+    """Who this process is; `group` is None for one that is alone. `store` holds what processes tell of their end."""
 
     rank: int = 0
     count: int = 1
     group: Any = None
+    store: Any = None
 
 
 _state = _State()
@@ -55,7 +58,9 @@ def join_processes() -> int:
 
     try:
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=_PATIENCE)
+            store, rank, size = next(iter(distributed.rendezvous("env://", timeout=_PATIENCE)))
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+            _state.store = store
         _state.group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -73,8 +78,34 @@ def leave() -> None:
         return
     from torch import distributed
 
-    _state.rank, _state.count, _state.group = 0, 1, None
+    _become(_State())
     distributed.destroy_process_group()
+
+
+def tell(mistake: str) -> bool:
+    """Let the others know why this process ends. Returns whether it has to say so itself: the first always, another one
+    where the first does not end for the same reason within a few seconds."""
+    if _state.store is None:
+        return True
+    try:
+        _state.store.set(f"mistake/{rank()}", mistake)
+        if rank() == 0:
+            return True
+        _state.store.wait(["mistake/0"], _A_MOMENT)
+        return _state.store.get("mistake/0").decode() != mistake
+    except RuntimeError:  # it does not end, or has ended already
+        return True
+
+
+def told() -> str | None:
+    """Why another process ended, if one said so."""
+    if _state.store is None:
+        return None
+    with suppress(RuntimeError):
+        for other in range(count()):
+            if other != rank() and _state.store.check([f"mistake/{other}"]):
+                return f"Process {other} ended: {_state.store.get(f'mistake/{other}').decode()}"
+    return None
 
 
 def rank() -> int:
@@ -87,11 +118,13 @@ def count() -> int:
     return _state.count
 
 
-def own_gpu() -> str | None:
-    """The GPU of one of several processes; None for one alone, or where there is none."""
+def own_device() -> str | None:
+    """The device of one of several processes: its own GPU, or none as the launcher says; None where that is open."""
     import torch
 
-    return f"cuda:{torch.cuda.current_device()}" if count() > 1 and torch.cuda.is_available() else None
+    if count() == 1 or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return "cpu" if count() > 1 else None
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else None
 
 
 def own(items: Sequence[A]) -> Sequence[A]:
@@ -123,7 +156,8 @@ def shared_out(items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -
     """What `work` makes of `items`, one of each, in their order; every process does its own share."""
     if count() == 1:
         return list(work(items))
-    parts = gathered(_tried(lambda: list(work(own(items)))))
+    mine = own(items)
+    parts = gathered(_tried(lambda: list(work(mine)) if mine else []))
     made = [_outcome(part) for part in parts]
     found: list[Any] = [None] * len(items)
     for place, part in enumerate(made):
@@ -154,8 +188,10 @@ def _tried(work: Callable[[], A]) -> tuple[A | None, Exception | None]:
     """What came of it, or the error: the others wait for an answer in any case."""
     try:
         return work(), None
-    except Exception as error:
+    except NeuroSteerError as error:
         return None, error
+    except Exception as error:  # which may be of a kind that cannot be sent
+        return None, RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _outcome(tried: tuple[A | None, Exception | None]) -> A:

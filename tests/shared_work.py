@@ -19,6 +19,7 @@ from neurosteer.building.described import described_examples
 from neurosteer.errors import UsageError
 from neurosteer.evaluation import CallableJudge, evaluate
 from neurosteer.examples.contrast_set import ContrastSet
+from neurosteer.models import memory
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.reading import loop
 from neurosteer.reading.request import Request
@@ -84,8 +85,29 @@ def everything(folder: Path) -> dict[str, Any]:
     ]
     answers = described_examples(lm, "the cat runs", "red birds", prompts=["sun", "moon", "a"], samples=4)
     found["answers"] = [answers.positive, answers.negative]
+    found["little memory"] = little_memory(lm)
     found["batches"], found["texts read"] = len(batches), sorted(text for one in batches for text in one)
     return found
+
+
+def little_memory(lm: LanguageModel) -> dict[int, Any]:
+    """Class means where batches depend on a free memory that differs from process to process."""
+    before = memory.free_bytes
+    memory.free_bytes = lambda _lm: 40_000 * (1 + 3 * processes.rank())
+    try:
+        request = Request(residual=(1, 2))
+        found = loop.read_activations(lm, examples().positive, examples().negative, request)
+        return {layer: found.residual[layer].difference for layer in (1, 2)}
+    finally:
+        memory.free_bytes = before
+
+
+def few() -> dict[str, Any]:
+    """Less to do than there are processes."""
+    lm = tiny("llama").lm
+    answers = described_examples(lm, "the cat runs", "red birds", prompts=["sun", "moon"], samples=1)
+    vector = build(lm, ContrastSet(("a cat", "happy sun"), ("red birds", "a moon")), layers=1, calibrate=False)
+    return {"answers": [answers.positive, answers.negative], "vector": numbers(vector)}
 
 
 def refusals() -> list[str]:
@@ -110,7 +132,6 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     rank = processes.join_processes()
     torch.set_num_threads(1)
-    result = everything(where / "shared")
-    result["refusals"] = refusals()
+    result = few() if sys.argv[2:] else everything(where / "shared") | {"refusals": refusals()}
     torch.save(result, where / f"rank{rank}.pt")
     processes.leave()

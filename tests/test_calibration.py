@@ -376,7 +376,7 @@ def test_of_choices_within_one_standard_error_the_simplest_is_taken() -> None:
     better = compared("better", 1, [0.9, 1.35, 1.15, 1.5])
     assert pick([spread, at_times, better]) is better  # as simple, and does more
     said = reason([at_times, spread, always])
-    assert "at times: the fewest layers that do as much as any but for chance at equal KL" in said
+    assert "at times: the fewest layers that do as much, within a standard error and 5%, at equal KL" in said
     assert "+2.400 ± " in said and "spread +2.500" in said and "chosen by it" in said
     assert "spread: the largest effect at equal KL" in reason([spread, always])
 

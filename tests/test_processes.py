@@ -38,7 +38,7 @@ def together(command: Sequence[str], count: int = 2) -> list[subprocess.Complete
         for rank in range(count)
     ]  # fmt: skip
     try:
-        printed = [one.communicate(timeout=240) for one in running]
+        printed = [one.communicate(timeout=120) for one in running]
     finally:
         for one in running:
             one.kill()
@@ -119,7 +119,43 @@ def test_the_first_process_keeps_the_texts_of_all(found: dict[Any, Any]) -> None
 def test_an_error_in_one_process_is_raised_in_all(found: dict[Any, Any]) -> None:
     for rank in (0, 1):
         assert found[rank]["refusals"][0] == "UsageError: not here"
-        assert found[rank]["refusals"][1].startswith("ValueError: ")
+        assert found[rank]["refusals"][1].startswith("RuntimeError: ValueError: ")
+
+
+@pytest.mark.slow
+def test_processes_with_other_free_memory_read_the_same_batches(found: dict[Any, Any]) -> None:
+    """What fits at once depends on what is free; the first says it for all."""
+    for rank in (0, 1):
+        same(found[rank]["little memory"], found["alone"]["little memory"])
+
+
+@pytest.mark.slow
+def test_there_may_be_more_processes_than_things_to_do(tmp_path: Path) -> None:
+    ran = together([str(ROOT / "tests" / "shared_work.py"), str(tmp_path), "few"], count=3)
+    assert [one.returncode for one in ran] == [0, 0, 0], "".join(one.stderr for one in ran)
+    few = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(3)]
+    same(few[1], few[0])
+    same(few[2], few[0])
+    same(few[0], shared_work.few())
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_one_process_is_told_by_it_and_by_those_who_lose_it(tmp_path: Path) -> None:
+    here = tmp_path / "here.csv"
+    here.write_text("text,label\n" + "".join(f"a {n},positive\nb {n},negative\n" for n in range(4)))
+    command = ["-c", f"""
+import os, sys
+sys.argv = ['neurosteer', 'build', {str(here)!r} if os.environ['RANK'] == '0' else 'elsewhere.csv', '--layers', '1']
+sys.argv += ['--model', {str(tmp_path / 'model')!r}, '--no-calibrate', '--out', {str(tmp_path / 'out')!r}]
+from neurosteer.cli import main
+main()
+"""]  # fmt: skip
+    this = tinies.tiny("llama").lm
+    this.model.save_pretrained(tmp_path / "model")
+    this.tokenizer.save_pretrained(tmp_path / "model")
+    first, second = together(command)
+    assert second.returncode == 2 and "neurosteer (process 1): " in second.stderr and "elsewhere.csv" in second.stderr
+    assert first.returncode != 0 and "Process 1 ended: " in first.stderr and "elsewhere.csv" in first.stderr
 
 
 @pytest.mark.slow
@@ -149,6 +185,8 @@ def test_what_cannot_be_shared_is_done_once_and_a_mistake_is_told_once(tmp_path:
     first, second = together(["-m", "neurosteer", "build", str(tmp_path / "nothing.csv")])
     assert (first.returncode, second.returncode) == (2, 2)
     assert "nothing.csv" in first.stderr and not second.stderr
+    first, second = together(["-m", "neurosteer", "sae", "list"])
+    assert (first.returncode, second.returncode) == (0, 0) and first.stdout and not second.stdout
 
 
 def test_one_process_is_alone_whatever_runs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

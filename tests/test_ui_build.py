@@ -1,6 +1,7 @@
 """The Build tab without a browser, with a tiny random model."""
 
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from pages import (
     visitor,
 )
 from safetensors.torch import save_file
-from tiny import D_MODEL, Tiny
+from tiny import D_MODEL, Tiny, make_vector
 
 from neurosteer.artifacts.storage import unpack
 from neurosteer.errors import ModelError, UsageError
+from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import bundled_sets
 from neurosteer.examples.reading import parse_examples
 from neurosteer.methods import METHODS
@@ -347,11 +349,19 @@ def test_what_a_description_is_worth_is_told_with_the_build(building: BuildHandl
     rows = [
         [f"{word} {number}?", f"happy {word} {number}", f"red {number}"] for number in range(6) for word in ("a", "b")
     ]
-    asked = (source("described", answers=rows), Settings(layers="2"), mix_of({}, []), "Be happy.", "Be red.")
-    found = building.build(who, told, *asked)
+    asked = (source("described", answers=rows), Settings(layers="2"), mix_of({}, []))
+    found = building.build(who, told, *asked, ("Be happy.", "Be red."))
     assert found["error"] == "" and "for other prompts, as described: " in found["result"]
-    broken = building.build(who, told, *asked[:3], "", "")
-    assert broken["error"] == "" and "answers-caa" in broken["latest"]
+    elsewhere = building.build(who, told, *asked, ())
+    assert elsewhere["error"] == "" and "were not written on this page" in elsewhere["result"]
+    odd = building.build(who, told, *asked, ("x" * 400_000, "y"))
+    assert odd["error"] == "" and "could not be measured" in odd["result"] and "400,000 characters" in odd["result"]
+
+
+def test_a_judge_of_a_description_is_trained_on_no_more_than_others(building: BuildHandlers) -> None:
+    many = ContrastSet(tuple(f"{n} {'a' * 20_000}" for n in range(51)), tuple(f"{n} {'b' * 20_000}" for n in range(51)))
+    said = building.worth(make_vector(), many, ("Be happy.", "Be red."), lambda *_: None, threading.Event())
+    assert len(said) == 1 and "2,040," in said[0] and "for a judge" in said[0]
 
 
 @pytest.mark.parametrize(

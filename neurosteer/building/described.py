@@ -56,7 +56,7 @@ def described_examples(
         ExamplesError: an instruction is empty, too long or the same as the other, or hardly any answer differs.
         Cancelled: `cancel` was set.
     """
-    _check_instructions(instruct, against)
+    check_instructions(instruct, against)
     check_count("samples", samples, 1, MAX_SAMPLES)
     check_count("max_new_tokens", max_new_tokens, 1, MAX_ANSWER)
     bare = [prompt for prompt in prompts or described_prompts() for _ in range(samples)]
@@ -115,7 +115,8 @@ def _paired(
     )
 
 
-def _check_instructions(instruct: str, against: str) -> None:
+def check_instructions(instruct: str, against: str) -> None:
+    """Raises `ExamplesError` for instructions that are empty, too long, or the same."""
     for option, text in (("instruct", instruct), ("against", against)):
         if not text.strip():
             raise ExamplesError(f"{option} is empty: say what the model is to do, like “Write like a pirate.”")

@@ -195,7 +195,7 @@ def reason(compared: Sequence[Compared]) -> str:
     """Why the first of `compared` was chosen, in a sentence without its stop."""
     chosen, rest = compared[0], compared[1:]
     most = chosen is largest(compared)
-    why = "the largest effect" if most else "the fewest layers that do as much as any but for chance"
+    why = "the largest effect" if most else "the fewest layers that do as much, within a standard error and 5%,"
     others = ", ".join(
         f"{one.candidate.label} {one.effect:+.3f}" + (" beyond that KL" if one.beyond else "") for one in rest
     )

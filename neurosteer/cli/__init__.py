@@ -24,15 +24,15 @@ from neurosteer.cli import (
     steer_commands,
 )
 from neurosteer.cli.grammar import Verbs, add_verb, mistake
-from neurosteer.cli.output import fail, mute, set_loudness, shows_faults
+from neurosteer.cli.output import alone, fail, set_loudness, share, shows_faults
 from neurosteer.errors import NeuroSteerError
 from neurosteer.version import VERSION
 
 __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
-_SHARED = {"build", "layers", "calibrate", "evaluate", "sae"}
-"""What several processes do together (`accelerate launch -m neurosteer build …`)."""
+_SHARED = {"build", "layers", "calibrate", "evaluate"}
+"""What several processes do together (`accelerate launch -m neurosteer build …`), as `sae train` is."""
 
 app = typer.Typer(
     name="neurosteer",
@@ -77,17 +77,10 @@ def _start(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
-    if processes.are_several():
-        _share(context.invoked_subcommand)
-
-
-def _share(verb: str) -> None:
-    """One of several processes on one job: the first speaks and writes; what cannot be shared it does alone."""
-    if verb in _SHARED:
-        if processes.join_processes() > 0:
-            mute()
-    elif os.environ["RANK"] != "0":
-        raise typer.Exit
+    if context.invoked_subcommand in _SHARED:
+        share()
+    elif context.invoked_subcommand != "sae":  # whose verbs say so themselves
+        alone()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
+        if (ended := processes.told()) is not None:  # so that this one lost it
+            fail(ended, 1)
         if shows_faults():
             raise
         fail(f"A fault of NeuroSteer: {type(error).__name__}: {error} (--verbose shows where).", 1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neurosteer import processes
 from neurosteer.errors import UsageError
 from neurosteer.progress import Progress
 
@@ -78,7 +79,12 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _standard_input() -> str:
-    """What is piped in, without the line breaks at its end; empty where it cannot be read."""
+    """What is piped in, which several processes share, without the line breaks at its end; empty where it cannot be
+    read."""
+    return processes.agreed(_read_standard_input)
+
+
+def _read_standard_input() -> str:
     try:
         return sys.stdin.read().rstrip("\r\n")
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from neurosteer import processes
 from neurosteer.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -51,8 +52,19 @@ def set_loudness(*, quiet: bool = False, verbose: bool = False) -> None:
     logging.getLogger("neurosteer").setLevel(level)
 
 
-def mute() -> None:
-    """Say nothing but what went wrong here alone: one of several processes on a job speaks for all."""
+def share() -> None:
+    """Share the verb with the processes beside this one, where there are any: the first speaks for all."""
+    if processes.join_processes() > 0:
+        _mute()
+
+
+def alone() -> None:
+    """The first of several processes does the verb by itself; the others are done."""
+    if processes.are_several() and os.environ["RANK"] != "0":
+        sys.exit(0)
+
+
+def _mute() -> None:
     global _muted
     _muted = True
     sys.stdout = io.StringIO()
@@ -110,7 +122,9 @@ def progress_line(*, logged: bool = False) -> Iterator[Progress]:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End the process with one line that says why, however quiet it is to be; what the user did, one process tells."""
-    if not (_muted and code == 2):
-        sys.stderr.write(f"neurosteer: {' '.join(message.split())}\n")
+    """End the process with one line that says why, however quiet it is to be; of several that end for the same
+    reason one says so."""
+    if processes.tell(message):
+        who = f" (process {processes.rank()})" if processes.rank() else ""
+        sys.stderr.write(f"neurosteer{who}: {' '.join(message.split())}\n")
     sys.exit(code)

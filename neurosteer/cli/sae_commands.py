@@ -11,7 +11,7 @@ from neurosteer import processes
 from neurosteer.cli.choices import Framing
 from neurosteer.cli.grammar import Verbs, add_verb
 from neurosteer.cli.options import JsonOption, ModelOption, ModelOptions, RawOption, SeedOption, out_option
-from neurosteer.cli.output import new_table, out, print_json, print_table, progress_line
+from neurosteer.cli.output import alone, new_table, out, print_json, print_table, progress_line, share
 from neurosteer.cli.places import files_place
 from neurosteer.errors import UsageError
 
@@ -112,5 +112,15 @@ def _framings(text: str | None) -> "tuple[Framing, ...]":
 
 
 app = typer.Typer(help="Sparse autoencoders: train one, list those for a model.", cls=Verbs, no_args_is_help=True)
+
+
+@app.callback()
+def _start(context: typer.Context) -> None:
+    if context.invoked_subcommand == "train":
+        share()
+    else:
+        alone()
+
+
 add_verb(app, "train", train, tokens="train-tokens", held_out="held-out-tokens")
 add_verb(app, "list", list_saes)

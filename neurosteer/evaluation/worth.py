@@ -1,6 +1,7 @@
 """What a few texts say an artifact is worth that was built from the model's own answers to an instruction."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from neurosteer import processes
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.recipes import Recipe
-from neurosteer.building.described import asked_to
+from neurosteer.building.described import asked_to, check_instructions
 from neurosteer.evaluation.intervals import Estimate, share_interval
 from neurosteer.evaluation.judges import WEAK_BELOW, TextClassifier
 from neurosteer.examples.contrast_set import ContrastSet
@@ -65,27 +66,46 @@ def worth_of(
 ) -> Worth:
     """Write 16 texts of 40 tokens for each of five ways, on 8 prompts that nothing was built from, and judge them by a
     classifier trained on `examples`, the answers themselves. Raises `UsageError` as training a judge does,
-    `MismatchError` as steering does, `Cancelled`."""
+    `ExamplesError` for instructions that say nothing, `MismatchError` as steering does, `Cancelled`."""
     judge = TextClassifier.train(examples, cancel=cancel)
-    prompts = sweep_prompts()[::2][:_PROMPTS]
+    return judged(judge, worth_texts(lm, artifact, instruct, against, seed=seed, progress=progress, cancel=cancel))
+
+
+def worth_texts(
+    lm: LanguageModel,
+    artifact: Artifact,
+    instruct: str,
+    against: str,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    cancel: threading.Event | None = None,
+) -> list[str]:
+    """The texts that `worth_of` judges, the ways outermost: strength −1, 0, +1, then told otherwise and told so."""
+    check_instructions(instruct, against)
     ways = [(Recipe.of((artifact, strength)), "") for strength in (-1.0, 0.0, 1.0)]
     ways += [(Recipe(()), instruction) for instruction in (against, instruct)]
     rows = [
         Row(asked_to(told, prompt) if told else prompt, recipe, sample)
         for recipe, told in ways
-        for prompt in prompts
+        for prompt in sweep_prompts()[::2][:_PROMPTS]
         for sample in range(_SAMPLES)
     ]
     progress("Measuring what it is worth")
     given: dict[str, Any] = {"max_new_tokens": TEXT_TOKENS, "sampling": Sampling(seed=seed), "cancel": cancel}
     written = processes.shared_out(rows, lambda mine: Session(lm).generate(mine, **given))
     check_cancelled(cancel, "Measuring")
-    verdicts = np.array(judge.scores([row.text for row in written])) >= 0.5
-    shares = [share_interval(group) for group in verdicts.astype(float).reshape(len(ways), len(prompts), _SAMPLES)]
+    return [row.text for row in written]
+
+
+def judged(judge: TextClassifier, texts: Sequence[str]) -> Worth:
+    """What the texts of `worth_texts` say."""
+    verdicts = (np.array(judge.scores(texts)) >= 0.5).astype(float).reshape(-1, _PROMPTS, _SAMPLES)
+    shares = [share_interval(group) for group in verdicts]
     assert judge.accuracy is not None
     return Worth(
         dict(zip((-1.0, 0.0, 1.0), shares[:3], strict=True)),
         dict(zip((-1.0, 1.0), shares[3:], strict=True)),
         judge.accuracy,
-        len(prompts) * _SAMPLES,
+        _PROMPTS * _SAMPLES,
     )

@@ -63,7 +63,7 @@ def load_model(
         ModelError: no such model, it cannot be fetched, or it lacks a part that steering needs.
         UsageError: an unknown device, dtype or way to quantise, or template options that JSON cannot hold.
     """
-    chosen = _choose_device(processes.own_gpu() if device is None else device)
+    chosen = _choose_device(processes.own_device() if device is None else device)
     wanted = _choose_dtype(dtype, chosen)
     source = locate(name if name is not None else default_model(), revision=revision, progress=progress)
     progress(f"Loading {source.name}")

@@ -140,7 +140,8 @@ def _read(
     """One pass over the texts, every batch of which `sink` is shown; of several processes each takes its share of the
     batches. Returns the texts in the order of the batches."""
     prefix, framed = _shared_prefix(lm, list(framed))
-    batches = list(_batches(lm, framed, prefix, batch_tokens, bool(neurons)))
+    # Batches depend on how much memory is free; all processes must mean the same ones.
+    batches = processes.agreed(lambda: list(_batches(lm, framed, prefix, batch_tokens, bool(neurons))))
     mine = processes.own(batches)
     done, to_do = 0, sum(len(framed[index].ids) for batch in mine for index in batch)
 

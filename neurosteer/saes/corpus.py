@@ -5,6 +5,8 @@ import hashlib
 import json
 import random
 import tempfile
+import threading
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -59,13 +61,15 @@ class TrainingOptions:
 class TextsOnDisk(Sequence[TrainingText]):
     """Texts in a temporary file, read when they are asked for: in memory a text takes 8 bytes, however long it is.
 
-    Raises `UsageError` where the disk is full.
+    The file lies in Python's `tempfile.gettempdir()` (`TMPDIR`), which should be a disk. Raises `UsageError` where it
+    cannot be written.
     """
 
     def __init__(self, texts: Iterable[TrainingText]) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
-        self._starts = array("q", [0])
+        self._starts, self._lock = array("q", [0]), threading.Lock()
         try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
+            weakref.finalize(self, self._file.close)
             for text in texts:
                 self._file.write(json.dumps(astuple(text)).encode())
                 self._starts.append(self._file.tell())
@@ -87,8 +91,10 @@ class TextsOnDisk(Sequence[TrainingText]):
         if isinstance(place, slice):
             return [self[one] for one in range(len(self))[place]]
         number = range(len(self))[place]
-        self._file.seek(self._starts[number])
-        return TrainingText(*json.loads(self._file.read(self._starts[number + 1] - self._starts[number])))
+        with self._lock:
+            self._file.seek(self._starts[number])
+            content = self._file.read(self._starts[number + 1] - self._starts[number])
+        return TrainingText(*json.loads(content))
 
 
 def read_training_texts(paths: Sequence[str | Path]) -> TextsOnDisk:

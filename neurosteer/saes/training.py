@@ -174,6 +174,7 @@ class _Run:
             trainer.sae.load_weights_from_checkpoint(kept / str(layer))
             trainer.load_trainer_state(kept / str(layer))
         self.position, self.chunks, self.tokens = state["position"], state["chunks"], state["tokens"]
+        processes.gathered(None)  # nobody goes on, and removes it, before all have read it
 
 
 def _trainer(lm: LanguageModel, options: TrainingOptions, layer: int) -> "SAETrainer[Any, Any]":

@@ -63,7 +63,8 @@ def forced_logits(
         check_cancelled(cancel, what)
         return _read(lm, [texts[place] for place in places], [recipes[place] for place in places])
 
-    for places, found in halving(lm, processes.own(list(_batches(lm, texts))), run):
+    batches = processes.agreed(lambda: list(_batches(lm, texts)))  # they depend on how much memory is free
+    for places, found in halving(lm, processes.own(batches), run):
         yield ForcedLogits(torch.tensor(places)[found.rows], found.steps, found.targets, found.logits)
 
 

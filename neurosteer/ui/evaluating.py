@@ -104,15 +104,19 @@ def made(asked: "JudgeRequest", recipe: "Recipe", cancel: threading.Event) -> "J
     """The judge asked for. Raises the library's errors, and `UsageError` for more texts than the page takes."""
     examples = asked.training
     if examples is not None:
-        characters = sum(map(len, (*examples.positive, *examples.negative)))
-        if characters > MAX_JUDGE_CHARACTERS:
-            raise UsageError(
-                f"The labelled texts have {characters:,} characters; this page takes {MAX_JUDGE_CHARACTERS:,} for a "
-                "judge."
-            )
+        check_judges_texts(examples)
         if name := built_from_all(recipe, examples):
             raise UsageError(seen(name, examples.name))
     return asked.judge(recipe, cancel)
+
+
+def check_judges_texts(examples: ContrastSet) -> None:
+    """Raises `UsageError` for more texts than the page trains a judge on."""
+    characters = sum(map(len, (*examples.positive, *examples.negative)))
+    if characters > MAX_JUDGE_CHARACTERS:
+        raise UsageError(
+            f"The labelled texts have {characters:,} characters; this page takes {MAX_JUDGE_CHARACTERS:,} for a judge."
+        )
 
 
 def built_from_all(recipe: "Recipe", examples: ContrastSet) -> str | None:

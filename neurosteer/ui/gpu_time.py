@@ -12,7 +12,7 @@ from neurosteer.building.build import build
 from neurosteer.building.described import ANSWER_TOKENS, described_examples
 from neurosteer.evaluation import evaluate
 from neurosteer.evaluation.controls import n_groups
-from neurosteer.evaluation.worth import N_TEXTS, TEXT_TOKENS, worth_of
+from neurosteer.evaluation.worth import N_TEXTS, TEXT_TOKENS, worth_texts
 from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import calibration_prompts, described_prompts
 from neurosteer.measuring.calibration import MAX_ROUNDS, N_TOKENS
@@ -45,7 +45,7 @@ def calling_s(
     if function is described_examples:
         rows = 2 * len(described_prompts()) * options.get("samples", 2)
         return _OTHER_S + math.ceil(rows / BATCH_ROWS) * options.get("max_new_tokens", ANSWER_TOKENS) * _STEP_S
-    if function is worth_of:
+    if function is worth_texts:
         return _OTHER_S + math.ceil(N_TEXTS / BATCH_ROWS) * TEXT_TOKENS * _STEP_S
     return _OTHER_S
 

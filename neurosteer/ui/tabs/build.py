@@ -202,7 +202,7 @@ def wire(tab: BuildTab, mixer: Mixer, tabs: gr.Tabs, page: gr.Blocks, handlers: 
     gr.on([tab.dataset.submit, tab.dataset.blur], *preview, trigger_mode="always_last", **parsing)  # not at every key
     own = tab.pick(*OF_SOME_METHODS)
     tab.method.change(*bound(guarded(handlers.show_parameters), [tab.method], own), **QUIET)
-    given = [tab.source, tab.settings, mixer.form, tab.describing.instruct, tab.describing.against]
+    given = [tab.source, tab.settings, mixer.form, tab.describing.told]
     starting = [tab.start.click, tab.name.submit, tab.layers.submit]
     outputs = {**result, **mixer.outputs}
     wire_work(tab, starting, handlers, handlers.build, given, outputs, at_once=MAX_BUILDS, shown_on=tab.result)

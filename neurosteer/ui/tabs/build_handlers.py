@@ -9,7 +9,8 @@ import gradio as gr
 
 from neurosteer.errors import Cancelled, UsageError
 from neurosteer.examples.contrast_set import ContrastSet
-from neurosteer.progress import Progress
+from neurosteer.progress import JobArguments, Progress
+from neurosteer.ui.evaluating import check_judges_texts
 from neurosteer.ui.jobs import problem
 from neurosteer.ui.mixer import Mix
 from neurosteer.ui.settings import OF_SOME_METHODS, Settings, build_options, check_sae
@@ -33,6 +34,7 @@ NOTHING_YET = {
     "paste": "Fill both boxes to see what is read from them.",
 }
 AUTOMATIC = ("automatic", "")
+_WORTH_S = 60.0  # for what is measured of a build by the way
 _IN_WORDS = {
     ("rank", "difference"): "how much more active",
     ("rank", "dprime"): "how clearly it tells them apart",
@@ -115,11 +117,10 @@ class BuildHandlers(Startable):
         source: Source,
         settings: Settings,
         mix: Mix,
-        instruct: str = "",
-        against: str = "",
+        described: tuple[str, ...] = (),
     ) -> Updates:
-        """Build, and put the result on the visitor's shelf; of answers to a description, say what they are worth.
-        Whatever goes wrong becomes one line, inputs stay."""
+        """Build, and put the result on the visitor's shelf; of answers to the two lines of a description say what they
+        are worth. Whatever goes wrong becomes one line, inputs stay."""
         try:
             examples = read_source(source)
             if examples is None:
@@ -128,7 +129,7 @@ class BuildHandlers(Startable):
             artifact, seconds = self.make(examples, settings, in_words(progress), cancel, mix.model)
             worth: tuple[str, ...] = ()
             if source.kind == "described" and settings.calibrate:
-                worth = self.worth(artifact, examples, (instruct, against), in_words(progress), cancel, mix.model)
+                worth = self.worth(artifact, examples, described, in_words(progress), cancel, mix.model)
             shelf, label = put(mix.shelf, artifact)
             self.jobs.remove_later(request.session_hash, zip_file(artifact))
             mixed = mix.choosing(shelf, mix.chosen or [label]).updates()
@@ -163,19 +164,24 @@ class BuildHandlers(Startable):
         self,
         artifact: "Artifact",
         examples: ContrastSet,
-        described: tuple[str, str],
+        described: tuple[str, ...],
         progress: Progress,
         cancel: threading.Event,
         model: str | None = None,
     ) -> tuple[str, ...]:
         """Sentences that say what answers to a description are worth as examples; nothing of it undoes the build."""
+        if not described:
+            return ("What it is worth was not measured: these answers were not written on this page.",)
         try:
-            with at_most(cancel, "evaluate it later"):
+            check_judges_texts(examples)
+            with at_most(cancel, "measure it on the Evaluate tab", _WORTH_S):
                 session = self.models.holder(model).wait(progress, cancel)
-                from neurosteer.evaluation.worth import worth_of
+                from neurosteer.evaluation.judges import TextClassifier
+                from neurosteer.evaluation.worth import judged, worth_texts
 
-                given = {"progress": progress, "cancel": cancel}
-                return session.run(worth_of, artifact, examples, *described, **given).sentences
+                given: JobArguments = {"progress": progress, "cancel": cancel}
+                texts = session.run(worth_texts, artifact, *described, **given)
+                return judged(TextClassifier.train(examples, cancel=cancel), texts).sentences
         except Cancelled:
             return ("What it is worth was not measured; the Evaluate tab does that.",)
         except Exception as error:

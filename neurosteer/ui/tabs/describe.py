@@ -37,7 +37,8 @@ class DescribeHandlers(Startable):
 
                 found = session.run(described_examples, instruct, against, samples=1, progress=told, cancel=cancel)
             rows = [list(row) for row in zip(found.positive_prompts, found.positive, found.negative, strict=True)]
-            return {**ended(), "answers": gr.update(value=rows, visible=True), **self.keep(request, rows)}
+            table = gr.update(value=rows, visible=True)
+            return {**ended(), "answers": table, "told": (instruct, against), **self.keep(request, rows)}
         except Cancelled:
             return ended(note=render.note_line("Cancelled: no answers were written."))
         except Exception as error:
@@ -53,7 +54,7 @@ class DescribeHandlers(Startable):
 def lay_out(tab: Parts) -> None:
     """Its components, within the current layout: the table of answers is a part of `tab`, as other sources of examples
     are, the rest of `tab.describing`."""
-    parts = Parts()
+    parts = Parts(told=gr.State(()))
     parts.instruct = gr.Textbox(
         "", label="What the model is told, to show it", placeholder="Write like a pirate.", max_lines=3,
         max_length=_LONGEST, elem_id="instruct",
@@ -82,7 +83,7 @@ def lay_out(tab: Parts) -> None:
 def wire(tab: Parts, model: Any, handlers: DescribeHandlers) -> None:
     """`model` names the one that is to write."""
     parts = tab.describing
-    outputs = {"answers": tab.answers, "download": parts.download}
+    outputs = {"answers": tab.answers, "download": parts.download, "told": parts.told}
     given = [parts.instruct, parts.against, model]
     wire_work(parts, [parts.start.click], handlers, handlers.write, given, outputs, at_once=MAX_BUILDS,
               shown_on=parts.note)  # fmt: skip
