@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from checks import Run, assert_one_clear_line, refused
+from families import family_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import (
     Tiny,
     Writes,
     ablating,
+    byte_tokenizer,
     clamping,
     make_circuit,
     make_tiny,
     make_vector,
     naive_logits,
     own_hooks,
+    random_model,
     tiny,
     writes_of,
 )
@@ -38,6 +41,7 @@ from neurosteer.errors import ArtifactError, MismatchError, UsageError
 from neurosteer.exporting.export import export
 from neurosteer.exporting.importing import import_vector
 from neurosteer.exporting.placing import RECORD_FILE
+from neurosteer.models.loading import describe_model
 
 IDS = [5, 120, 17, 44, 201, 9, 77, 30]
 BELOW = Calibration(0.4, amount_down=0.7)
@@ -202,6 +206,17 @@ def test_an_export_that_lost_a_bias_is_caught_and_what_was_there_before_stays(
     refused(lambda: export(this.lm, vector(this), "weights", place), ArtifactError, "does not steer", "removed")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("family", ["Granite", "MiniCPM 3", "StarCoder2", "Phi 1, 1.5, 2"])
+def test_families_that_scale_what_the_mlp_adds_or_have_other_switches_are_baked(family: str, tmp_path: Path) -> None:
+    config = family_config(family)
+    if hasattr(config, "residual_multiplier"):
+        config.residual_multiplier = 0.5
+    lm = describe_model(random_model(config), byte_tokenizer(), name=f"tiny/{family}")
+    uses = [make_vector(model=lm.reference), make_circuit(((0, 3), (3, 40)), model=lm.reference, operation="shift")]
+    found = export(lm, Recipe.of(*uses), "weights", tmp_path / "model").agreement
+    assert found.difference < 1e-4 < 0.1 < found.effect
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ GGUF file the one of layer L is called `direction.L`: llama.cpp adds it after bl
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ ARCHITECTURE = "controlvector"
 TENSORS_FORMAT = "neurosteer-layers"
 ACTIVATIONS_FILE = "layer_activations.safetensors"
 
+_ADDED = "to the residual stream after the block of that number, counted from 0, at every token"
 _MAX_BYTES = 64 << 20  # 80 layers of 8,192 dimensions need 3 MB
 _MAX_LAYERS = 4096
 _DIRECTION = re.compile(r"direction\.([0-9]{1,4})")
@@ -64,7 +64,7 @@ def write_control_vector(
 def write_tensors(path: Path, additions: Mapping[int, Tensor], about: Mapping[str, str]) -> None:
     """Safetensors whose names are the layers' numbers; `about` is in its metadata."""
     named = {str(layer): addition.contiguous() for layer, addition in sorted(additions.items())}
-    save_file(named, path, {**about, "format": TENSORS_FORMAT})
+    save_file(named, path, {**about, "added": _ADDED, "format": TENSORS_FORMAT})
 
 
 def write_steering_vectors(folder: Path, additions: Mapping[int, Tensor], about: Mapping[str, str]) -> None:
@@ -190,12 +190,11 @@ def _starts_with(path: Path, magic: bytes) -> bool:
         return False
 
 
-def about(recipe_text: str, model: str, revision: str | None, version: str) -> dict[str, Any]:
+def about(recipe_text: str, model: str, revision: str | None, version: str) -> dict[str, str]:
     """What a file says of itself, as texts."""
     return {
         "recipe": recipe_text,
         "model": model,
         "revision": revision or "",
-        "added": "to the residual stream after the block of that number, counted from 0, at every token",
         "made_by": f"neurosteer {version}",
     }

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +144,7 @@ def _check(lm: LanguageModel, recipe: Recipe, to: str, path: Path) -> Agreement:
     return check_agrees(lm, recipe, lm, hooks, "file")
 
 
-def _about(lm: LanguageModel, recipe: Recipe) -> dict[str, Any]:
+def _about(lm: LanguageModel, recipe: Recipe) -> dict[str, str]:
     return about("; ".join(map(_use_text, recipe.uses)), lm.name, lm.revision, VERSION)
 
 

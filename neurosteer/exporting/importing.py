@@ -15,7 +15,7 @@ from neurosteer.examples.files import neutral_prompts
 from neurosteer.exporting.additions import read_additions
 from neurosteer.measuring.calibration import TARGET_KL
 from neurosteer.measuring.calibration import calibrate as calibrated
-from neurosteer.models.language_model import LanguageModel
+from neurosteer.models.language_model import Framing, LanguageModel
 from neurosteer.progress import Progress, silent
 from neurosteer.reading.loop import read_activations
 from neurosteer.reading.request import Request
@@ -46,7 +46,8 @@ def import_vector(
     path = Path(file)
     directions = read_additions(path)
     _check_fit(lm, path, directions)
-    norms, dose = _shared(lm, directions, progress)
+    framing: Framing = "answer" if lm.chat else "raw"
+    norms, dose = _shared(lm, directions, framing, progress)
     vector = SteeringVector(
         name=safe_name(path.stem if name is None else name),
         model=lm.reference,
@@ -56,7 +57,7 @@ def import_vector(
         directions=directions,
         norms=norms,
         calibration=Calibration(dose),
-        provenance=made_now(layer_choice="those of the file"),
+        provenance=made_now(framing=framing, tokens="mean", layer_choice="those of the file"),
     )
     if not calibrate:
         return vector
@@ -74,12 +75,14 @@ def _check_fit(lm: LanguageModel, path: Path, directions: dict[int, Tensor]) -> 
             )
 
 
-def _shared(lm: LanguageModel, directions: dict[int, Tensor], progress: Progress) -> tuple[dict[int, float], float]:
+def _shared(
+    lm: LanguageModel, directions: dict[int, Tensor], framing: Framing, progress: Progress
+) -> tuple[dict[int, float], float]:
     """The norms that share the push as the file does, and the dose at which it is what the file adds.
 
     A layer's push is dose / layers × norm along its unit direction.
     """
-    request = Request(residual=tuple(directions), framing="answer" if lm.chat else "raw")
+    request = Request(residual=tuple(directions), framing=framing)
     measured = read_activations(lm, neutral_prompts(), (), request, progress=progress).norms
     lengths = {layer: float(direction.double().norm()) for layer, direction in directions.items()}
     ratio = sum(lengths.values()) / sum(measured[layer] for layer in directions)

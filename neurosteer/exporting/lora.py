@@ -6,6 +6,7 @@ the number of neurons of the fullest block.
 
 import copy
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def _settings(lm: LanguageModel, plan: Plan, rank: int) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": lm.name,
-        "revision": lm.revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,  # so that the adapter's scale is 1
@@ -82,7 +82,8 @@ def read_adapter(lm: LanguageModel, folder: Path) -> LanguageModel:
     from peft import PeftModel
 
     try:
-        adapted = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder)).merge_and_unload()  # type: ignore[operator]
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT asks transformers by old names
+            adapted = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder)).merge_and_unload()  # type: ignore[operator]
     except Exception as error:  # PEFT has its own ideas of some architectures, and errors of many kinds
         raise ArtifactError(
             f"PEFT cannot put an adapter on {lm.name} ({error_line(error)}); use --to weights."

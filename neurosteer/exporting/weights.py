@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
-from neurosteer.errors import UsageError
+from neurosteer.errors import ArtifactError, UsageError
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.parts import (
     find_blocks,
@@ -28,6 +28,7 @@ from neurosteer.models.parts import (
 )
 from neurosteer.models.quantization import quantization_of
 from neurosteer.steering.plans import Plan
+from neurosteer.text import error_line
 
 _BIAS_SWITCHES = ("mlp_bias", "use_bias")
 _LLAMAS_BY_OTHER_NAMES = ("mistral", "qwen2")
@@ -35,10 +36,12 @@ _CHOICES = "export vectors --to gguf (llama.cpp), or scale neurons only"
 
 
 def check_plain_weights(lm: LanguageModel, to: str) -> None:
-    """Raise `UsageError` where the weights are packed: nothing can be written into them."""
+    """Raise `UsageError` where the weights are packed, so that nothing can be written into them, or not in memory."""
     packed = quantization_of(lm.model)
     if packed is not None:
         raise UsageError(f"The weights of {lm.name} are {packed}, which --to {to} cannot change; load them plain.")
+    if any(parameter.is_meta for parameter in lm.model.parameters()):
+        raise UsageError(f"{lm.name} does not fit the GPUs, so its weights are not all at hand; use --device cpu.")
 
 
 def empty_model(lm: LanguageModel, plan: Plan) -> Any:
@@ -63,7 +66,7 @@ def empty_model(lm: LanguageModel, plan: Plan) -> Any:
             return found
     raise UsageError(
         f"{lm.name} ({_kind(lm)}) has no bias on its MLP's output that could hold what is added at layer "
-        f"{constant[0]}; {_CHOICES}."
+        f"{[*constant, *plan.changes][0]}; {_CHOICES}."
     )
 
 
@@ -90,7 +93,10 @@ def write_weights(lm: LanguageModel, plan: Plan, empty: Any, folder: Path) -> No
     empty.tie_weights()
     empty.generation_config = lm.model.generation_config
     transformers_logging.disable_progress_bar()
-    empty.save_pretrained(folder)
+    try:
+        empty.save_pretrained(folder)
+    except ValueError as error:  # such as for a generation config that contradicts itself
+        raise ArtifactError(f"transformers cannot save {lm.name} ({error_line(error)}); correct that first.") from error
     lm.tokenizer.save_pretrained(folder)
 
 
@@ -109,7 +115,7 @@ def _baked(
         constant += here.shifts[0, 0] @ columns[here.neurons]
         columns[here.neurons] *= here.multipliers[0, 0, :, None]
     baked = columns if is_conv1d(down) else columns.T.contiguous()  # type: ignore[arg-type]
-    return baked, bias + constant if bias is not None else None
+    return baked, bias.to(weight.device) + constant if bias is not None else None
 
 
 # --- architectures ---------------------------------------------------------------------------------------------------
