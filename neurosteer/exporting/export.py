@@ -84,8 +84,6 @@ def export(
     with placed(target) as path:
         progress(f"Writing {target.name}")
         write(path)
-        if to in FOLDERS:
-            write_record(path, {**_about(lm, recipe), "format": to})
         progress(f"Reading {target.name} again")
         agreement = _check(lm, recipe, to, path)
         if to in FOLDERS:

@@ -47,7 +47,7 @@ def placed(place: Path) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name[:80]}-"))
         try:
-            written = beside / place.name
+            written = beside / "new"
             yield written
             _replace(written, place, beside / "previous")
         finally:
