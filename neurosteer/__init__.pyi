@@ -26,6 +26,8 @@ from .examples.columns import Columns as Columns
 from .examples.contrast_set import ContrastSet as ContrastSet
 from .examples.reading import paste_examples as paste_examples
 from .examples.reading import read_examples as read_examples
+from .exporting.export import export as export
+from .exporting.importing import import_vector as import_vector
 from .hub import pull as pull
 from .hub import push as push
 from .hub import search as search

@@ -34,6 +34,7 @@ from neurosteer.cli.options import ModelOptions, SamplingOptions
 from neurosteer.cli.steer_commands import _cosines_text
 from neurosteer.errors import UsageError
 from neurosteer.examples.files import vectors_folder
+from neurosteer.exporting.formats import FORMATS
 from neurosteer.hub.searching import KINDS
 from neurosteer.methods import METHODS, cna, sae
 from neurosteer.models.language_model import Framing
@@ -125,6 +126,7 @@ def test_choices_are_those_of_the_library() -> None:
         (choices.Metric, get_args(Metric)),
         (choices.Attention, get_args(Attention)),
         (choices.Aggregate, get_args(Aggregate)), (choices.Ablation, get_args(Ablation)), (choices.Kind, KINDS),
+        (choices.Format, FORMATS),
     ):  # fmt: skip
         assert set(get_args(ours)) == set(theirs), ours
 

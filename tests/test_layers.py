@@ -22,6 +22,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("methods", "measuring"),
     ("building",),
     ("circuits",),
+    ("exporting",),
     ("evaluation",),
     ("hub",),
     ("ui",),

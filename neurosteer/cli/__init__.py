@@ -17,6 +17,7 @@ from neurosteer.cli import (
     build_commands,
     circuit_commands,
     evaluate_commands,
+    export_commands,
     harness_commands,
     hub_commands,
     sae_commands,
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 _PAGE, _MAKE, _STEER, _MEASURE = "See what there is", "Make artifacts", "Steer", "Measure"
-_CIRCUITS, _HUB, _SAES = "Circuits", "Share", "Sparse autoencoders"
+_CIRCUITS, _ENGINES, _HUB, _SAES = "Circuits", "Other engines", "Share", "Sparse autoencoders"
 # In the order in which --help lists them.
 add_verb(app, "app", show_commands.open_page, _PAGE)
 add_verb(app, "models", show_commands.models, _PAGE)
@@ -59,6 +60,8 @@ add_verb(app, "edges", circuit_commands.edges, _CIRCUITS)
 add_verb(app, "faithfulness", circuit_commands.faithfulness, _CIRCUITS)
 add_verb(app, "decompose", circuit_commands.decompose, _CIRCUITS)
 add_verb(app, "repl", circuit_commands.repl, _CIRCUITS)
+add_verb(app, "export", export_commands.export, _ENGINES)
+add_verb(app, "import", export_commands.import_file, _ENGINES)
 add_verb(app, "push", hub_commands.push, _HUB)
 add_verb(app, "pull", hub_commands.pull, _HUB)
 add_verb(app, "search", hub_commands.search, _HUB)

@@ -20,7 +20,8 @@ from neurosteer.models.offloading import runs_on, stored
 _MIXERS = ("attn", "attention", "mixer", "mamba", "conv", "temporal", "recurrent", "ssm")  # of tokens with others
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffn_norm")
-_STREAM_SCALES = ("residual_multiplier", "layer_scalar")  # Granite's, on what is added; Gemma 4's, on the whole stream
+_STREAM_SCALES = ("residual_multiplier", "residual_scale", "layer_scalar")
+"""Granite's and MiniCPM 3's, on what is added; Gemma 4's, on the whole stream."""
 _COLUMNS_AT_ONCE = 2048
 
 
@@ -152,11 +153,22 @@ def written_columns(block: Module, down: Module) -> Tensor:
     The projection itself is asked, whatever it keeps its weight as. Where the MLP's output is normalised before it is
     added (Gemma, OLMo 2, GLM-4), the norm's gain is folded in; its scale, which depends on the token, is not.
     """
-    columns = _columns(down)
-    for name in _STREAM_SCALES:
-        columns = columns * getattr(block, name, 1.0)
-    norm = part_of(block, _NORMS_AFTER_MLP)
+    columns = _columns(down) * stream_scale(block)
+    norm = norm_after_mlp(block)
     return columns if norm is None else probe_norm(norm, columns.shape[1:]).weigh(columns)
+
+
+def stream_scale(block: Module) -> float | Tensor:
+    """By what the MLP's output is multiplied on its way into the residual stream after `block`."""
+    scale: float | Tensor = 1.0
+    for name in _STREAM_SCALES:
+        scale = scale * getattr(block, name, 1.0)
+    return scale
+
+
+def norm_after_mlp(block: Module) -> Module | None:
+    """The norm between the MLP's output and the residual stream, where there is one."""
+    return part_of(block, _NORMS_AFTER_MLP)
 
 
 @torch.no_grad()
