@@ -120,7 +120,12 @@ class Scale:
         text = {**GEMMA, **NO_ENDS, "num_hidden_layers": layers or GEMMA["num_hidden_layers"]}
         text = tiny_config("gemma3", vocab_size=TINY_VOCABULARY).to_dict() if self.tiny else text
         image = text["vocab_size"] - 1
-        config = Gemma3Config(text_config=text, vision_config=EYES, mm_tokens_per_image=4, image_token_index=image)
+        # Random weights whose head is their embedding hold on to the last word, whatever is done to a few blocks.
+        text["tie_word_embeddings"] = False
+        config = Gemma3Config(
+            text_config=text, vision_config=EYES, mm_tokens_per_image=4, image_token_index=image,
+            tie_word_embeddings=False,
+        )  # fmt: skip
         return self._described("Gemma 3 4B's shape", config, dtype)
 
     def _described(self, name: str, config: Any, dtype: torch.dtype) -> LanguageModel:
