@@ -55,10 +55,11 @@ def join_processes() -> int:
         return 0
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     try:
         if not distributed.is_initialized():
-            store, rank, size = next(iter(distributed.rendezvous("env://", timeout=_PATIENCE)))
+            store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
             _state.store = store
         _state.group = distributed.new_group(backend="gloo", timeout=_PATIENCE)

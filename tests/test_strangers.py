@@ -36,7 +36,7 @@ from neurosteer.errors import ModelError, UsageError
 from neurosteer.steering.session import Session
 from neurosteer.ui import guard, limits, loading, turns
 from neurosteer.ui.api.circuits import CircuitEndpoints
-from neurosteer.ui.api.endpoints import Endpoints, uses_of
+from neurosteer.ui.api.endpoints import Endpoints, recipe_of
 from neurosteer.ui.api.evaluate import EvaluateEndpoint
 from neurosteer.ui.api.evaluate import _strength as strength_of
 from neurosteer.ui.jobs import Jobs
@@ -204,7 +204,7 @@ def test_every_door_bounds_strengths_alike() -> None:
     assert limits.MAX_STRENGTH == recipes.MAX_STRENGTH == 100.0
     vector = make_vector()
     doors: list[Callable[[float], Any]] = [
-        lambda strength: uses_of([f"{VECTOR}:{strength}"]),
+        lambda strength: recipe_of([f"{VECTOR}:{strength}"]),
         lambda strength: use_of(vector, strength),
         lambda strength: strength_of(str(strength)),
         lambda strength: parse_link({"use": [f"mood:{strength}"]}),

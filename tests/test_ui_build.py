@@ -26,7 +26,7 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.examples.files import bundled_sets
 from neurosteer.examples.reading import parse_examples
 from neurosteer.methods import METHODS
-from neurosteer.progress import check_cancelled
+from neurosteer.progress import check_cancelled, silent
 from neurosteer.ui import settings as building_settings
 from neurosteer.ui import work
 from neurosteer.ui.mixer import MOST
@@ -360,7 +360,7 @@ def test_what_a_description_is_worth_is_told_with_the_build(building: BuildHandl
 
 def test_a_judge_of_a_description_is_trained_on_no_more_than_others(building: BuildHandlers) -> None:
     many = ContrastSet(tuple(f"{n} {'a' * 20_000}" for n in range(51)), tuple(f"{n} {'b' * 20_000}" for n in range(51)))
-    said = building.worth(make_vector(), many, ("Be happy.", "Be red."), lambda *_: None, threading.Event())
+    said = building.worth(make_vector(), many, ("Be happy.", "Be red."), silent, threading.Event())
     assert len(said) == 1 and "2,040," in said[0] and "for a judge" in said[0]
 
 

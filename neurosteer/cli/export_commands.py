@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from neurosteer.cli.choices import Format
-from neurosteer.cli.inputs import model_of, recipe_of, uses_of
+from neurosteer.cli.inputs import named_by, recipe_of, steered_where
 from neurosteer.cli.options import (
     JsonOption,
     ModelOptions,
@@ -27,7 +27,7 @@ def export(
         list[str],
         typer.Argument(
             metavar="REF[:STRENGTH]...",
-            help="Artifacts at strengths, as for --use of steer; several go into one export.",
+            help="Artifacts at strengths or a recipe, as for --use of steer; several go into one export.",
             autocompletion=artifact_names,
         ),
     ],
@@ -55,14 +55,15 @@ def export(
 
     files_place(place.parent)
     check_export_place(place, to)
-    found = uses_of(uses)
-    known = Recipe.of(*(use for use in found if isinstance(use, Use)))
-    if len(known.uses) == len(found) or positions != "all":  # features of SAEs are known with the model
+    named = named_by(uses)
+    positions = steered_where(named, positions)
+    known = Recipe.of(*(use for use in named.uses if isinstance(use, Use)))
+    if len(known.uses) == len(named.uses) or positions != "all":  # features of SAEs are known with the model
         check_sayable(known, to, positions)
     with progress_line() as progress:
-        lm = replace(asked, dtype=asked.dtype or "float32").load(progress, model_of(found))
+        lm = replace(asked, dtype=asked.dtype or "float32").load(progress, named.model)
         started = time.perf_counter()
-        recipe, _ = recipe_of(found, lm, progress)
+        recipe, _ = recipe_of(named, lm, progress)
         done = write_export(lm, recipe, to, place, positions=positions, progress=progress)
     seconds = time.perf_counter() - started
     if as_json:

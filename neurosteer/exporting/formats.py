@@ -3,9 +3,9 @@
 from typing import Literal, get_args
 
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.recipes import POSITIONS, Positions, Recipe, Use
+from neurosteer.artifacts.recipes import Positions, Recipe, Use
 from neurosteer.errors import UsageError
-from neurosteer.validation import check_option
+from neurosteer.validation import check_option, check_positions
 
 Format = Literal["gguf", "tensors", "repeng", "steering-vectors", "weights", "lora"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -20,7 +20,7 @@ _TOKENWISE = {"ablate": "projects a direction out", "clamp": "clamps a feature"}
 def check_sayable(recipe: Recipe, to: str, positions: Positions = "all") -> None:
     """Raise `UsageError` in one line for what of `recipe` the format `to` cannot say, whatever the model."""
     check_option("to", to, FORMATS)
-    check_option("positions", positions, POSITIONS)
+    check_positions(positions)
     if positions != "all":
         raise UsageError(
             f"positions is {positions!r}, but {to} steers every token; leave it out, or steer with NeuroSteer itself."

@@ -36,7 +36,9 @@ class DescribeHandlers(Startable):
                 from neurosteer.building.described import described_examples
 
                 found = session.run(described_examples, instruct, against, samples=1, progress=told, cancel=cancel)
-            rows = [list(row) for row in zip(found.positive_prompts, found.positive, found.negative, strict=True)]
+            rows: list[list[Any]] = [
+                list(row) for row in zip(found.positive_prompts, found.positive, found.negative, strict=True)
+            ]
             table = gr.update(value=rows, visible=True)
             return {**ended(), "answers": table, "told": (instruct, against), **self.keep(request, rows)}
         except Cancelled:
@@ -44,7 +46,7 @@ class DescribeHandlers(Startable):
         except Exception as error:
             return ended(error=render.error_line(problem(error)))
 
-    def keep(self, request: gr.Request, rows: list[list[str]]) -> Updates:
+    def keep(self, request: gr.Request, rows: list[list[Any]]) -> Updates:
         """The table as it stands, as a file."""
         path = self.jobs.folder(request.session_hash) / "answers.csv"
         path.write_text(answers_csv(rows), encoding="utf-8", errors="replace", newline="")
