@@ -36,9 +36,8 @@ class DescribeHandlers(Startable):
                 from neurosteer.building.described import described_examples
 
                 found = session.run(described_examples, instruct, against, samples=1, progress=told, cancel=cancel)
-            rows: list[list[Any]] = [
-                list(row) for row in zip(found.positive_prompts, found.positive, found.negative, strict=True)
-            ]
+            columns = (found.positive_prompts, found.positive, found.negative)
+            rows: list[list[Any]] = [list(row) for row in zip(*columns, strict=True)]
             table = gr.update(value=rows, visible=True)
             return {**ended(), "answers": table, "told": (instruct, against), **self.keep(request, rows)}
         except Cancelled:
