@@ -102,7 +102,7 @@ def test_texts_that_built_the_artifact_do_not_judge_it(client: Client, llama: Ti
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use": []}, "use has 0 entries"),
+        ({"use": []}, "use names 0 artifacts"),
         ({"use": ["no-such-vector"]}, "no-such-vector"),
         ({"judge": ""}, "There is no judge"),
         ({"judge": "odd"}, "'odd'"),

@@ -9,12 +9,12 @@ import binascii
 import functools
 import inspect
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, get_origin, get_type_hints
 
 import gradio as gr
@@ -383,7 +383,15 @@ def _read(text: str) -> "RecipeText":
     if not text.startswith(_ZIP):
         return parse_recipe(text)
     whole, colon, strength = text.rpartition(":")
-    return RecipeText((replace(parse_recipe(f"it:{strength}").terms[0], reference=whole) if colon else Term(text),))
+    if not colon:
+        return RecipeText((Term(text),))
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"The artifact's strength is {strength[:40]!r}; it must be a finite number.")
+    return RecipeText((Term(whole, value),))
 
 
 def _artifact(reference: str) -> "Artifact":
