@@ -36,6 +36,7 @@ from neurosteer.examples.contrast_set import ContrastSet
 from neurosteer.models.language_model import LanguageModel
 from neurosteer.models.loading import load_model
 from neurosteer.steering.session import Row, Session
+from neurosteer.steering.shared import SharedSession
 from neurosteer.ui import gpu, gpu_time
 from neurosteer.ui.jobs import problem
 from neurosteer.ui.loading import ModelHolder
@@ -333,6 +334,12 @@ def space(folder: Path, log: Path) -> Iterator[Space]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_every_kind_of_session_is_asked_in_the_same_words() -> None:
+    asked = {"max_new_tokens", "sampling", "positions", "raw", "cancel"}
+    for kind in (Session, SharedSession, gpu.ZeroGpuSession):
+        assert asked <= set(inspect.signature(kind.stream).parameters), kind
 
 
 def test_app_py_is_a_zero_gpu_space_as_it_is(model_folder: Path, lm: LanguageModel, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import gradio as gr
 
 from neurosteer.artifacts.artifact import Artifact
 from neurosteer.artifacts.circuit import NeuronCircuit
-from neurosteer.artifacts.recipes import UNSTEERED
+from neurosteer.artifacts.recipes import UNSTEERED, Positions
 from neurosteer.artifacts.storage import pack, unpack
 from neurosteer.artifacts.vector import SteeringVector
 from neurosteer.errors import NeuroSteerError
@@ -123,11 +123,12 @@ class ZeroGpuSession(_Counted):
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
+        positions: Positions = "all",
         raw: bool = False,
         cancel: threading.Event | None = None,
     ) -> Generator[Step, None, list[Row]]:
         """As `Session.stream`. Setting `cancel` or closing the generator ends the work there within a step."""
-        options = Options(max_new_tokens, sampling or Sampling(), "all", raw)
+        options = Options(max_new_tokens, sampling or Sampling(), positions, raw)
         self._session.begin(rows, UNSTEERED, options)  # a mistake costs no GPU time
         written, steps_of = [replace(row, text="", tokens=0, finish="cancelled") for row in rows], Counter[int]()
         with self._used(), closing(_answers(self._work, _write, self._name, tuple(rows), options)) as steps:
