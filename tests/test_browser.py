@@ -513,7 +513,7 @@ def test_from_a_description_to_a_slider(page: Any, tmp_path: Path) -> None:
     go(page, "Build")
     page.get_by_label("Describe it").check()
     page.locator("#describe").click()
-    page.locator("#describe-error .ns-error").get_by_text("instruct is empty").wait_for()
+    page.locator("#describe-error .ns-error").get_by_text("Fill in both lines").wait_for()
     page.locator("#instruct textarea").fill(f"Write in a very positive, delighted tone. {HOSTILE}")
     page.locator("#against textarea").fill("Write in a very negative, disappointed tone.")
     page.locator("#describe").click()
