@@ -139,6 +139,14 @@ def test_a_recipe_is_what_its_words_say(llama: Tiny, folders: dict[str, Any]) ->
     assert [(use.strength, use.multiplier) for use in again.uses] == [(2.0, None), (-0.5, None), (1.0, 0.25)]
 
 
+def test_a_sign_before_a_single_artifact_is_read(folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders["folder"])
+    assert [use.strength for use in look_up("-one:2").uses] == [-2.0]
+    monkeypatch.chdir(folders["folder"] / "one")  # itself an artifact, which nobody named
+    with pytest.raises(NeuroSteerError, match="no artifact '5'"):
+        look_up("5")
+
+
 def test_orthogonal_takes_the_overlap_out_of_its_own_vectors_only(llama: Tiny, folders: dict[str, Any]) -> None:
     at = folders["folder"]
     found = look_up(f"{at}/one:3 + orthogonal({at}/one:1, {at}/two:2)").recipe(llama.lm)

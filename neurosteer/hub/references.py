@@ -28,7 +28,7 @@ VECTORS_FOLDER = "vectors"
 
 _EMBEDDED_SAES = "embedded/"
 _HUB_LIKE = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
-_MARKS = re.compile(r"[\s\"×*(),]")  # of a recipe of more than one artifact at a strength
+_MARKS = re.compile(r"^-|[\s\"×*(),]")  # of a recipe that is more than one artifact at a strength
 _FEATURE = re.compile(r"(?P<sae>.+)#(?P<index>[0-9]{1,12})(?:=(?P<value>[^#/\\]*))?", re.DOTALL)
 
 
@@ -155,7 +155,9 @@ def look_up(text: str) -> Named:
     Raises `UsageError` pointing at the character that cannot be read, and what `resolve` raises.
     """
     folder, _, strength = text.rpartition(":")
-    is_folder = _folder(text) is not None or (_number(strength) is not None and _folder(folder or ".") is not None)
+    is_folder = _folder(text) is not None or (
+        bool(folder) and _number(strength) is not None and _folder(folder) is not None
+    )
     if is_folder or not _MARKS.search(text):
         return Named((parse_use(text),))
     read = parse_recipe(text)
