@@ -155,9 +155,8 @@ def look_up(text: str) -> Named:
     Raises `UsageError` pointing at the character that cannot be read, and what `resolve` raises.
     """
     folder, _, strength = text.rpartition(":")
-    is_folder = _folder(text) is not None or (
-        bool(folder) and _number(strength) is not None and _folder(folder) is not None
-    )
+    names = [text] if not folder or _number(strength) is None else [text, folder]
+    is_folder = any(_folder(name) is not None for name in names)
     if is_folder or not _MARKS.search(text):
         return Named((parse_use(text),))
     read = parse_recipe(text)
